@@ -1,0 +1,1 @@
+"""Modules over the ops: each owns every parameter that its forward reads."""
