@@ -1,0 +1,61 @@
+"""What a score must beat: no image, the wrong image, the majority answer, a random answer."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastmllm.data.sample import Sample
+
+BLIND, WRONG, MAJORITY, RANDOM = "blind", "wrong image", "majority", "random"
+
+
+def without_image(samples: Sequence[Sample]) -> list[Sample]:
+    """Ask the same questions with no image: what the words alone give away."""
+    return [replace(s, image=None) for s in samples]
+
+
+def with_wrong_image(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+    """Give each question the image of another one whose answer and subject differ.
+
+    A question that no other sample differs from keeps no image, so that it can never be asked with the right one.
+    """
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
+    where = {index: place for place, index in enumerate(order)}
+    swapped = []
+    for i, sample in enumerate(samples):
+        donors = (samples[order[(where[i] + step) % len(order)]] for step in range(1, len(order)))
+        donor = next((d for d in donors if _differs(d, sample)), None)
+        swapped.append(replace(sample, image=donor.image if donor else None))
+    return swapped
+
+
+def _differs(donor: Sample, sample: Sample) -> bool:
+    if donor.image is None or donor.image == sample.image:
+        return False
+    subjects = [s.truth.get("concept", s.answer) for s in (donor, sample)]
+    return subjects[0] != subjects[1]
+
+
+def majority_answer(samples: Sequence[Sample], train: Sequence[Sample], seed: int = 0) -> list[str]:
+    """Answer with the training set's most frequent answer, of the question's choices where it has some; ties are drawn."""
+    rng = random.Random(seed)
+    frequency = Counter(s.answer for s in train) or Counter(s.answer for s in samples)
+    common = sorted(frequency, key=lambda a: (-frequency[a], a))
+    answers = []
+    for sample in samples:
+        if sample.choices:
+            best = max(frequency[c] for c in sample.choices)
+            answers.append(rng.choice(sorted(c for c in sample.choices if frequency[c] == best)))
+        else:
+            answers.append(common[0])
+    return answers
+
+
+def random_answer(samples: Sequence[Sample], closed_set: Sequence[str], seed: int = 0) -> list[str]:
+    """Answer every question with a uniformly drawn member of its choices or of the closed set."""
+    rng = random.Random(seed)
+    return [rng.choice(sorted(s.choices) if s.choices else list(closed_set)) for s in samples]

@@ -1,0 +1,257 @@
+"""Run every task under every control and keep each answer: doc -> prompt -> parse -> score, as pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from rich.table import Table
+
+from fastmllm.data.sample import Sample
+from fastmllm.eval import controls
+from fastmllm.eval.captions import chair, cider
+from fastmllm.eval.intervals import Estimate, mean, share
+from fastmllm.eval.parsing import normalise, parse_choice, parse_yes_no
+
+MODEL = "model"
+CONDITIONS = (MODEL, controls.BLIND, controls.WRONG, controls.MAJORITY, controls.RANDOM)
+
+
+class Responder(Protocol):
+    """A model that answers questions about images."""
+
+    def answer(self, samples: Sequence[Sample], max_new_tokens: int) -> list[str]: ...
+
+    def score(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """Return the log-probability of each of a sample's choices."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """What is evaluated, and how much of it.
+
+    Args:
+        limit: at most this many questions a task (the first ones); 0 = all.
+        max_new_tokens: of a generated answer.
+        gallery: images and names in the retrieval square; 0 leaves retrieval out.
+        seed: of the wrong images and the random answers.
+    """
+
+    limit: int = 0
+    max_new_tokens: int = 12
+    gallery: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit < 0 or self.max_new_tokens < 1 or self.gallery < 0:
+            raise ValueError("eval: limit and gallery must be >= 0, max_new_tokens >= 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One score: a task, who answered, the metric, its value with a 95 % interval, and the share it could not parse."""
+
+    task: str
+    condition: str
+    metric: str
+    estimate: Estimate
+    unparsed: float | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """All rows, and a record for each answer."""
+
+    rows: list[Row] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def get(self, task: str, condition: str = MODEL, metric: str | None = None) -> Row:
+        """Return a row; the task's first metric unless one is named."""
+        for row in self.rows:
+            if (row.task, row.condition) == (task, condition) and metric in (None, row.metric):
+                return row
+        raise KeyError(f"no row {task} / {condition} / {metric}; tasks: {sorted({r.task for r in self.rows})}")
+
+    def beats_controls(self, task: str) -> bool:
+        """Tell whether the model's interval lies wholly above the intervals of all controls."""
+        mine = self.get(task).estimate
+        return all(mine.above(self.get(task, c).estimate) for c in CONDITIONS[1:])
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [{**asdict(r), "estimate": asdict(r.estimate)} for r in self.rows]
+
+    def table(self) -> Table:
+        """Return a rich table: a line a task and metric, a column a condition."""
+        table = Table(title="Evaluation (95 % intervals)")
+        for name in ("task", "metric", "n", *CONDITIONS, "unparsed"):
+            table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+        for task, metric in dict.fromkeys((r.task, r.metric) for r in self.rows):
+            cells = {r.condition: r for r in self.rows if (r.task, r.metric) == (task, metric)}
+            mine = cells[MODEL]
+            table.add_row(
+                task,
+                metric,
+                str(mine.estimate.count),
+                *(_cell(cells[c].estimate, metric) if c in cells else "-" for c in CONDITIONS),
+                "-" if mine.unparsed is None else f"{100 * mine.unparsed:.0f} %",
+            )
+        return table
+
+
+def _cell(e: Estimate, metric: str) -> str:
+    if metric == "CIDEr-D":
+        return f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
+    return f"{100 * e.value:.1f} % [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+
+
+def evaluate(
+    responder: Responder,
+    samples: Mapping[str, Sequence[Sample]],
+    train: Mapping[str, Sequence[Sample]],
+    config: EvalConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Evaluate every task of `samples` under every control.
+
+    Args:
+        responder: the model.
+        samples: task -> held-out questions. `exists` is forced choice by log-probability; `caption` is scored by
+            CIDEr-D and CHAIR; yes/no answers are parsed strictly; the rest is exact match.
+        train: task -> training questions, for the majority answer and the closed sets.
+        config: limits and seeds.
+        progress: called as (task, done, total) after each task.
+    """
+    report = Report()
+    tasks = {t: list(s)[: config.limit or None] for t, s in samples.items() if s}
+    for done, (task, items) in enumerate(tasks.items()):
+        if progress:
+            progress(task, done, len(tasks))
+        known = list(train.get(task, ()))
+        if task == "exists":
+            _forced_choice(report, responder, items, known, config)
+        elif task == "caption":
+            _captions(report, responder, items, known, config)
+        else:
+            _exact_match(report, task, responder, items, known, config)
+    names = tasks.get("name")
+    if names and config.gallery:
+        _retrieval(report, responder, names, config)
+    if progress:
+        progress("done", len(tasks), len(tasks))
+    return report
+
+
+def _variants(items: list[Sample], config: EvalConfig) -> dict[str, list[Sample]]:
+    return {
+        MODEL: items,
+        controls.BLIND: controls.without_image(items),
+        controls.WRONG: controls.with_wrong_image(items, config.seed),
+    }
+
+
+def _answers(
+    responder: Responder, items: list[Sample], known: list[Sample], closed: Sequence[str], config: EvalConfig
+) -> dict[str, list[str]]:
+    asked = _variants(items, config)
+    texts = {c: responder.answer(s, config.max_new_tokens) for c, s in asked.items()}
+    texts[controls.MAJORITY] = controls.majority_answer(items, known, config.seed)
+    texts[controls.RANDOM] = controls.random_answer(items, closed, config.seed)
+    return texts
+
+
+def _exact_match(
+    report: Report, task: str, responder: Responder, items: list[Sample], known: list[Sample], config: EvalConfig
+) -> None:
+    closed = sorted({s.answer for s in (*known, *items)} | {c for s in items for c in s.choices})
+    verdicts = {normalise(c) for c in closed} <= {"yes", "no"}
+    for condition, texts in _answers(responder, items, known, closed, config).items():
+        parsed = [
+            parse_yes_no(t) if verdicts else parse_choice(t, s.choices or closed)
+            for t, s in zip(texts, items, strict=True)
+        ]
+        # exact match is of the generated text; a verdict may carry more words
+        said = [p or "" for p in parsed] if verdicts else texts
+        correct = [normalise(t) == normalise(s.answer) for t, s in zip(said, items, strict=True)]
+        missing = sum(p is None for p in parsed) / len(items)
+        report.rows.append(Row(task, condition, "accuracy", share(correct, [s.image for s in items]), missing))
+        if verdicts:
+            yes = [p == "yes" for p in parsed]
+            report.rows.append(Row(task, condition, "yes ratio", share(yes, [s.image for s in items]), missing))
+        _record(report, condition, items, texts, correct)
+
+
+def _forced_choice(
+    report: Report, responder: Responder, items: list[Sample], known: list[Sample], config: EvalConfig
+) -> None:
+    picks = {}
+    for condition, asked in _variants(items, config).items():
+        scores = responder.score(asked)
+        picks[condition] = [
+            # a tie is no knowledge: the second choice, which is never the right one, takes it
+            s.choices[max(range(len(row)), key=lambda i, row=row: (row[i], i))]
+            for s, row in zip(asked, scores, strict=True)
+        ]
+    picks[controls.MAJORITY] = controls.majority_answer(items, known, config.seed)
+    picks[controls.RANDOM] = controls.random_answer(items, (), config.seed)
+    for condition, chosen in picks.items():
+        correct = [c == s.answer for c, s in zip(chosen, items, strict=True)]
+        report.rows.append(Row("exists", condition, "forced choice", share(correct, [s.image for s in items])))
+        _record(report, condition, items, chosen, correct)
+
+
+def _captions(
+    report: Report, responder: Responder, items: list[Sample], known: list[Sample], config: EvalConfig
+) -> None:
+    closed = sorted({s.answer for s in known}) or sorted({s.answer for s in items})
+    names = {str(s.truth["concept"]) for s in (*known, *items) if "concept" in s.truth}
+    vocabulary = {normalise(n): n for n in names}
+    truths = [{str(s.truth["concept"])} if "concept" in s.truth else set() for s in items]
+    references = [s.references or (s.answer,) for s in items]
+    for condition, texts in _answers(responder, items, known, closed, config).items():
+        scores = cider(texts, references)
+        report.rows.append(Row("caption", condition, "CIDEr-D", mean(scores, [s.image for s in items], config.seed)))
+        if vocabulary:
+            each = [chair([t], [truth], vocabulary) for t, truth in zip(texts, truths, strict=True)]
+            clusters = [s.image for s in items]
+            for metric, flags in {
+                "CHAIRs": [c.hallucinated_captions > 0 for c in each],
+                "object recall": [c.recalled > 0 for c in each],
+            }.items():
+                report.rows.append(Row("caption", condition, metric, share(flags, clusters)))
+            wrong = [m for c in each for m in [True] * c.hallucinated + [False] * (c.mentions - c.hallucinated)]
+            report.rows.append(Row("caption", condition, "CHAIRi", share(wrong)))
+        _record(report, condition, items, texts, scores)
+
+
+def _retrieval(report: Report, responder: Responder, items: list[Sample], config: EvalConfig) -> None:
+    """Rank a square of images and names by log-probability, both ways (Flickr30k's protocol, small)."""
+    unique = list({s.answer: s for s in items if s.image is not None}.values())[: config.gallery]
+    if len(unique) < 10:
+        return
+    names = tuple(s.answer for s in unique)
+    scores = responder.score([replace(s, choices=names) for s in unique])
+    for direction, matrix in (("image to text", scores), ("text to image", list(zip(*scores, strict=True)))):
+        ranks = [sum(x > row[i] for x in row) + sum(x == row[i] for x in row[:i]) for i, row in enumerate(matrix)]
+        for k in (1, 5):
+            metric = f"R@{k} {direction}"
+            report.rows.append(Row("retrieval", MODEL, metric, share([r < k for r in ranks])))
+            chance = share([i < k for i in range(len(unique))])
+            report.rows.append(Row("retrieval", controls.RANDOM, metric, chance))
+
+
+def _record(
+    report: Report, condition: str, items: Sequence[Sample], texts: Sequence[str], verdicts: Sequence[Any]
+) -> None:
+    for sample, text, verdict in zip(items, texts, verdicts, strict=True):
+        report.records.append(
+            {
+                "id": sample.id,
+                "task": sample.task,
+                "condition": condition,
+                "answer": sample.answer,
+                "said": text,
+                "verdict": verdict,
+            }
+        )

@@ -1,0 +1,42 @@
+"""Intervals: published values, clusters, and corners."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastmllm.eval.intervals import mean, share
+
+
+def test_wilson_equals_the_published_value():
+    got = share([True] * 8 + [False] * 2)
+    assert (got.value, got.low, got.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+
+
+def test_corners():
+    assert share([]).high == 1.0
+    all_right = share([True] * 50)
+    assert all_right.high == 1.0
+    assert all_right.low == pytest.approx(0.9286, abs=1e-3)
+    assert mean([]).count == 0
+
+
+def test_questions_about_one_image_widen_the_interval():
+    rng = np.random.default_rng(0)
+    verdicts = np.repeat(rng.random(50) < 0.6, 4)  # four questions an image, all right or all wrong
+    alone, clustered = share(list(verdicts)), share(list(verdicts), np.repeat(np.arange(50), 4))
+    per_image = share(list(verdicts[::4]))
+    assert clustered.high - clustered.low > 1.5 * (alone.high - alone.low)
+    assert clustered.low == pytest.approx(per_image.low, abs=0.01)
+
+
+def test_bootstrap_covers_the_mean_and_is_seeded():
+    values = list(np.random.default_rng(1).normal(3.0, 1.0, 200))
+    got = mean(values)
+    assert got.low < 3.0 < got.high
+    assert got == mean(values)
+
+
+def test_above_needs_disjoint_intervals():
+    assert share([True] * 90 + [False] * 10).above(share([True] * 50 + [False] * 50))
+    assert not share([True] * 6 + [False] * 4).above(share([True] * 5 + [False] * 5))

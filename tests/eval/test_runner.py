@@ -1,0 +1,109 @@
+"""The runner: a seeing model beats every control, a blind one beats none, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from fastmllm.data.sample import Sample
+from fastmllm.eval import controls
+from fastmllm.eval.runner import CONDITIONS, EvalConfig, evaluate
+
+NAMES = [f"thing {i}" for i in range(40)]
+GROUPS = ["animal", "food", "tool", "place"]
+
+
+def _samples():
+    name, group, exists, caption, yes_no = [], [], [], [], []
+    for i, n in enumerate(NAMES):
+        common = {"image": f"/img/{n}.png", "truth": {"concept": n}}
+        name.append(Sample(id=f"n{i}", prompt="What?", answer=n, task="name", **common))
+        group.append(Sample(id=f"g{i}", prompt="Kind?", answer=GROUPS[i % 4], task="group", **common))
+        absent = NAMES[(i + 1) % 40]
+        exists.append(Sample(id=f"e{i}", prompt="What?", answer=n, task="exists", choices=(n, absent), **common))
+        text = f"a drawing of a {n}"
+        caption.append(
+            Sample(id=f"c{i}", prompt="Describe.", answer=text, task="caption", references=(text,), **common)
+        )
+        shown = n if i % 2 else absent
+        yes_no.append(
+            Sample(id=f"y{i}", prompt=f"Is there a {shown}?", answer=["no", "yes"][i % 2], task="yes_no", **common)
+        )
+    return {"name": name, "group": group, "exists": exists, "caption": caption, "yes_no": yes_no}
+
+
+class Seeing:
+    """Reads the name off the image's path."""
+
+    def _subject(self, sample):
+        return None if sample.image is None else sample.image.split("/")[-1][:-4]
+
+    def answer(self, samples, max_new_tokens):
+        return [self._say(s, self._subject(s)) for s in samples]
+
+    def _say(self, sample, subject):
+        if subject is None:
+            return "I see nothing."
+        if sample.task == "group":
+            return GROUPS[NAMES.index(subject) % 4]
+        if sample.task == "caption":
+            return f"a drawing of a {subject}"
+        if sample.task == "yes_no":
+            return "Yes." if subject in sample.prompt else "No."
+        return subject.upper()
+
+    def score(self, samples):
+        return [[0.0 if c == self._subject(s) else -1.0 for c in s.choices] for s in samples]
+
+
+class Blind(Seeing):
+    def _subject(self, sample):
+        return None
+
+
+@pytest.fixture(scope="module")
+def seen():
+    samples = _samples()
+    return evaluate(Seeing(), samples, samples, EvalConfig(gallery=20))
+
+
+def test_a_seeing_model_beats_every_control(seen):
+    for task in ("name", "group", "exists", "caption"):
+        assert seen.get(task).estimate.value == pytest.approx({"caption": 10.0}.get(task, 1.0))
+        assert seen.beats_controls(task), task
+    assert seen.get("exists", controls.BLIND).estimate.value == 0.0  # ties are no knowledge
+    assert seen.get("name", controls.WRONG).estimate.value == 0.0
+    assert seen.get("name", controls.BLIND).unparsed == 1.0
+    assert seen.get("retrieval", metric="R@1 image to text").estimate.value == 1.0
+    assert seen.get("yes_no", metric="yes ratio").estimate.value == 0.5
+    assert seen.get("caption", controls.WRONG, "CHAIRs").estimate.value == 1.0
+
+
+def test_a_blind_model_beats_none():
+    samples = _samples()
+    report = evaluate(Blind(), samples, samples, EvalConfig(gallery=0))
+    assert not any(report.beats_controls(task) for task in ("name", "group", "exists"))
+
+
+def test_every_answer_is_kept_and_the_table_prints(seen):
+    assert len(seen.records) == 5 * 40 * len(CONDITIONS)
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(seen.table())
+    assert "forced choice" in console.export_text()
+    assert len(seen.to_json()) == len(seen.rows)
+
+
+def test_wrong_images_never_show_the_right_subject():
+    samples = _samples()["name"]
+    for seed in range(3):
+        for before, after in zip(samples, controls.with_wrong_image(samples, seed), strict=True):
+            assert after.image is not None
+            assert after.image != before.image
+    lonely = controls.with_wrong_image(samples[:1])
+    assert lonely[0].image is None
+
+
+def test_majority_respects_the_choices():
+    samples = _samples()["exists"][:2]
+    train = [samples[1], samples[1]]
+    assert controls.majority_answer(samples, train) == [samples[1].answer, samples[1].answer]
