@@ -1,0 +1,388 @@
+"""Cross entropy of a linear head that computes logits only for the rows it scores, and never all of them at once.
+
+Shapes: T rows, n of them kept (label != ignore_index), width D, vocabulary V. In instruction tuning of multimodal
+models most rows are image and prompt: the cost here is proportional to n, not to T. The log-sum-exp over the
+vocabulary is taken online (Milakov and Gimelshein, arXiv 1805.02867); cf. Wijmans et al., arXiv 2411.09009.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
+
+CHUNK = 1 << 24  # logits held at once by the reference (64 MiB in fp32)
+GRADIENT_CHUNK = 1 << 26  # d loss / d logits held at once by the Triton launcher (128 MiB in bf16)
+
+
+def _rows_without_sync(labels: Tensor, ignore_index: int, num_targets: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of the n scored rows, and a scalar that is 1, or NaN where the host's count is wrong."""
+    kept = labels != ignore_index
+    rows = torch.nonzero_static(kept, size=num_targets, fill_value=0).view(-1)
+    return rows, torch.where(kept.sum() == num_targets, 1.0, float("nan"))
+
+
+def _kept_rows(labels: Tensor, vocabulary: int, ignore_index: int, num_targets: int | None) -> tuple[Tensor, Tensor]:
+    """Return the indices of the n scored rows and a factor for the loss; wrong labels and counts raise.
+
+    A GPU that is told n is not waited for: there they make the loss NaN.
+    """
+    if labels.device.type != "cpu" and num_targets is not None:
+        return _rows_without_sync(labels, ignore_index, num_targets)
+    rows = (labels != ignore_index).nonzero().view(-1)
+    if num_targets is not None and num_targets != rows.numel():
+        raise ValueError(f"fastmllm::linear_cross_entropy: num_targets is {num_targets}, but {rows.numel()} of the "
+                         f"labels {tuple(labels.shape)} differ from ignore_index {ignore_index}")  # fmt: skip
+    if rows.numel():
+        low, high = labels.index_select(0, rows).aminmax()
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"fastmllm::linear_cross_entropy: label {int(low if low < 0 else high)} is outside of the "
+                             f"vocabulary [0, {vocabulary}) and is not ignore_index {ignore_index}: does the tokenizer "
+                             "fit the model?")  # fmt: skip
+    return rows, torch.ones((), device=labels.device)
+
+
+# 1. reference ---------------------------------------------------------------------------------------------------------
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    num_targets: int | None,
+    reduce: bool,
+    hidden_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator_dtype(hidden.dtype)
+    rows, valid = _kept_rows(labels, weight.shape[0], ignore_index, num_targets)
+    loss = hidden.new_zeros(labels.shape, dtype=acc)
+    lse = torch.zeros_like(loss)
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
+    for part in rows.split(max(1, CHUNK // weight.shape[0])):
+        target = labels[part].long().unsqueeze(1)
+        logits = (hidden[part] @ weight.t()).to(acc)  # (R, V)
+        picked = logits.gather(1, target)
+        logits = logits.log_softmax(1)
+        part_loss = -logits.gather(1, target)
+        loss[part], lse[part] = part_loss.squeeze(1), (picked + part_loss).squeeze(1)
+        if hidden_grad:  # of the sum of the losses: a frozen head needs no second look at the logits
+            logits.exp_().scatter_add_(1, target, logits.new_full((), -1.0).expand_as(target))
+            d_hidden[part] = logits.to(hidden.dtype) @ weight
+    loss = loss * valid.to(acc)
+    return loss.sum() if reduce else loss, lse * valid.to(acc), d_hidden
+
+
+def linear_cross_entropy_bwd_reference(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    num_targets: int | None,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    acc = accumulator_dtype(hidden.dtype)
+    rows, _ = _kept_rows(labels, weight.shape[0], ignore_index, num_targets)
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
+    parts = rows.split(max(1, CHUNK // weight.shape[0]))
+    total = weight.new_zeros(weight.shape, dtype=acc) if weight_grad and len(parts) != 1 else None
+    d_weight = weight.new_empty(0)
+    for part in parts:
+        target = labels[part].long().unsqueeze(1)
+        h = hidden[part]
+        p = (h @ weight.t()).to(acc).sub_(lse[part].unsqueeze(1)).exp_()
+        p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
+        p = p.mul_((grad[part] if grad.dim() else grad.expand(part.shape)).to(acc).unsqueeze(1)).to(hidden.dtype)
+        if hidden_grad:
+            d_hidden[part] = p @ weight
+        if total is not None:
+            total = total.addmm_(p.t(), h) if acc == p.dtype else total.add_(p.t() @ h)
+        elif weight_grad:
+            d_weight = p.t() @ h
+    return d_hidden, d_weight if total is None else total.to(weight.dtype)
+
+
+# 2. Triton kernels ----------------------------------------------------------------------------------------------------
+@triton.jit
+def _logits(
+    h_ptr, w_ptr, rows, cols, N, V, D,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return a (BLOCK_M, BLOCK_N) tile of hidden @ weight^T; rows and columns past the end repeat the last one."""
+    ks = tl.arange(0, BLOCK_K)
+    h_ptrs = h_ptr + tl.minimum(rows, N - 1)[:, None] * D + ks[None, :]
+    w_ptrs = w_ptr + tl.minimum(cols, V - 1)[None, :] * D + ks[:, None]
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        if EVEN_K:
+            a, b = tl.load(h_ptrs), tl.load(w_ptrs)
+        else:
+            inside = start + ks < D
+            a, b = tl.load(h_ptrs, mask=inside[None, :], other=0.0), tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+        tile = dot(a, b, tile)
+        h_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return tile
+
+
+@triton.jit
+def _fwd_kernel(
+    h_ptr, w_ptr, label_ptr, lse_ptr, target_ptr, N, V, D, TILES,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of some rows over TILES vocabulary tiles, and the logit of the label where it is among them."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1).to(tl.int64)
+    label = tl.load(label_ptr + rows, mask=rows < N, other=-1)
+    first = tl.program_id(1) * TILES * BLOCK_N
+    last = tl.minimum(first + TILES * BLOCK_N, V)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    target = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(first, last, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        tile = _logits(h_ptr, w_ptr, rows, cols, N, V, D, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+        target += tl.sum(tl.where(cols[None, :] == label[:, None], tile, 0.0), 1)
+        tile = tl.where((cols < V)[None, :], tile, float("-inf"))
+        higher = tl.maximum(peak, tl.max(tile, 1))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(tile - higher[:, None]), 1)
+        peak = higher
+    tl.store(lse_ptr + split * N + rows, peak + tl.log(total), mask=rows < N)
+    tl.store(target_ptr + rows, target, mask=(rows < N) & (label >= first) & (label < last))
+
+
+@triton.jit
+def _bwd_kernel(
+    h_ptr, w_ptr, label_ptr, lse_ptr, grad_ptr, out_ptr, N, V, D, FIRST, WIDTH,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d loss / d logits of one tile of the vocabulary columns FIRST .. FIRST + WIDTH."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    local = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = FIRST + local
+    tile = _logits(h_ptr, w_ptr, rows, cols, N, V, D, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    label = tl.load(label_ptr + rows, mask=rows < N, other=-1)
+    lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
+    grad = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)
+    p = tl.exp(tile - lse[:, None]) - tl.where(cols[None, :] == label[:, None], 1.0, 0.0)
+    mask = (rows < N)[:, None] & (local < WIDTH)[None, :]
+    tl.store(
+        out_ptr + rows[:, None] * WIDTH + local[None, :], (p * grad[:, None]).to(out_ptr.dtype.element_ty), mask=mask
+    )
+
+
+# 3. launchers ---------------------------------------------------------------------------------------------------------
+def _config(n: int, d: int, dtype: torch.dtype) -> dict[str, int]:
+    half = dtype.itemsize == 2
+    block_k = min(64 if half else 32, max(16, next_power_of_2(d)))
+    return {
+        "EVEN_K": d % block_k == 0,
+        "BLOCK_M": 128 if n > 64 else 64 if n > 32 else 32 if n > 16 else 16,
+        "BLOCK_N": 128 if half else 64,
+        "BLOCK_K": block_k,
+        "num_warps": 8 if half and n > 64 else 4,
+        "num_stages": 3,
+    }
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in fp32, without rounding a sum that is still to be added to."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def linear_cross_entropy_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    num_targets: int | None,
+    reduce: bool,
+    hidden_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if hidden.dtype == torch.float64:
+        raise ValueError(
+            "fastmllm::linear_cross_entropy: the Triton kernel accumulates in fp32; fp64 runs on the CPU only"
+        )
+    (vocabulary, d), weight = weight.shape, weight.contiguous()
+    rows, valid = _kept_rows(labels, vocabulary, ignore_index, num_targets)
+    n = rows.numel()
+    loss = hidden.new_zeros(labels.shape, dtype=torch.float32)
+    lse = torch.zeros_like(loss)
+    if n:
+        config = _config(n, d, hidden.dtype)
+        blocks, tiles = cdiv(n, config["BLOCK_M"]), cdiv(vocabulary, config["BLOCK_N"])
+        share = max(1, blocks * tiles // 1056)  # vocabulary tiles a program walks: 8 programs an SM of the largest part
+        splits = cdiv(tiles, share)
+        partial = hidden.new_empty((splits, n), dtype=torch.float32)
+        target = hidden.new_full((n,), float("nan"), dtype=torch.float32)  # stays NaN if the label is in no tile
+        with device_of(hidden):
+            _fwd_kernel[(blocks, splits)](
+                hidden.index_select(0, rows), weight, labels.index_select(0, rows), partial, target,
+                n, vocabulary, d, share, **config,
+            )  # fmt: skip
+        kept_lse = partial.logsumexp(0) * valid
+        lse.index_copy_(0, rows, kept_lse)
+        loss.index_copy_(0, rows, kept_lse - target)
+    d_hidden = hidden.new_empty(0)
+    if hidden_grad:
+        one = loss.new_ones(())
+        d_hidden, _ = linear_cross_entropy_bwd_triton(
+            one, hidden, weight, labels, lse, ignore_index, num_targets, True, False
+        )
+    return loss.sum() if reduce else loss, lse, d_hidden
+
+
+def linear_cross_entropy_bwd_triton(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    num_targets: int | None,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    (vocabulary, d), weight = weight.shape, weight.contiguous()
+    rows, _ = _kept_rows(labels, vocabulary, ignore_index, num_targets)
+    n = rows.numel()
+    d_hidden = hidden.new_zeros(hidden.shape) if hidden_grad else hidden.new_empty(0)
+    d_weight = weight.new_empty(weight.shape if weight_grad else (0,))
+    if not n:
+        return d_hidden, d_weight.zero_()
+    kept, kept_labels, kept_lse = hidden.index_select(0, rows), labels.index_select(0, rows), lse.index_select(0, rows)
+    kept_grad = (grad.index_select(0, rows) if grad.dim() else grad.expand(n)).float().contiguous()
+    total = hidden.new_zeros((n, d), dtype=torch.float32) if hidden_grad else None
+    config = _config(n, d, hidden.dtype)
+    width = max(GRADIENT_CHUNK // n // 1024, 1) * 1024
+    for first in range(0, vocabulary, width):  # columns of the vocabulary: d_weight is written once, never accumulated
+        last = min(first + width, vocabulary)
+        tile = hidden.new_empty((n, last - first))
+        with device_of(hidden):
+            _bwd_kernel[(cdiv(n, config["BLOCK_M"]), cdiv(last - first, config["BLOCK_N"]))](
+                kept, weight, kept_labels, kept_lse, kept_grad, tile, n, vocabulary, d, first, last - first, **config
+            )
+        if total is not None:
+            total += _mm(tile, weight[first:last])
+        if weight_grad:
+            torch.mm(tile.t(), kept, out=d_weight[first:last])
+    if total is not None:
+        d_hidden.index_copy_(0, rows, total.to(hidden.dtype))
+    return d_hidden, d_weight
+
+
+# 4. operator ----------------------------------------------------------------------------------------------------------
+_linear_cross_entropy = torch.library.custom_op(
+    "fastmllm::linear_cross_entropy",
+    linear_cross_entropy_reference,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, SymInt? num_targets, bool reduce,"
+    " bool hidden_grad) -> (Tensor, Tensor, Tensor)",
+)
+_linear_cross_entropy.register_kernel("cuda")(linear_cross_entropy_triton)
+
+_linear_cross_entropy_bwd = torch.library.custom_op(
+    "fastmllm::linear_cross_entropy_bwd",
+    linear_cross_entropy_bwd_reference,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, int ignore_index,"
+    " SymInt? num_targets, bool hidden_grad, bool weight_grad) -> (Tensor, Tensor)",
+)
+_linear_cross_entropy_bwd.register_kernel("cuda")(linear_cross_entropy_bwd_triton)
+
+
+# 5. fake --------------------------------------------------------------------------------------------------------------
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, labels, ignore_index, num_targets, reduce, hidden_grad):
+    lse = hidden.new_empty(labels.shape, dtype=accumulator_dtype(hidden.dtype))
+    d_hidden = hidden.new_empty(hidden.shape if hidden_grad else (0,))
+    return lse.new_empty(()) if reduce else torch.empty_like(lse), lse, d_hidden
+
+
+@_linear_cross_entropy_bwd.register_fake
+def _(grad, hidden, weight, labels, lse, ignore_index, num_targets, hidden_grad, weight_grad):
+    return hidden.new_empty(hidden.shape if hidden_grad else (0,)), weight.new_empty(
+        weight.shape if weight_grad else (0,)
+    )
+
+
+# 6. autograd ----------------------------------------------------------------------------------------------------------
+def _setup_context(ctx, inputs, output):
+    hidden, weight, labels, ctx.ignore_index, ctx.num_targets, ctx.reduce, ctx.hidden_grad = inputs
+    _, lse, d_hidden = output
+    ctx.save_for_backward(*((d_hidden,) if ctx.hidden_grad else (hidden, weight, labels, lse)))
+    ctx.mark_non_differentiable(lse, d_hidden)
+
+
+def _backward(ctx, grad, _grad_lse, _grad_d_hidden):
+    d_hidden = d_weight = None
+    if ctx.hidden_grad:
+        (d_hidden,) = ctx.saved_tensors
+        d_hidden = (d_hidden * grad).to(d_hidden.dtype)
+    else:
+        d_hidden, d_weight = _linear_cross_entropy_bwd(
+            grad.contiguous(), *ctx.saved_tensors, ctx.ignore_index, ctx.num_targets, *ctx.needs_input_grad[:2]
+        )
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    return d_hidden if need_hidden else None, d_weight if need_weight else None, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+# 7. public function ---------------------------------------------------------------------------------------------------
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_targets: int | None = None,
+) -> Tensor:
+    """Cross entropy of `hidden @ weight^T` against `labels`, at the cost of the rows that have a label.
+
+    Args:
+        hidden: (T, D) float tensor, the rows after the model's final norm.
+        weight: (V, D) head in the dtype of `hidden`; frozen, it costs nothing in backward.
+        labels: (T,) integer ids, already aligned with the rows; `ignore_index` where a row is not scored.
+        ignore_index: the label of rows that are not scored; no logits are computed for them.
+        reduction: "mean" over the scored rows, "sum", or "none".
+        num_targets: the number of scored rows, where the host knows it: then a GPU is not waited for.
+
+    Returns:
+        Loss in fp32 (fp64 for fp64): a scalar, or (T,) with zeros in ignored rows for "none". With nothing to score
+        the loss is 0 and so are the gradients. On a GPU that is told `num_targets`, a label outside of the vocabulary
+        or a wrong count gives NaN, because an error would have to wait for the device.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; a label is outside of the vocabulary; `num_targets` is wrong.
+
+    Equal to torch.nn.functional.cross_entropy(hidden @ weight.T, labels) except for the empty mean, which is 0 here.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(f"fastmllm::linear_cross_entropy: expected hidden (T, D), weight (V, D), labels (T,), but "
+                         f"they are {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(labels.shape)}")  # fmt: skip
+    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        raise ValueError(f"fastmllm::linear_cross_entropy: hidden {hidden.dtype} and weight {weight.dtype} must be of "
+                         "one floating point dtype")  # fmt: skip
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"fastmllm::linear_cross_entropy: labels must be integers, got {labels.dtype}")
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(f"fastmllm::linear_cross_entropy: hidden is on {hidden.device}, weight on {weight.device}, "
+                         f"labels on {labels.device}")  # fmt: skip
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"fastmllm::linear_cross_entropy: reduction {reduction!r} is none of 'mean', 'sum', 'none'")
+    reduce = reduction != "none"
+    # a frozen head on the CPU: the gradient comes with the loss (2 products instead of 3)
+    early = reduce and hidden.device.type == "cpu" and hidden.requires_grad and not weight.requires_grad
+    loss, _, _ = _linear_cross_entropy(
+        hidden, weight, labels, ignore_index, num_targets, reduce, early and torch.is_grad_enabled()
+    )
+    if reduction != "mean":
+        return loss
+    return loss / ((labels != ignore_index).sum().clamp(min=1) if num_targets is None else max(num_targets, 1))
