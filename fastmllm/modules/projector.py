@@ -79,8 +79,8 @@ def pixel_shuffle(x: Tensor, rows: int, columns: int, factor: int) -> Tensor:
     """
     if x.dim() < 2 or x.shape[-2] != rows * columns or rows % factor or columns % factor:
         raise ValueError(
-            f"pixel_shuffle: x {tuple(x.shape)} must hold rows * columns = {rows} * {columns} tokens, both multiples of "
-            f"{factor}; choose an image size that gives such a grid"
+            f"pixel_shuffle: x {tuple(x.shape)} must hold rows * columns = {rows} * {columns} tokens, each a multiple "
+            f"of {factor}; choose an image size that gives such a grid"
         )
     blocks = x.reshape(*x.shape[:-2], rows // factor, factor, columns // factor, factor, x.shape[-1])
     return blocks.transpose(-4, -3).reshape(*x.shape[:-2], -1, factor * factor * x.shape[-1])
