@@ -1,0 +1,35 @@
+"""Images, texts and batches: from registry packages or a folder of photographs to packed tensors."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Public name -> module. Imported on first use, so that `import fastmllm.data` costs nothing.
+_PUBLIC = {
+    "cache_dir": "cache",
+    "Sample": "sample",
+    "ImageError": "images",
+    "load_image": "images",
+    "DataConfig": "build",
+    "Splits": "build",
+    "build": "build",
+    "Batch": "packing",
+    "collate": "packing",
+    "pack": "packing",
+    "MixtureSampler": "mixture",
+    "ChatTemplate": "text",
+    "TextError": "text",
+    "screen": "text",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A public name may equal its module's (`build`): bind it, or the import leaves the module in its place.
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value

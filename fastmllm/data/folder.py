@@ -1,0 +1,213 @@
+"""A folder (or .tar) of photographs, one folder a class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fastmllm.data.augment import rng_of
+from fastmllm.data.cache import atomic_path
+from fastmllm.data.images import ImageError, open_image
+from fastmllm.data.progress import track
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("validation", "valid", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Photos:
+    """Photographs by class.
+
+    Args:
+        classes: names, from the folders' names.
+        train: class -> files.
+        eval: class -> files, none of which has the same bytes as a training photograph.
+        skipped: reason -> count.
+        notes: what was decided about the folder.
+    """
+
+    classes: tuple[str, ...]
+    train: Mapping[str, tuple[Path, ...]]
+    eval: Mapping[str, tuple[Path, ...]]
+    skipped: Counter[str]
+    notes: tuple[str, ...]
+
+
+def extract_tar(archive: Path, cache: Path) -> Path:
+    """Unpack a .tar of images into the cache once.
+
+    Only regular files with an image's suffix are written; links and devices are left out.
+
+    Args:
+        archive: .tar, .tar.gz, ...
+        cache: asset folder.
+
+    Returns:
+        The folder; its name changes with the archive's size and time.
+
+    Raises:
+        ValueError: not a tar, damaged, or a member that points outside of the folder.
+        OSError: not enough space.
+    """
+    stat = archive.stat()
+    key = hashlib.sha256(f"{archive.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    target = cache / "photos" / f"{archive.name.split('.')[0]}-{key}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".tar-", dir=target.parent))
+    try:
+        with tarfile.open(archive) as tar:
+            members = [m for m in tar.getmembers() if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
+            needed, free = sum(m.size for m in members), shutil.disk_usage(target.parent).free
+            if needed > free:
+                raise OSError(f"{archive}: needs {needed} bytes, {free} free; set FASTMLLM_CACHE to another disk")
+            for member in track(members, f"unpacking {archive.name}", len(members)):
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts or "\\" in member.name:
+                    raise ValueError(f"{archive}: member {member.name!r} points outside of the folder; do not use it")
+                file = tar.extractfile(member)
+                assert file is not None  # a regular file
+                path = temporary.joinpath(*name.parts)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as out:
+                    shutil.copyfileobj(file, out)
+        os.replace(temporary, target)
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{archive}: not a tar archive, or damaged ({error}); fetch it again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed: int = 0) -> Photos:
+    """Find the photographs of a folder or a .tar, check that each can be decoded, and split them.
+
+    With train/<class>/ and validation/<class>/ (or val/, valid/, test/) that split is taken; with <class>/ alone,
+    a seeded share of each class is held out.
+
+    Args:
+        path: folder or .tar.
+        cache: asset folder; remembers which files were checked.
+        eval_share: share of a class that is held out where the folder has no split of its own.
+        seed: of that split.
+
+    Returns:
+        Photographs by class; files that cannot be decoded are counted in `skipped`.
+
+    Raises:
+        ValueError: no such folder, fewer than two classes, or a split without usable photographs.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise ValueError(f"data.path={path}: no such folder or .tar; check the path")
+    if root.is_file():
+        root = extract_tar(root, cache)
+    while len(inner := _folders(root)) == 1 and _folders(inner[0]):
+        root = inner[0]  # an archive with one folder around everything
+    parts = {folder.name.lower(): folder for folder in _folders(root)}
+    train_root = next((parts[name] for name in TRAIN_NAMES if name in parts), None)
+    eval_root = next((parts[name] for name in EVAL_NAMES if name in parts), None)
+    skipped: Counter[str] = Counter()
+    checks = _checked(root, cache, skipped)
+    notes: list[str] = []
+    if train_root is not None and eval_root is not None:
+        train, held = _classes(train_root, checks), _classes(eval_root, checks)
+        notes.append(f"split of the folder itself: {train_root.name}/ and {eval_root.name}/")
+    else:
+        train, held = _split(_classes(train_root or root, checks), eval_share, seed)
+        notes.append(f"no split in the folder: {eval_share:.0%} of each class held out, seed {seed}")
+    _drop_copies(train, held, checks, skipped)
+    classes = tuple(sorted(name for name in train if train[name] and held.get(name)))
+    for name in sorted((set(train) | set(held)) - set(classes)):
+        notes.append(f"class {name!r} left out: no usable photograph in one of the two splits")
+    if len(classes) < 2:
+        raise ValueError(f"{root}: {len(classes)} usable classes; give one folder a class, two at least, with images")
+    return Photos(
+        classes=classes,
+        train={name: tuple(train[name]) for name in classes},
+        eval={name: tuple(held[name]) for name in classes},
+        skipped=skipped,
+        notes=tuple(notes),
+    )
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _classes(root: Path, checks: Mapping[Path, str]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for folder in _folders(root):
+        name = " ".join(folder.name.replace("_", " ").replace("-", " ").lower().split())
+        files = sorted(file for file in folder.rglob("*") if file in checks)
+        found.setdefault(name, []).extend(files)
+    return found
+
+
+def _checked(root: Path, cache: Path, skipped: Counter[str]) -> dict[Path, str]:
+    # Usable file -> digest of its bytes. Decoding is the only way to find a truncated file, so it is done once
+    # for each (path, size, time) and remembered.
+    files = sorted(file for file in root.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+    stamp = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    record = cache / "photos" / f"checked-{stamp}.json"
+    try:
+        known: dict[str, list[str]] = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+
+    def check(file: Path) -> tuple[str, str, str]:
+        stat = file.stat()
+        key = f"{file.relative_to(root)}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key in known:
+            return key, known[key][0], known[key][1]
+        try:
+            open_image(file)
+            return key, hashlib.sha256(file.read_bytes()).hexdigest(), ""
+        except ImageError as error:
+            return key, "", str(error)
+
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        results = list(track(pool.map(check, files), "checking photographs", len(files)))
+    fresh = {key: [digest, problem] for key, digest, problem in results}
+    if fresh != known:
+        with atomic_path(record) as temporary:
+            temporary.write_text(json.dumps(fresh), encoding="utf-8")
+    for _, digest, _ in results:
+        if not digest:
+            skipped["unreadable image"] += 1
+    return {file: digest for file, (_, digest, _) in zip(files, results, strict=True) if digest}
+
+
+def _split(
+    classes: Mapping[str, list[Path]], share: float, seed: int
+) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    train: dict[str, list[Path]] = {}
+    held: dict[str, list[Path]] = {}
+    for name, files in classes.items():
+        order = rng_of("split", seed, name).permutation(len(files))
+        count = min(len(files) - 1, max(1, round(share * len(files)))) if len(files) > 1 else 0
+        held[name] = [files[i] for i in sorted(order[:count])]
+        train[name] = [files[i] for i in sorted(order[count:])]
+    return train, held
+
+
+def _drop_copies(
+    train: Mapping[str, list[Path]], held: dict[str, list[Path]], checks: Mapping[Path, str], skipped: Counter[str]
+) -> None:
+    seen = {checks[file] for files in train.values() for file in files}
+    for name, files in held.items():
+        kept = [file for file in files if checks[file] not in seen]
+        if len(kept) < len(files):
+            skipped["evaluation photograph that is also in training"] += len(files) - len(kept)
+        held[name] = kept

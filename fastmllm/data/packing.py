@@ -1,0 +1,173 @@
+"""Packed batches: samples one after the other, without padding, with cumulative lengths."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastmllm.data.images import load_image
+from fastmllm.data.sample import Sample
+from fastmllm.data.text import CHAT, ChatTemplate, Tokens, tokenise
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IGNORE = -100
+
+
+@dataclass(slots=True)
+class Batch:
+    """S samples with I images in T tokens; image positions hold the image token's id.
+
+    Args:
+        input_ids: (T,) int64.
+        labels: (T,) int64, already shifted: labels[t] is what position t must predict; -100 = not scored.
+        position_ids: (T,) int64, restarting in each sample.
+        cu_seqlens: (S + 1,) int32.
+        max_seqlen: longest sample, a host number.
+        image_index: (I * K,) int64, positions that take visual tokens, image by image, row-major.
+        pixels: (I, H, W, 3) uint8; None where features are cached, or without images.
+        num_targets: scored positions, a host number.
+        ids: S sample ids.
+        image_paths: I paths.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    image_index: torch.Tensor
+    pixels: torch.Tensor | None
+    num_targets: int
+    ids: list[str]
+    image_paths: list[str]
+
+
+def sequence_length(tokens: Tokens, num_visual_tokens: int, with_answer: bool = True) -> int:
+    """Return the length of a sample in a batch."""
+    answer = len(tokens.answer) if with_answer else 0
+    return len(tokens.prefix) + num_visual_tokens + len(tokens.prompt) + answer
+
+
+def collate(
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    *,
+    num_visual_tokens: int,
+    image_size: int,
+    image_token_id: int,
+    template: ChatTemplate = CHAT,
+    load_pixels: bool = True,
+    with_answers: bool = True,
+    vocab_size: int | None = None,
+) -> Batch:
+    """Pack samples: [prefix] [K image tokens] [prompt] [answer] [end].
+
+    The image's tokens are always there in full; a sample without an image has none.
+
+    Args:
+        samples: at least one.
+        tokenizer: of the language model.
+        num_visual_tokens: K, for each image.
+        image_size: side in pixels that images are resized to.
+        image_token_id: placeholder in `input_ids`; its embedding is replaced.
+        template: text around prompt and answer.
+        load_pixels: False leaves `pixels` None, for features cached by `image_paths`.
+        with_answers: False ends each sample at its prompt, for generation; nothing is scored then.
+        vocab_size: as `tokenise`.
+
+    Raises:
+        ValueError: no samples, or K < 1.
+        TextError: a prompt or an answer that cannot be tokenised.
+        ImageError: an image that cannot be read.
+    """
+    if not samples:
+        raise ValueError("collate: no samples; give at least one")
+    if num_visual_tokens < 1:
+        raise ValueError(f"collate: num_visual_tokens must be at least 1, got {num_visual_tokens}")
+    input_ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    bounds = [0]
+    image_index: list[int] = []
+    paths: list[str] = []
+    for sample in samples:
+        tokens = tokenise(sample, tokenizer, template, vocab_size=vocab_size)
+        start = bounds[-1]
+        row = list(tokens.prefix)
+        if sample.image is not None:
+            image_index += range(start + len(row), start + len(row) + num_visual_tokens)
+            row += [image_token_id] * num_visual_tokens
+            paths.append(sample.image)
+        row += tokens.prompt
+        target = [IGNORE] * len(row)
+        if with_answers:
+            # The prompt's last position predicts the answer's first token, the end token predicts nothing.
+            target = [*target[:-1], *tokens.answer, IGNORE]
+            row += tokens.answer
+        input_ids += row
+        labels += target
+        positions += range(len(row))
+        bounds.append(start + len(row))
+    pixels = None
+    if load_pixels and paths:
+        pixels = torch.stack([load_image(path, image_size) for path in paths])  # (I, H, W, 3)
+    return Batch(
+        input_ids=torch.tensor(input_ids, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(end - start for start, end in pairwise(bounds)),
+        image_index=torch.tensor(image_index, dtype=torch.int64),
+        pixels=pixels,
+        num_targets=sum(label != IGNORE for label in labels),
+        ids=[sample.id for sample in samples],
+        image_paths=paths,
+    )
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Distribute items over bins of `capacity`: first fit, longest first, equal lengths in their order.
+
+    Args:
+        lengths: tokens of each item, at least 1.
+        capacity: tokens of a bin.
+
+    Returns:
+        Indices of each bin, in the order in which they were put there.
+
+    Raises:
+        ValueError: an item below 1 or above the capacity (image tokens are never cut).
+    """
+    for i, length in enumerate(lengths):
+        if not 1 <= length <= capacity:
+            raise ValueError(
+                f"pack: item {i} has {length} tokens, a bin holds 1 to {capacity}; raise the token budget or shorten it"
+            )
+    try:
+        planner = importlib.import_module("fastmllm._planner")
+    except ImportError:  # installed without the native extension
+        return pack_reference(lengths, capacity)
+    return [list(bin_) for bin_ in planner.pack_first_fit(list(lengths), capacity)]
+
+
+def pack_reference(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Do what the native `pack_first_fit` does, in Python."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda item: -lengths[item]):  # sorted is stable
+        for b, free in enumerate(room):
+            if lengths[i] <= free:
+                bins[b].append(i)
+                room[b] -= lengths[i]
+                break
+        else:
+            bins.append([i])
+            room.append(capacity - lengths[i])
+    return bins
