@@ -1,0 +1,1 @@
+"""Vision encoders, language models, their composition, and checkpoints in and out."""
