@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _native  # noqa: F401 - registers the CPU operator
 from ._triton import accumulator_dtype
 
 CENTRE = 128  # of a uint8 value, and its scale

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, gradients, strided
 
+from fastmllm.kernels import _native
+from fastmllm.kernels import patch_embed as op
 from fastmllm.kernels.patch_embed import fold_normalization, patch_embed, patch_embed_folded
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -61,6 +63,23 @@ def test_empty(shape, uint8):
     assert out.shape == (shape[0], len(leaves[2]), 16)
     for t, g in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
         torch.testing.assert_close(g, torch.zeros_like(t))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("uint8", [True, False])
+@pytest.mark.parametrize("parts", [(True, True), (True, False), (False, True), (False, False)])
+def test_native_matches_reference(dtype, uint8, parts):
+    if _native.EXTENSION_MISSING:
+        pytest.skip(f"the C++ operators are {_native.EXTENSION_MISSING}")
+    for shape in [*SHAPES, (0, 8, 8, 4, 16), (2, 0, 8, 4, 16), (1, 70, 98, 7, 19)]:
+        pixels, w, b, p = _inputs(shape, dtype, uint8)
+        b = b.float() if parts[0] and dtype != torch.float64 else b if parts[0] else None  # as folding leaves it
+        args = (strided(pixels), strided(w), b, strided(p) if parts[1] else None, shape[3])
+        got, want = torch.ops.fastmllm.patch_embed(*args), op.patch_embed_reference(*args)
+        wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+        assert_as_accurate(got, want, op.patch_embed_reference(*wide), ulps=2)
 
 
 def _torch_gradients(inputs, seed, patch):
