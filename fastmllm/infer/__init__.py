@@ -1,0 +1,1 @@
+"""Generate from and score with a model: greedy, sampled, and over closed sets."""
