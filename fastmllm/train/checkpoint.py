@@ -1,0 +1,307 @@
+"""What survives a stop: checkpoints of a run, exported weights, and the identity of both.
+
+Everything is written under a temporary name, then renamed; a write that fails leaves what was there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+ENGINE_TAG = "engine"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or belongs to another run."""
+
+
+class EngineLike(Protocol):
+    """Name what a checkpoint needs of `engine.Engine`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def gather(self, value: Any) -> list[Any]: ...
+    def save(self, folder: Path, tag: str) -> Exception | None: ...
+    def load(self, folder: Path, tag: str) -> None: ...
+
+
+# --- identity ---------------------------------------------------------------------------------------------------
+
+
+def fingerprint(value: Any) -> str:
+    """Return 16 hexadecimal digits of a JSON-able value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_fingerprint(model: nn.Module, *, trainable: bool) -> str:
+    """Return 16 hexadecimal digits of the names, shapes and bits of the parameters that learn, or of all others.
+
+    Args:
+        model: parameters whole, that is before an engine partitions them.
+        trainable: which half; the frozen half includes the buffers of its state dict.
+    """
+    learning = {name for name, param in model.named_parameters() if param.requires_grad}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if (name in learning or (isinstance(tensor, nn.Parameter) and tensor.requires_grad)) != trainable:
+            continue
+        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        # crc32, not sha256, over the bits: a gigabyte must take a second, and nobody forges weights here.
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(data):08x}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """List what differs between two JSON-able values, as "key: old -> new"."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
+
+
+# --- atomic writing ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write; rename it to path when the body succeeds, remove it when it fails.
+
+    Raises:
+        CheckpointError: the body or the rename failed to write; names the space left.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        if _is_write_problem(error):
+            raise CheckpointError(_full_disk(path, str(error), "what was there before is intact")) from error
+        raise
+
+
+def _is_write_problem(error: Exception) -> bool:
+    """True for an OSError and for the errors that torch and safetensors make of one."""
+    if isinstance(error, OSError):
+        return True
+    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+
+
+def _full_disk(path: Path, problem: str, kept: str) -> str:
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**20
+    return f"cannot write {path}: {problem} ({free:,.0f} MiB free there); {kept}. Free space, then run the same again"
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk, so that the rename cannot get there first."""
+    with path.open("rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+
+
+# --- checkpoints of a run ---------------------------------------------------------------------------------------
+
+
+def save_checkpoint(engine: EngineLike, folder: Path, meta: Mapping[str, Any], *, keep: int = 1) -> Path:
+    """Write a checkpoint of all ranks; called by all of them.
+
+    Args:
+        engine: what holds trainable parameters and optimizer state.
+        folder: of this run's checkpoints.
+        meta: JSON-able; `step` names the checkpoint.
+        keep: newest checkpoints that stay; older ones are removed once this one is in place.
+
+    Returns:
+        the checkpoint's folder.
+
+    Raises:
+        CheckpointError: some rank could not write; earlier checkpoints are intact.
+    """
+    final = folder / f"step-{meta['step']:08d}"
+    name = engine.gather(f"{final.name}.tmp-{os.getpid()}")[0]
+    temporary = folder / name
+    problem: Exception | None = None
+    try:
+        if engine.rank == 0:
+            remove_leftovers(folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / ENGINE_TAG).mkdir(parents=True)
+    except OSError as error:
+        problem = error
+    _raise_together(engine, problem, temporary, final)
+
+    problem = engine.save(temporary, ENGINE_TAG)
+    try:
+        if problem is None:
+            torch.save(_rng_state(engine.device), temporary / f"rng-{engine.rank}.pt")
+    except (OSError, RuntimeError) as error:
+        problem = error
+    _raise_together(engine, problem, temporary, final)
+
+    try:
+        if engine.rank == 0:
+            (temporary / "meta.json").write_text(json.dumps(dict(meta), indent=1), encoding="utf-8")
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    _flush(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            with atomic_file(folder / "latest") as pointer:
+                pointer.write_text(final.name, encoding="utf-8")
+            for old in sorted(folder.glob("step-????????"))[: -max(1, keep)]:
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
+    except (OSError, CheckpointError) as error:
+        problem = error
+    _raise_together(engine, problem, temporary, final)
+    return final
+
+
+def _raise_together(engine: EngineLike, problem: Exception | None, temporary: Path, final: Path) -> None:
+    """Raise on every rank when one rank has a problem, so that none waits for a rank that left."""
+    problems = [text for text in engine.gather(None if problem is None else str(problem) or repr(problem)) if text]
+    if not problems:
+        return
+    if engine.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    earlier = latest_checkpoint(final.parent)
+    kept = f"the checkpoint {earlier.name} is intact" if earlier else "no earlier checkpoint exists"
+    raise CheckpointError(_full_disk(final, problems[0].splitlines()[0], kept)) from problem
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove half-written checkpoints whose process is gone."""
+    for path in folder.glob("*.tmp-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint's folder, or None."""
+    pointer = folder / "latest"
+    if pointer.exists():
+        path = folder / pointer.read_text(encoding="utf-8").strip()
+        if (path / "meta.json").exists():
+            return path
+    # A kill between the two renames leaves a complete folder that the pointer does not name yet.
+    complete = [path for path in sorted(folder.glob("step-????????")) if (path / "meta.json").exists()]
+    return complete[-1] if complete else None
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """Return what `save_checkpoint` was given as meta."""
+    meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+    assert isinstance(meta, dict)
+    return meta
+
+
+def load_checkpoint(engine: EngineLike, checkpoint: Path) -> None:
+    """Bring parameters, optimizer state and random state of a checkpoint back, to the bit; called by all ranks."""
+    engine.load(checkpoint, ENGINE_TAG)
+    state = torch.load(checkpoint / f"rng-{engine.rank}.pt", weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if "device" in state and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(state["device"], engine.device)
+
+
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["device"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to <folder>.old-<n>, so that nothing that was saved is lost; return the new path."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    os.replace(folder, target)
+    return target
+
+
+# --- exported weights -------------------------------------------------------------------------------------------
+
+
+def save_trainable(model: nn.Module, path: Path | str, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the parameters that learn, and the buffers beside them, as safetensors; atomic.
+
+    Args:
+        model: parameters whole (after `Engine.close`).
+        path: a .safetensors file.
+        metadata: strings for the file's header.
+
+    Raises:
+        CheckpointError: the file could not be written; an earlier one is intact.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        params = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+        if params:
+            hidden = module._non_persistent_buffers_set
+            buffers = {n: b for n, b in module.named_buffers(recurse=False) if n not in hidden}
+            for name, tensor in (params | buffers).items():
+                tensors[f"{prefix}.{name}" if prefix else name] = (
+                    tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                )
+    with atomic_file(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=dict(metadata or {}))
+
+
+def load_trainable(model: nn.Module, path: Path | str) -> dict[str, str]:
+    """Copy the tensors of a `save_trainable` file into a model, cast to its dtypes.
+
+    Returns:
+        the file's metadata.
+
+    Raises:
+        CheckpointError: a tensor has no place of its name and shape in the model; nothing is copied.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    with safe_open(str(path), framework="pt") as file:
+        names = list(file.keys())
+        for name in names:
+            if name not in own:
+                near = difflib.get_close_matches(name, own, n=3)
+                raise CheckpointError(f"{path}: {name} is not in this model; near names: {', '.join(near) or 'none'}")
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(own[name].shape):
+                raise CheckpointError(f"{path}: {name} is {shape} in the file, {tuple(own[name].shape)} in this model")
+        with torch.no_grad():
+            for name in names:
+                own[name].copy_(file.get_tensor(name))
+        return dict(file.metadata() or {})

@@ -1,0 +1,383 @@
+"""DeepSpeed behind one small class; the only file that imports it."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import importlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+HYPERPARAMETERS = ("weight_decay", "betas", "eps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Choose how a step is spread over memory and ranks; nothing here changes what is learned, but `dtype`.
+
+    Args:
+        zero_stage: what the ranks share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
+        dtype: parameters in the forward pass, "float32" or "bfloat16" (fp32 master copy). "float32" casts
+            nothing: a frozen part that was loaded in bfloat16 stays so.
+        accumulation: micro-batches in a step, on each rank.
+        bucket_elements: upper bound on a reduction bucket; the trainable count is used when it is smaller.
+        offload: "none", or "cpu" to keep the optimizer state in host memory (stages 2 and 3).
+        timeout_s: seconds after which a collective that a rank does not join is an error, on every rank.
+    """
+
+    zero_stage: int = 2
+    dtype: str = "float32"
+    accumulation: int = 1
+    bucket_elements: int = 50_000_000
+    offload: str = "none"
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"engine: zero_stage is {self.zero_stage}; choose 0, 1, 2 or 3")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"engine: dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "engine: bfloat16 with zero_stage 0 is refused: DeepSpeed's stage-0 bf16 optimizer takes a real AdamW "
+                "step while it initializes, so Adam's counter is one ahead and losses drift; use zero_stage 1 or more"
+            )
+        if self.offload not in ("none", "cpu"):
+            raise ValueError(f"engine: offload is {self.offload!r}; choose none or cpu")
+        if self.offload == "cpu" and self.zero_stage < 2:
+            raise ValueError(f"engine: offload=cpu needs zero_stage 2 or 3, not {self.zero_stage}")
+        if self.accumulation < 1 or self.bucket_elements < 1 or self.timeout_s <= 0:
+            raise ValueError("engine: accumulation, bucket_elements and timeout_s must be positive")
+
+    def to_dict(self, *, clip: float, num_trainable: int) -> dict[str, Any]:
+        """Return DeepSpeed's configuration.
+
+        Args:
+            clip: largest global gradient norm; 0 does not clip.
+            num_trainable: elements that learn; bounds the buckets, which DeepSpeed allocates whole.
+        """
+        bucket = -(-min(self.bucket_elements, num_trainable) // 64) * 64  # stages 1 and 2 align on it
+        zero: dict[str, Any] = {"stage": self.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if self.zero_stage == 3:
+            zero |= {"stage3_prefetch_bucket_size": bucket}
+        if self.offload == "cpu":
+            zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # batches are packed: DeepSpeed only counts with it
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": 0.0 if self.zero_stage == 0 else float(clip),  # stage 0's fails on scalars
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # else offload compiles DeepSpeedCPUAdam
+            "steps_per_print": None,
+            "wall_clock_breakdown": False,
+        }
+        if self.dtype == "bfloat16":
+            config["bf16"] = {"enabled": True}
+        return config
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed, quietly, for the device at hand and without its compile-on-import traps."""
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise ImportError(
+            f"training needs DeepSpeed, and importing it failed ({error}); install torch first, then: "
+            "pip install deepspeed==0.19.8"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Stage 3 calls it twice a step under its old name.
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor` is deprecated", category=FutureWarning)
+    if not has_cuda:
+        # Built with the C++ compiler at the first init (a minute or more), and used for inference only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def launched_world_size() -> int:
+    """Return the number of ranks that the launcher's environment names; 1 without a launcher.
+
+    Raises:
+        RuntimeError: the environment asks for several ranks but lacks what they need to meet.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if world_size > 1 and missing:
+        raise RuntimeError(
+            f"WORLD_SIZE is {world_size} but {', '.join(missing)} are not set; start the ranks with torchrun "
+            f"(torchrun --nproc_per_node {world_size} ...) or unset WORLD_SIZE"
+        )
+    return world_size
+
+
+def init_ranks(timeout_s: float = 600.0) -> tuple[int, int, torch.device]:
+    """Join the other ranks, or stand alone when no launcher started this process; later calls change nothing.
+
+    Args:
+        timeout_s: seconds, for every group that is made afterwards as well.
+
+    Returns:
+        rank, world size, device of this rank.
+    """
+    world_size = launched_world_size()
+    deepspeed = _deepspeed()
+    torch_backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    timeout = timedelta(seconds=timeout_s)
+
+    def new_group(self: Any, ranks: Sequence[int]) -> Any:
+        # DeepSpeed drops the timeout here, and stages 0 to 2 then wait for torch's half hour.
+        return torch.distributed.new_group(list(ranks), timeout=timeout)
+
+    torch_backend.new_group = new_group
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not torch.distributed.is_initialized():
+        if world_size == 1:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, even alone
+            # A store in memory: no port to find, none to lose to another process.
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        atexit.register(_leave_ranks)
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+@contextmanager
+def _without_broadcast() -> Iterator[None]:
+    """Skip DeepSpeed's broadcasts of the model: they view parameters as bytes, which scalars (gates) refuse."""
+    engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    init = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
+
+    def partition(self: Any, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()  # type: ignore[attr-defined]
+
+    originals = engine._broadcast_model, init._zero_init_param
+    engine._broadcast_model, init._zero_init_param = lambda self: None, partition
+    try:
+        yield
+    finally:
+        engine._broadcast_model, init._zero_init_param = originals
+
+
+def _leave_ranks() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Engine:
+    """Hold one model, its optimizer and its ranks; made by `create_engine`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        config: EngineConfig,
+        clip: float,
+    ) -> None:
+        self.model, self.config = model, config
+        self.rank, self.world_size, self.device = init_ranks(config.timeout_s)
+        # Counts and messages travel between hosts, so that reading them never waits for the device.
+        self._hosts = None
+        if self.world_size > 1:
+            self._hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
+        deepspeed = self._deepspeed = _deepspeed()
+        self._param_keys = [(p, set(vars(p))) for p in model.parameters()]
+        self._module_keys = [(m, set(vars(m))) for m in model.modules()]
+        self._learning = [param for group in groups for param in group["params"]]
+        self._clip, self._norm = clip, torch.zeros(())
+        num_trainable = sum(param.numel() for param in self._learning)
+        self._hyperparameters = [
+            {"lr": group["lr"]} | {key: group[key] for key in HYPERPARAMETERS if key in group} for group in groups
+        ]
+        optimizer_groups = [
+            {"params": group["params"], **values} for group, values in zip(groups, self._hyperparameters, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(optimizer_groups, fused=True)
+        self._same_start()
+        with warnings.catch_warnings(), _without_broadcast():
+            warnings.simplefilter("ignore")
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=config.to_dict(clip=clip, num_trainable=num_trainable),
+                dist_init_required=False,
+            )
+        self._engine._copy_recovery_script = lambda path: None  # 50 KB of scripts in every checkpoint
+        self._write = self._engine.checkpoint_engine.save
+        self._write_problem: Exception | None = None
+        self._engine.checkpoint_engine.save = self._guarded_write
+
+    def _same_start(self) -> None:
+        """Give every rank rank 0's parameters."""
+        self.model.to(self.device)
+        if self.world_size > 1:
+            for param in self.model.parameters():
+                value = param.detach().contiguous()
+                torch.distributed.broadcast(value, 0)
+                param.data.copy_(value)
+
+    def loss_sum(self, batch: Any) -> Tensor:
+        """Run the model on a batch (moved to this rank's device).
+
+        Returns:
+            scalar, fp32: the loss summed over the batch's targets.
+        """
+        loss = self._engine(_to_device(batch, self.device))
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"train: model(batch) gave {what}; it must give the loss summed over targets, a scalar")
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "train: the loss depends on no trainable parameter; run the trainable modules on every batch "
+                "(on a batch without images: on one zero image, and add 0 * output.sum())"
+            )
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss; gradients are averaged over ranks, summed over micro-batches."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """End a micro-batch; the last of a step updates the parameters."""
+        if self.config.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self._norm = nn.utils.clip_grad_norm_(self._learning, self._clip or math.inf)
+        self._engine.step()
+        if self.config.zero_stage > 0:
+            self._norm = self._engine.get_global_grad_norm()
+
+    def set_hyperparameters(self, factor: float) -> None:
+        """Set every group's hyperparameters to its own values, its learning rate times a factor.
+
+        They are the trainer's, never a checkpoint's: some DeepSpeed loaders give every group the first one's.
+        """
+        for group, values in zip(self.optimizer.param_groups, self._hyperparameters, strict=True):
+            group.update(values | {"lr": values["lr"] * factor})
+
+    def read(self, loss: Tensor) -> tuple[float, float]:
+        """Read the step's loss, summed over ranks, and the gradient norm: the one wait for the device.
+
+        Returns:
+            loss sum; global gradient norm before clipping (infinite when a gradient is NaN).
+        """
+        loss = loss.detach().float().reshape(1)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(loss)
+        norm = torch.as_tensor(self._norm, dtype=torch.float32, device=loss.device)
+        first, second = torch.cat([loss, norm.reshape(1)]).tolist()
+        return first, second if second >= 0 else math.inf  # DeepSpeed writes -1 for a NaN
+
+    def sum_over_ranks(self, *counts: int) -> list[int]:
+        """Sum host integers over ranks."""
+        if self.world_size == 1:
+            return list(counts)
+        total = torch.tensor(counts, dtype=torch.int64)
+        torch.distributed.all_reduce(total, group=self._hosts)
+        return [int(value) for value in total]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give every rank the list of every rank's value (a small picklable object)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value, group=self._hosts)
+        return values
+
+    def save(self, folder: Path, tag: str) -> Exception | None:
+        """Write trainable parameters and optimizer state under folder/tag.
+
+        Returns:
+            what this rank could not write; all ranks come back even so, since none leaves the barriers inside.
+        """
+        self._write_problem = None
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        return self._write_problem
+
+    def _guarded_write(self, state_dict: Any, path: str) -> None:
+        try:
+            self._write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            self._write_problem = error
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what `save` wrote; frozen parameters keep the values that they have."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"train: {folder / tag} holds no checkpoint that DeepSpeed can read")
+
+    def close(self) -> None:
+        """Give the model back whole: full parameters, nothing of DeepSpeed on them."""
+        params = [param for param, _ in self._param_keys]
+        if self.config.zero_stage == 3:
+            with self._deepspeed.zero.GatheredParameters(params):
+                values = [param.detach().clone() for param in params]
+        else:  # trainable parameters are views of one flat buffer
+            values = [param.detach().clone() if param.requires_grad else param.detach() for param in params]
+        self._engine.destroy()
+        for (param, keys), value in zip(self._param_keys, values, strict=True):
+            param.grad = None
+            param.data = value
+            for key in set(vars(param)) - keys:
+                delattr(param, key)
+        for module, keys in self._module_keys:
+            module._parameters = dict(module._parameters)
+            for key in set(vars(module)) - keys:
+                delattr(module, key)
+        del self._engine
+
+
+def create_engine(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], config: EngineConfig, clip: float = 0.0
+) -> Engine:
+    """Put a model whose `model(batch)` is a loss sum behind DeepSpeed.
+
+    Args:
+        model: moved to this rank's device; cast when config.dtype is bfloat16 (buffers keep their dtype).
+        groups: parameter groups of `stages.apply_rules` (params, lr, weight_decay, betas).
+        config: how to spread the step.
+        clip: largest global gradient norm; 0 does not clip.
+
+    Returns:
+        the engine; `close()` it to use the model elsewhere.
+
+    Raises:
+        ImportError: DeepSpeed is missing; says what to install.
+    """
+    if not groups:
+        raise ValueError("train: no parameter learns; give the stage a rule, such as trainable={'connector.*': 1e-3}")
+    return Engine(model, groups, config, clip)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if device.type == "cpu" or not dataclasses.is_dataclass(batch) or isinstance(batch, type):
+        return batch
+    moved = {
+        field.name: value.to(device, non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    return dataclasses.replace(batch, **moved)

@@ -1,0 +1,400 @@
+"""The training loop of one stage: deterministic, resumable to the bit, weighted by target tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fastmllm.train.checkpoint import (
+    CheckpointError,
+    atomic_file,
+    differences,
+    fingerprint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_trainable,
+    model_fingerprint,
+    read_meta,
+    remove_leftovers,
+    save_checkpoint,
+    save_trainable,
+    set_aside,
+)
+from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
+from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log
+from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
+
+
+class BatchLike(Protocol):
+    """Name what the trainer reads of a batch; the rest is the model's."""
+
+    input_ids: Tensor  # (T,)
+    num_targets: int
+    ids: list[str]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient is NaN or infinite."""
+
+
+class TrainingInterrupted(SystemExit):
+    """A signal stopped the run after it was saved; ends the process with 128 + the signal's number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageResult:
+    """Hold what a finished stage reports.
+
+    Args:
+        name: of the stage.
+        steps: taken.
+        loss_first, loss_last: means over the first and the last tenth of the steps, per target token.
+        tokens, targets: seen by all ranks.
+        seconds: of training, over all runs that it took.
+        step_ms: median.
+        weights: the exported .safetensors file.
+        reused: True when an earlier run had finished this stage and nothing was trained.
+    """
+
+    name: str
+    steps: int
+    loss_first: float
+    loss_last: float
+    tokens: int
+    targets: int
+    seconds: float
+    step_ms: float
+    weights: str
+    reused: bool = False
+
+
+class Trainer:
+    """Train one stage.
+
+    Args:
+        model: `model(batch)` gives the loss summed over the batch's targets (scalar, fp32), from every batch.
+        stage: what learns, how fast, for how long.
+        engine_config: ZeRO stage, dtype, accumulation.
+        batches: index -> batch, deterministic, so that a resumed run sees what it would have seen; the index is
+            (step * accumulation + micro-batch) * ranks + rank. It may run one step ahead, in a thread.
+        out_dir: of this stage: log.jsonl, checkpoints/, trainable.safetensors, result.json.
+        recipe: JSON-able identity of what the trainer cannot see (data, tokenizer); part of the fingerprint.
+        on_mismatch: what to do when out_dir holds another recipe's run: "error", or "fresh" to rename that
+            folder and start.
+        save_every: steps between checkpoints; 0 saves on a stop only.
+        keep: newest checkpoints that stay.
+        on_step: called after each step, on every rank.
+        console: of rank 0's output; the standard output by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: StageConfig,
+        engine_config: EngineConfig,
+        batches: Callable[[int], BatchLike],
+        out_dir: Path | str,
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        on_mismatch: str = "error",
+        save_every: int = 0,
+        keep: int = 1,
+        on_step: Callable[[StepRecord], None] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        if on_mismatch not in ("error", "fresh"):
+            raise ValueError(f"trainer: on_mismatch is {on_mismatch!r}; choose error or fresh")
+        if save_every < 0 or keep < 1:
+            raise ValueError(f"trainer: save_every ({save_every}) must not be negative, keep ({keep}) must be positive")
+        self.model, self.stage, self.engine_config, self.batches = model, stage, engine_config, batches
+        self.out_dir = Path(out_dir)
+        self.on_mismatch, self.save_every, self.keep, self.on_step = on_mismatch, save_every, keep, on_step
+        self.console = console or Console()
+        self.world_size = launched_world_size()
+        self.groups = apply_rules(
+            model, stage.trainable, weight_decay=stage.weight_decay, betas=stage.betas, eps=stage.eps
+        )
+        # What is learned from what: equal recipes give equal results, up to rounding.
+        self.recipe: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    "stage": asdict(stage),
+                    "dtype": engine_config.dtype,
+                    "micro_batches": engine_config.accumulation * self.world_size,
+                    "frozen_weights": model_fingerprint(model, trainable=False),
+                    "initial_weights": model_fingerprint(model, trainable=True),
+                    "given": dict(recipe or {}),
+                }
+            )
+        )
+        # How it is spread: a checkpoint's files can be read by the same spread only.
+        self.layout: dict[str, Any] = {
+            "zero_stage": engine_config.zero_stage,
+            "ranks": self.world_size,
+            "accumulation": engine_config.accumulation,
+            "offload": engine_config.offload,
+        }
+        self.fingerprint = fingerprint(self.recipe)
+        self._signal = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this run's checkpoints."""
+        return self.out_dir / "checkpoints"
+
+    def run(self) -> StageResult:
+        """Train, or resume, or return the stored result of a finished stage; leaves the model in eval mode.
+
+        Raises:
+            CheckpointError: out_dir holds another recipe's run, or the disk is full (nothing saved is lost).
+            NonFiniteLossError: names step and samples; the last checkpoint stays.
+            TrainingInterrupted: after SIGINT or SIGTERM, once saved; says how to resume.
+        """
+        stale = self._stale()
+        if stale is None and (finished := self._finished()) is not None:
+            return finished
+        check = None if not stale and latest_checkpoint(self.checkpoints) else self._gradient_check()
+        engine = create_engine(self.model, self.groups, self.engine_config, clip=self.stage.clip)
+        engine.sum_over_ranks(0)  # all have looked at out_dir before rank 0 changes it
+        try:
+            if engine.rank == 0:
+                if stale and self.out_dir.exists():
+                    aside = set_aside(self.out_dir)
+                    self.console.print(f"{self.stage.name}: other recipe ({stale}); its run is now {aside}")
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.out_dir)
+                remove_leftovers(self.checkpoints)
+            engine.sum_over_ranks(0)
+            records, seconds = self._loop(engine, check)
+        finally:
+            if check is not None:
+                check.close()
+            engine.close()
+            self.model.eval()
+        result = self._finish(engine.rank, records, seconds)
+        if self._signal:  # it came during the last step
+            raise TrainingInterrupted(128 + self._signal)
+        return result
+
+    def _gradient_check(self) -> GradientCheck:
+        return GradientCheck(self.model, self.groups, self.stage.may_be_zero)
+
+    def _stale(self) -> str | None:
+        """Return how out_dir's run differs from this one, None when it does not or is empty."""
+        checkpoint = latest_checkpoint(self.checkpoints)
+        result = self.out_dir / "result.json"
+        if result.exists():
+            lines = differences(json.loads(result.read_text(encoding="utf-8"))["recipe"], self.recipe)
+        elif checkpoint is not None:
+            meta = read_meta(checkpoint)
+            lines = differences(meta["recipe"], self.recipe) + differences(meta["layout"], self.layout)
+        else:
+            return None
+        if not lines:
+            return None
+        if self.on_mismatch == "error":
+            hint = " (seed the modules that learn before making them)" if "initial_weights" in lines[0] else ""
+            raise CheckpointError(
+                f"{self.out_dir} holds a run of another recipe: {'; '.join(lines[:6])}{hint}. Give the same recipe to "
+                "resume, another out_dir to keep both, or on_mismatch=fresh to set that run aside and start"
+            )
+        return "; ".join(lines[:3])
+
+    def _finished(self) -> StageResult | None:
+        path = self.out_dir / "result.json"
+        if not path.exists():
+            return None
+        result = StageResult(**json.loads(path.read_text(encoding="utf-8"))["result"])
+        weights = self.out_dir / "trainable.safetensors"
+        load_trainable(self.model, weights)
+        self.model.eval()
+        if self._is_first():
+            self.console.print(f"{self.stage.name}: finished before ({self.out_dir}); its weights are reused")
+        return replace(result, reused=True, weights=str(weights))
+
+    def _is_first(self) -> bool:
+        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+    def _loop(self, engine: Engine, check: GradientCheck | None) -> tuple[list[StepRecord], float]:
+        stage, quiet = self.stage, engine.rank != 0
+        start, seconds = self._resume(engine)
+        if not quiet:
+            self.console.print(stage_table(self.model, self.groups, f"{stage.name}: what learns"))
+        set_modes(self.model)
+        records = [record for record in read_log(self.out_dir / "log.jsonl") if record.step <= start]
+        log = None if quiet else MeterLog(self.out_dir / "log.jsonl", first_step=start + 1)
+        progress = ProgressReport(self.console, stage.name, start=start, steps=stage.steps, quiet=quiet)
+        began = time.perf_counter()
+        try:
+            with self._signals(), ThreadPoolExecutor(max_workers=1) as ahead, progress:
+                upcoming = ahead.submit(self._micro_batches, start, engine.rank)
+                for step in range(start, stage.steps):
+                    tick = time.perf_counter()
+                    micro = upcoming.result()
+                    tokens, targets, stop = engine.sum_over_ranks(
+                        sum(batch.input_ids.numel() for batch in micro),
+                        sum(batch.num_targets for batch in micro),
+                        self._signal,
+                    )
+                    if stop:
+                        self._save(engine, step, seconds + time.perf_counter() - began)
+                        self._leave(quiet, step)
+                    if step + 1 < stage.steps:
+                        upcoming = ahead.submit(self._micro_batches, step + 1, engine.rank)
+                    record = self._step(engine, step, micro, tokens, targets, tick)
+                    if check is not None:
+                        check.verify(engine.gather(check.close()))
+                        check = None
+                    records.append(record)
+                    if log is not None:
+                        log.write(record)
+                    progress.update(record)
+                    if self.on_step is not None:
+                        self.on_step(record)
+                    if self.save_every and (step + 1) % self.save_every == 0 and step + 1 < stage.steps:
+                        self._save(engine, step + 1, seconds + time.perf_counter() - began)
+        finally:
+            if log is not None:
+                log.close()
+        return records, seconds + time.perf_counter() - began
+
+    def _resume(self, engine: Engine) -> tuple[int, float]:
+        """Load the latest checkpoint, if any; return the steps done and the seconds that they took."""
+        torch.manual_seed(self.stage.seed + engine.rank)
+        checkpoint = latest_checkpoint(self.checkpoints)
+        if checkpoint is None:
+            return 0, 0.0
+        meta = read_meta(checkpoint)
+        load_checkpoint(engine, checkpoint)
+        if engine.rank == 0:
+            self.console.print(f"{self.stage.name}: resumes after step {meta['step']} of {self.stage.steps}")
+        return int(meta["step"]), float(meta["seconds"])
+
+    def _micro_batches(self, step: int, rank: int) -> list[BatchLike]:
+        accumulation = self.engine_config.accumulation
+        return [self.batches((step * accumulation + micro) * self.world_size + rank) for micro in range(accumulation)]
+
+    def _step(
+        self, engine: Engine, step: int, micro: list[BatchLike], tokens: int, targets: int, tick: float
+    ) -> StepRecord:
+        if targets == 0:
+            names = [name for batch in micro for name in batch.ids]
+            raise ValueError(f"{self.stage.name}: step {step + 1} has no target token; samples {', '.join(names[:8])}")
+        factor = self.stage.factor(step)
+        engine.set_hyperparameters(factor)
+        losses = []
+        for batch in micro:
+            loss = engine.loss_sum(batch)
+            # The engine averages over ranks; this makes it the sum over all targets of the step / their number.
+            engine.backward(loss * (engine.world_size / targets))
+            engine.step()
+            losses.append(loss.detach())
+        total, norm = engine.read(torch.stack(losses).sum())
+        loss_mean = total / targets
+        if not math.isfinite(loss_mean) or not math.isfinite(norm):
+            self._raise_non_finite(engine, step, micro, losses, loss_mean)
+        return StepRecord(
+            step=step + 1,
+            loss=loss_mean,
+            lr=self.groups[0]["lr"] * factor,
+            tokens=tokens,
+            targets=targets,
+            step_ms=1000 * (time.perf_counter() - tick),
+            grad_norm=norm,
+        )
+
+    def _raise_non_finite(
+        self, engine: Engine, step: int, micro: list[BatchLike], losses: list[Tensor], loss: float
+    ) -> None:
+        bad = [batch.ids for batch, value in zip(micro, losses, strict=True) if not math.isfinite(value.item())]
+        names = [name for rank in engine.gather(bad) for batch in rank for name in batch]
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "the loss is finite but its gradient is not"
+        if not names:
+            names = [name for rank in engine.gather([batch.ids for batch in micro]) for batch in rank for name in batch]
+        checkpoint = latest_checkpoint(self.checkpoints)
+        kept = f"checkpoint {checkpoint} is kept" if checkpoint else "no checkpoint was made yet (save_every)"
+        raise NonFiniteLossError(
+            f"{self.stage.name}: step {step + 1}: {what}; samples {', '.join(names[:16])}"
+            f"{f' and {len(names) - 16} more' if len(names) > 16 else ''}; {kept}. Look at these samples, or lower the "
+            "learning rate or clip"
+        )
+
+    def _save(self, engine: Engine, step: int, seconds: float) -> None:
+        meta = {
+            "step": step,
+            "seconds": seconds,
+            "fingerprint": self.fingerprint,
+            "recipe": self.recipe,
+            "layout": self.layout,
+            "torch": torch.__version__,
+        }
+        save_checkpoint(engine, self.checkpoints, meta, keep=self.keep)
+
+    def _leave(self, quiet: bool, step: int) -> None:
+        name = signal.Signals(self._signal).name if self._signal else "a signal to another rank"
+        if not quiet:
+            self.console.print(
+                f"{self.stage.name}: stopped by {name} after step {step} of {self.stage.steps}, saved in "
+                f"{self.checkpoints}; run the same again to go on from there",
+                highlight=False,
+            )
+        raise TrainingInterrupted(128 + (self._signal or signal.SIGTERM))
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a stop after the step; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in numbers}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+            for each in numbers:
+                signal.signal(each, before[each])
+
+        for number in numbers:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                signal.signal(number, before[number])
+
+    def _finish(self, rank: int, records: list[StepRecord], seconds: float) -> StageResult:
+        """Export the weights and store the result (rank 0); every rank returns it."""
+        weights, path = self.out_dir / "trainable.safetensors", self.out_dir / "result.json"
+        if rank == 0:
+            tenth = max(1, len(records) // 10)
+            result = StageResult(
+                name=self.stage.name,
+                steps=self.stage.steps,
+                loss_first=sum(record.loss for record in records[:tenth]) / tenth,
+                loss_last=sum(record.loss for record in records[-tenth:]) / tenth,
+                tokens=sum(record.tokens for record in records),
+                targets=sum(record.targets for record in records),
+                seconds=seconds,
+                step_ms=sorted(record.step_ms for record in records)[len(records) // 2],
+                weights=str(weights),
+            )
+            save_trainable(self.model, weights, metadata={"stage": self.stage.name, "fingerprint": self.fingerprint})
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps({"result": asdict(result), "recipe": self.recipe}, indent=1))
+        if self.world_size > 1:
+            torch.distributed.barrier()
+        return StageResult(**json.loads(path.read_text(encoding="utf-8"))["result"])
