@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 # Public name -> module. Imported on first use, so that `import fastmllm.data` costs nothing.
+# `build` is not here: the module of that name would hide it (from fastmllm.data.build import build).
 _PUBLIC = {
     "cache_dir": "cache",
     "Sample": "sample",
@@ -13,7 +14,6 @@ _PUBLIC = {
     "load_image": "images",
     "DataConfig": "build",
     "Splits": "build",
-    "build": "build",
     "Batch": "packing",
     "collate": "packing",
     "pack": "packing",
@@ -29,7 +29,4 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A public name may equal its module's (`build`): bind it, or the import leaves the module in its place.
-    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

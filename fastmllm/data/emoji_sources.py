@@ -173,7 +173,7 @@ def debian_noto(cache: Path) -> Team:
     target = cache / "packages" / "NotoColorEmoji.ttf"
     if not target.exists():
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-            raise SourceError("no npm package and no Debian tools; install npm")
+            raise SourceError("no Debian tools (apt-get, dpkg-deb) either")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".apt-", dir=target.parent) as folder:
             try:

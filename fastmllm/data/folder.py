@@ -149,7 +149,7 @@ def _folders(path: Path) -> list[Path]:
 def _classes(root: Path, checks: Mapping[Path, str]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for folder in _folders(root):
-        name = " ".join(folder.name.replace("_", " ").replace("-", " ").lower().split())
+        name = " ".join(folder.name.replace("_", " ").lower().split())
         files = sorted(file for file in folder.rglob("*") if file in checks)
         found.setdefault(name, []).extend(files)
     return found

@@ -36,8 +36,6 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 width, height = image.size
-                if width < 1 or height < 1:
-                    raise ImageError(f"{path}: {width} x {height} pixels; replace or remove the file")
                 if width * height > MAX_PIXELS:
                     raise ImageError(
                         f"{path}: {width} x {height} pixels, more than {MAX_PIXELS} "
@@ -53,7 +51,10 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: decompression bomb ({error}); remove the file or shrink it first") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not an image, or damaged in its header; replace or remove the file") from error
+        # Pillow identifies no file of 0 x n pixels.
+        raise ImageError(
+            f"{path}: not an image, without pixels (0 x n), or damaged in its header; replace or remove the file"
+        ) from error
     except IsADirectoryError as error:
         raise ImageError(f"{path}: a folder, not an image; give a file") from error
     except PermissionError as error:

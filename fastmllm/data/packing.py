@@ -140,7 +140,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         capacity: tokens of a bin.
 
     Returns:
-        Indices of each bin, in the order in which they were put there.
+        Ascending indices of each bin; bins in the order they were opened.
 
     Raises:
         ValueError: an item below 1 or above the capacity (image tokens are never cut).
@@ -170,4 +170,4 @@ def pack_reference(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         else:
             bins.append([i])
             room.append(capacity - lengths[i])
-    return bins
+    return [sorted(bin_) for bin_ in bins]

@@ -143,8 +143,8 @@ def scene_samples(scene: Scene, path: Path, *, split: str, seed: int) -> list[Sa
     """Ask about a scene: how many, where, left or above, and what is in it.
 
     count asks for all drawings and, where one is repeated, for that one too. position and relation only ask for
-    things that appear once. Relations are true in every other run of eight scenes: balanced, and independent of how many
-    drawings there are.
+    things that appear once. Relations are true in every other run of eight scenes: balanced, and independent of how
+    many drawings there are.
 
     Args:
         scene: the layout.

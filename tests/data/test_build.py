@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastmllm.data.build import DataConfig, Splits, build, split_teams
+from fastmllm.data.emoji import EmojiSet
+from fastmllm.data.images import load_image
+from fastmllm.data.sample import Sample
+
+
+def config(cache: Path, **changes: object) -> DataConfig:
+    base: dict[str, object] = {"cache": str(cache), "num_concepts": 8, "image_size": 32, "augment": 2}
+    base |= {"train_scenes": 12, "eval_scenes": 8, "scene_concepts": 5}
+    return DataConfig(**(base | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def splits(emoji_cache: Path) -> Splits:
+    return build(config(emoji_cache))
+
+
+def every(tasks: object) -> list[Sample]:
+    return [sample for samples in tasks.values() for sample in samples]  # type: ignore[attr-defined]
+
+
+def teams_of(sample: Sample) -> set[str]:
+    return set(sample.source.split("+")) | {entry["source"] for entry in sample.truth.get("layout", ())}
+
+
+@pytest.mark.parametrize("held_out", ["twemoji", "openmoji"])
+def test_the_held_out_team_is_never_trained_on(emoji_cache: Path, held_out: str) -> None:
+    splits = build(config(emoji_cache, held_out=held_out))
+    assert splits.unseen_team
+    for sample in every(splits.train):
+        assert held_out not in teams_of(sample)
+        assert held_out not in str(sample.image)
+    for sample in every(splits.eval):
+        assert teams_of(sample) == {held_out}
+    trained = {load_image(s.image, None).numpy().tobytes() for s in every(splits.train) if s.image}
+    tested = {load_image(s.image, None).numpy().tobytes() for s in every(splits.eval) if s.image}
+    assert len(tested) > 8
+    assert not trained & tested
+
+
+def test_the_splits_hold_every_task(splits: Splits) -> None:
+    tasks = {"name", "name_zh", "group", "group_zh", "caption", "exists", "yes_no"}
+    tasks |= {"count", "position", "relation", "scene"}
+    assert set(splits.train) == set(splits.eval) == tasks
+    assert len(splits.train["name"]) == 8 * 3 * 3  # concepts, teams, the drawing and two variations
+    assert len(splits.eval["name"]) == 8
+    assert len(splits.eval["exists"]) == 8  # two concepts a group here: only one absent name each
+    samples = every(splits.train) + every(splits.eval)
+    assert len({sample.id for sample in samples}) == len(samples)
+    assert {sample.answer for sample in splits.eval["name"]} == set(splits.concepts)
+    assert {sample.answer for sample in splits.eval["group"]} == set(splits.groups)
+    assert {"noto", "fluent", "openmoji", "twemoji", "names"} == set(splits.licences)
+    assert splits.notes == ()
+
+
+def test_the_same_recipe_gives_the_same_samples(splits: Splits, emoji_cache: Path) -> None:
+    assert build(config(emoji_cache)) == splits
+    assert build(config(emoji_cache, seed=1)).concepts != splits.concepts
+
+
+def test_with_one_team_the_test_drawings_are_transformed_and_the_notes_say_so(
+    emoji_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmllm.data import build as room
+    from fastmllm.data.emoji import prepare_emoji
+
+    def alone(cache: Path, *, size: int) -> EmojiSet:
+        full = prepare_emoji(cache, size=size)
+        concepts = tuple(
+            type(c)(
+                codepoint=c.codepoint,
+                name_en=c.name_en,
+                name_zh=c.name_zh,
+                group=c.group,
+                drawings={"noto": c.drawings["noto"]},
+            )
+            for c in full.concepts
+        )
+        return EmojiSet(
+            concepts=concepts, teams={"noto": full.teams["noto"]}, licences=full.licences, notes=(), size=size
+        )
+
+    monkeypatch.setattr(room, "prepare_emoji", alone)
+    splits = build(config(emoji_cache))
+    assert not splits.unseen_team
+    assert any("no unseen team available" in note for note in splits.notes)
+    assert not {s.image for s in every(splits.train)} & {s.image for s in every(splits.eval)}
+
+
+def test_who_is_held_out() -> None:
+    notes: list[str] = []
+    assert split_teams(("noto", "fluent", "twemoji"), "fluent", notes) == (("noto", "twemoji"), "fluent", True)
+    assert notes == []
+    assert split_teams(("noto", "openmoji"), "twemoji", notes) == (("noto",), "openmoji", True)
+    assert "held_out=twemoji is not available: tested on openmoji" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "web"}, "data.source must be one of"),
+        ({"source": "folder"}, "needs data.path"),
+        ({"source": "emoji", "path": "x"}, "data.path is for photographs"),
+        ({"held_out": "apple"}, "data.held_out must be one of"),
+        ({"languages": ("en", "xx")}, "data.languages must be some of"),
+        ({"num_concepts": 1}, "data.num_concepts must be at least 2"),
+        ({"augment": -1}, "data.augment must be at least 0"),
+        ({"scene_grid": 4}, "data.scene_grid must be 2 or 3"),
+        ({"eval_share": 1.0}, "data.eval_share must be between"),
+        ({"max_train_per_class": 0}, "data.max_train_per_class must be at least 1"),
+    ],
+)
+def test_a_bad_recipe_is_rejected_before_anything_is_fetched(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_concepts_than_there_are(emoji_cache: Path) -> None:
+    with pytest.raises(ValueError, match="from 2 to 16"):
+        build(config(emoji_cache, num_concepts=99))
