@@ -13,7 +13,7 @@ FASTMLLM_INLINE void pack(const uint8_t *__restrict__ image, T *__restrict__ row
     for (int64_t i = 0; i < patch; ++i, source += row_length, rows += run)
 #pragma GCC ivdep
       for (int64_t t = 0; t < run; ++t)
-        narrow(float(int(source[t]) - 128), rows[t]);
+        narrow(float(int(source[t]) - 128) * (1.0f / 128), rows[t]); // exact
   }
 }
 
@@ -72,6 +72,13 @@ FASTMLLM_CLONES void add_offsets(const double *bias, const double *position, dou
 FASTMLLM_CLONES void add_offsets(const float *bias, const bfloat16 *position, bfloat16 *out, int64_t first,
                                  int64_t last, int64_t width) {
   offsets(bias, position, out, first, last, width);
+}
+
+FASTMLLM_CLONES void add_positions(const float *__restrict__ position, float *__restrict__ out, int64_t first,
+                                   int64_t last, int64_t width) {
+#pragma GCC ivdep
+  for (int64_t i = first * width; i < last * width; ++i)
+    out[i] += position[i];
 }
 
 } // namespace fastmllm

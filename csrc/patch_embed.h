@@ -4,7 +4,7 @@
 
 namespace fastmllm {
 
-// uint8 values minus 128; a patch is `patch` runs of `run` = patch * channels consecutive values.
+// uint8 values as (v - 128) / 128; a patch is `patch` runs of `run` = patch * channels consecutive values.
 void pack_patches(const uint8_t *image, float *rows, int64_t first, int64_t last, int64_t row_length, int64_t patch,
                   int64_t run);
 void pack_patches(const uint8_t *image, double *rows, int64_t first, int64_t last, int64_t row_length, int64_t patch,
@@ -21,5 +21,8 @@ void add_offsets(const float *bias, const float *position, float *out, int64_t f
 void add_offsets(const double *bias, const double *position, double *out, int64_t first, int64_t last, int64_t width);
 void add_offsets(const float *bias, const bfloat16 *position, bfloat16 *out, int64_t first, int64_t last,
                  int64_t width);
+
+// out[n] += position[n] for n in [first, last).
+void add_positions(const float *position, float *out, int64_t first, int64_t last, int64_t width);
 
 } // namespace fastmllm

@@ -65,13 +65,44 @@ def test_empty(shape, uint8):
         torch.testing.assert_close(g, torch.zeros_like(t))
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 14, 14, 14, 70), (0, 8, 8, 4, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("uint8", [True, False])
+def test_triton_matches_reference(shape, dtype, uint8, device, guard):
+    pixels, w, b, p = _inputs(shape, dtype, uint8, device)
+    wide = [pixels if uint8 else pixels.double(), w.double(), b.double(), p.double()]
+    patch = shape[3]
+    got = guard.run(op.patch_embed_triton, pixels, w, b.float(), p, patch)
+    want = op.patch_embed_reference(pixels, w, b, p, patch)
+    assert_as_accurate(got, want, op.patch_embed_reference(*wide, patch))
+    got = guard.run(op.patch_embed_triton, pixels, w, None, None, patch)
+    want = op.patch_embed_reference(pixels, w, None, None, patch)
+    assert_as_accurate(got, want, op.patch_embed_reference(*wide[:2], None, None, patch))
+    grad = torch.randn(want.shape).to(device, dtype)
+    got = guard.run(op.patch_embed_bwd_triton, grad, pixels, w, patch, not uint8, True)
+    want = op.patch_embed_bwd_reference(grad, pixels, w, patch, not uint8, True)
+    wide = op.patch_embed_bwd_reference(grad.double(), *wide[:2], patch, not uint8, True)
+    for g, s, o in zip(got, want, wide, strict=True):
+        assert_as_accurate(g, s, o)
+
+
+def test_triton_backward_of_a_stride_0_gradient(device):
+    """`.sum().backward()` hands the backward an expanded scalar."""
+    pixels, w, _, _ = _inputs((2, 4, 6, 2, 5), torch.float32, False, device)
+    grad = torch.ones((), device=device).expand(2, 6, 5)
+    got = op.patch_embed_bwd_triton(grad, pixels, w, 2, True, True)
+    want = op.patch_embed_bwd_reference(grad.contiguous(), pixels, w, 2, True, True)
+    for g, s in zip(got, want, strict=True):
+        torch.testing.assert_close(g, s)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("uint8", [True, False])
 @pytest.mark.parametrize("parts", [(True, True), (True, False), (False, True), (False, False)])
 def test_native_matches_reference(dtype, uint8, parts):
     if _native.EXTENSION_MISSING:
         pytest.skip(f"the C++ operators are {_native.EXTENSION_MISSING}")
-    for shape in [*SHAPES, (0, 8, 8, 4, 16), (2, 0, 8, 4, 16), (1, 70, 98, 7, 19)]:
+    for shape in [*SHAPES, (0, 8, 8, 4, 16), (2, 0, 8, 4, 16), (2, 70, 70, 14, 80)]:
         pixels, w, b, p = _inputs(shape, dtype, uint8)
         b = b.float() if parts[0] and dtype != torch.float64 else b if parts[0] else None  # as folding leaves it
         args = (strided(pixels), strided(w), b, strided(p) if parts[1] else None, shape[3])
