@@ -140,6 +140,10 @@ def test_trunk_features_are_the_last_stage() -> None:
     assert model(pixels(1, 16, 24)).shape == (1, 6, 16)
 
 
+def test_no_images_give_no_tokens() -> None:
+    assert tiny()[0](pixels(0, 32, 32)).shape == (0, 16, 24)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
