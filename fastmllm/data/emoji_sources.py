@@ -86,7 +86,7 @@ def fetch_npm(package: str, version: str, cache: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".npm-", dir=target.parent) as folder:
         # Retries are off: offline, each would cost a minute before the fallback is tried.
-        command = [npm, "pack", f"{package}@{version}", "--ignore-scripts", "--silent", "--fetch-retries=0"]
+        command = [npm, "pack", f"{package}@{version}", "--ignore-scripts", "--loglevel=error", "--fetch-retries=0"]
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
@@ -95,8 +95,8 @@ def fetch_npm(package: str, version: str, cache: Path) -> Path:
             raise SourceError(f"npm does not start ({error}); reinstall it") from error
         files = sorted(Path(folder).glob("*.tgz"))
         if done.returncode != 0 or not files:
-            lines = (done.stderr or done.stdout or "no output").strip().splitlines()
-            reason = lines[-1] if lines else "no output"
+            lines = [line.removeprefix("npm error ").strip() for line in done.stderr.splitlines() if line.strip()]
+            reason = lines[0] if lines else "no package, no message"
             raise SourceError(f"npm pack {package}@{version} failed ({reason}); connect to the registry, then repeat")
         os.replace(files[0], target)
     return target
