@@ -142,7 +142,7 @@ def test_nothing_to_merge_is_the_identity():
 
 def test_rejects_what_does_not_fit():
     x = torch.randn(1, 5, 3)
-    with pytest.raises(ValueError, match=r"token_merge: x \(1, 5, 3\) and metric \(1, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"token_merge: x \(1, 5, 3\), metric \(1, 4, 3\)"):
         token_merge(x, x[:, :4], None, 1)
     with pytest.raises(ValueError, match=r"token_merge: size \(1, 4\)"):
         token_merge(x, x, torch.ones(1, 4), 1)
