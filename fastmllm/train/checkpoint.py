@@ -57,10 +57,9 @@ def model_fingerprint(model: nn.Module, *, trainable: bool) -> str:
         model: parameters whole, that is before an engine partitions them.
         trainable: which half; the frozen half includes the buffers of its state dict.
     """
-    learning = {name for name, param in model.named_parameters() if param.requires_grad}
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if (name in learning or (isinstance(tensor, nn.Parameter) and tensor.requires_grad)) != trainable:
+        if (isinstance(tensor, nn.Parameter) and tensor.requires_grad) != trainable:
             continue
         data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
         # crc32, not sha256, over the bits: a gigabyte must take a second, and nobody forges weights here.

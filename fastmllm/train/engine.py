@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -105,8 +105,8 @@ def _deepspeed() -> Any:
             "pip install deepspeed==0.19.8"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Stage 3 calls it twice a step under its old name.
-    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor` is deprecated", category=FutureWarning)
+    # Stage 3 calls collectives by their old names, several times a step.
+    warnings.filterwarnings("ignore", message=r".torch\.distributed\.\w+. is deprecated", category=FutureWarning)
     if not has_cuda:
         # Built with the C++ compiler at the first init (a minute or more), and used for inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -219,6 +219,7 @@ class Engine:
         ]
         self.optimizer = torch.optim.AdamW(optimizer_groups, fused=True)
         self._same_start()
+        self._linear = nn.functional.linear
         with warnings.catch_warnings(), _without_broadcast():
             warnings.simplefilter("ignore")
             self._engine, *_ = deepspeed.initialize(
@@ -338,6 +339,7 @@ class Engine:
         else:  # trainable parameters are views of one flat buffer
             values = [param.detach().clone() if param.requires_grad else param.detach() for param in params]
         self._engine.destroy()
+        nn.functional.linear = self._linear  # stage 3 replaces it for the whole process
         for (param, keys), value in zip(self._param_keys, values, strict=True):
             param.grad = None
             param.data = value
@@ -348,6 +350,17 @@ class Engine:
             for key in set(vars(module)) - keys:
                 delattr(module, key)
         del self._engine
+
+    def abandon(self) -> None:
+        """Let go after an error: `close` on one rank; among several nothing is gathered, as the others may not come."""
+        with suppress(Exception):  # the error that led here is the one to show
+            if self.world_size == 1:
+                if self.config.zero_stage == 3:  # part of the model may be gathered
+                    self._engine.optimizer._partition_all_parameters()
+                self.close()
+            else:
+                self._engine.destroy()
+        nn.functional.linear = self._linear
 
 
 def create_engine(

@@ -32,6 +32,8 @@ class StageConfig:
         clip: largest global gradient norm; 0 does not clip.
         seed: of dropout and whatever else the model draws; a rank adds its number.
         may_be_zero: patterns of parameters that may get an all-zero gradient at step 1 (behind a zero-init gate).
+        mixture: task -> weight of the questions drawn; empty = by their number.
+        visual_tokens: token counts an image may take, one drawn a micro-batch; empty = the model's own.
     """
 
     name: str
@@ -47,6 +49,8 @@ class StageConfig:
     clip: float = 1.0
     seed: int = 0
     may_be_zero: tuple[str, ...] = field(default=())
+    mixture: Mapping[str, float] = field(default_factory=dict)
+    visual_tokens: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"

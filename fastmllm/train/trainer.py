@@ -180,11 +180,13 @@ class Trainer:
                 remove_leftovers(self.checkpoints)
             engine.sum_over_ranks(0)
             records, seconds = self._loop(engine, check)
-        finally:
+        except BaseException:
             if check is not None:
                 check.close()
-            engine.close()
-            self.model.eval()
+            engine.abandon()
+            raise
+        engine.close()
+        self.model.eval()
         result = self._finish(engine.rank, records, seconds)
         if self._signal:  # it came during the last step
             raise TrainingInterrupted(128 + self._signal)
@@ -356,7 +358,10 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a stop after the step; a second one acts at once."""
+        """Turn SIGINT and SIGTERM into a stop after the step; a second SIGINT acts at once.
+
+        A second SIGTERM does not: Ctrl-C under torchrun sends the ranks first the one, then the other.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -364,9 +369,9 @@ class Trainer:
         before = {number: signal.getsignal(number) for number in numbers}
 
         def note(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            for each in numbers:
-                signal.signal(each, before[each])
+            self._signal = self._signal or number
+            if number == signal.SIGINT:
+                signal.signal(number, before[signal.SIGINT])
 
         for number in numbers:
             signal.signal(number, note)

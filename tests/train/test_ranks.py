@@ -21,6 +21,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    environment["TORCH_EXTENSIONS_DIR"] = str(out / "extensions")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(HERE / "ranks_worker.py"), str(out)]
     done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
@@ -52,6 +53,10 @@ def test_two_ranks_resume_to_the_bit(two_ranks: Path, zero_stage: int) -> None:
     expected = load_file(two_ranks / f"straight{zero_stage}" / "trainable.safetensors")
     for name, value in load_file(two_ranks / f"cut{zero_stage}" / "trainable.safetensors").items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_nothing_was_compiled(two_ranks: Path) -> None:
+    assert not list(two_ranks.glob("extensions/**/*"))
 
 
 def test_a_checkpoint_of_two_ranks_is_refused_by_one(two_ranks: Path) -> None:

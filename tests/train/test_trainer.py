@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from train_toy import ToyBatch, joined, sample, toy, trainer, values
 
 from fastmllm.train.checkpoint import CheckpointError, latest_checkpoint
@@ -73,6 +73,39 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path: Path, number: int, code
     trainer(tmp_path / "b", resumed).run()
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     assert all(torch.equal(value, values(resumed)[name]) for name, value in values(straight).items())
+
+
+def test_a_second_sigterm_does_not_cut_the_save(tmp_path: Path) -> None:
+    def both(record: StepRecord) -> None:
+        if record.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does after Ctrl-C
+
+    with pytest.raises(TrainingInterrupted) as raised:
+        trainer(tmp_path / "a", toy(), on_step=both).run()
+    assert raised.value.code == 130
+    assert latest_checkpoint(tmp_path / "a" / "checkpoints") is not None
+    with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C acts at once
+        trainer(tmp_path / "b", toy(), on_step=lambda record: [os.kill(os.getpid(), signal.SIGINT) for _ in "12"]).run()
+    assert latest_checkpoint(tmp_path / "b" / "checkpoints") is None
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_an_error_of_the_model_is_the_one_shown(tmp_path: Path, zero_stage: int) -> None:
+    class Fails(type(toy())):  # type: ignore[misc]
+        def forward(self, batch: ToyBatch) -> Tensor:
+            loss = super().forward(batch)
+            if batch.ids == ["sample-3"]:
+                raise ZeroDivisionError("in the model")
+            return loss
+
+    torch.manual_seed(0)
+    model, linear = Fails(), nn.functional.linear
+    with pytest.raises(ZeroDivisionError, match="in the model"):
+        trainer(tmp_path, model, engine={"zero_stage": zero_stage}).run()
+    assert nn.functional.linear is linear
+    assert all(param.numel() for param in model.parameters())
+    model(sample(0)).backward()
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
