@@ -4,7 +4,8 @@
 #include <cstring>
 
 // Plain -O3 is SSE2. The attribute goes on the function that holds the loop: the loader picks a clone for the machine.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#if !defined(FASTMLLM_ONE_LEVEL) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) &&                 \
+    defined(__linux__)
 #define FASTMLLM_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FASTMLLM_CLONES
