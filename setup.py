@@ -2,6 +2,7 @@
 
 With a C++ compiler and torch in the environment (`--no-build-isolation`) the extensions are built; without, the package
 installs as pure Python and says why. FASTMLLM_BUILD=0 never builds, FASTMLLM_BUILD=1 fails where it cannot build.
+The CUDA C++ operators are built where torch has CUDA and nvcc is there; FASTMLLM_CUDA=0 never, FASTMLLM_CUDA=1 always.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -117,6 +119,15 @@ def say(reason: str) -> None:
     print(f"\n*** fastmllm installs as pure Python: {reason}\n*** fastmllm.backends() repeats this.\n", file=sys.stderr)
 
 
+def wants_cuda() -> bool:
+    """Return whether to build the CUDA C++ operators too."""
+    if os.environ.get("FASTMLLM_CUDA") in ("0", "1"):
+        return os.environ["FASTMLLM_CUDA"] == "1"
+    import torch
+
+    return torch.version.cuda is not None and shutil.which("nvcc") is not None
+
+
 class BuildOrExplain(build_ext):
     """Build the extensions; if the compiler fails, install pure Python and say so."""
 
@@ -126,6 +137,13 @@ class BuildOrExplain(build_ext):
         except Exception as error:
             say(f"{type(error).__name__}: {error}")
             self.extensions = []
+        if self.extensions and wants_cuda():
+            out = Path(self.get_ext_fullpath("fastmllm.kernels._C")).with_name("_cuda.so")
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "csrc" / "build_cuda.py"), "--out", str(out)], check=False
+            )
+            if done.returncode and os.environ.get("FASTMLLM_CUDA") == "1":
+                raise SystemExit("fastmllm: FASTMLLM_CUDA=1, but the CUDA operators could not be built")
 
 
 reason = why_not()
