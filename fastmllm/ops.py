@@ -1,5 +1,17 @@
 """The index: every public operator, one line each."""
 
+from fastmllm.kernels.attention import attention
+from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.kernels.patch_embed import patch_embed
+from fastmllm.kernels.token_merge import token_merge
 
-__all__ = ["layer_norm"]
+__all__ = [
+    "attention",
+    "insert_features",
+    "layer_norm",
+    "linear_cross_entropy",
+    "patch_embed",
+    "token_merge",
+]

@@ -19,18 +19,22 @@ class TextError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTemplate:
-    """The text around prompt and answer; the image's tokens come after `prefix`.
+    """The text around prompt and answer: prefix, image, prompt, middle, answer, suffix.
 
-    The default is SmolLM2-Instruct's (ChatML) without its system message, to keep sequences short.
+    The default is SmolLM2-Instruct's (ChatML) without its system message.
 
     Args:
         prefix: before the image and the prompt.
+        prompt_lead: right before the prompt.
         middle: between prompt and answer.
+        answer_lead: right before the answer, tokenised with it (a byte-level vocabulary has " owl" as one token).
         suffix: after the answer; must be one token, the one that ends generation.
     """
 
     prefix: str = "<|im_start|>user\n"
+    prompt_lead: str = ""
     middle: str = "<|im_end|>\n<|im_start|>assistant\n"
+    answer_lead: str = ""
     suffix: str = "<|im_end|>"
 
 
@@ -84,9 +88,14 @@ def tokenise(
     end = end_token(tokenizer, template)
     return Tokens(
         prefix=_ids(tokenizer, template.prefix),
-        prompt=_ids(tokenizer, sample.prompt + template.middle),
-        answer=[*_ids(tokenizer, sample.answer), end],
+        prompt=_ids(tokenizer, template.prompt_lead + sample.prompt + template.middle),
+        answer=[*answer_ids(sample.answer, tokenizer, template), end],
     )
+
+
+def answer_ids(answer: str, tokenizer: Tokenizer, template: ChatTemplate = CHAT) -> list[int]:
+    """Tokenise an answer as it stands in a sequence, without its end."""
+    return _ids(tokenizer, template.answer_lead + answer)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -41,7 +41,7 @@ def _differs(donor: Sample, sample: Sample) -> bool:
 
 
 def majority_answer(samples: Sequence[Sample], train: Sequence[Sample], seed: int = 0) -> list[str]:
-    """Answer with the training set's most frequent answer, of the question's choices where it has some; ties are drawn."""
+    """Answer with the training set's most frequent answer, or choice where there are choices; ties are drawn."""
     rng = random.Random(seed)
     frequency = Counter(s.answer for s in train) or Counter(s.answer for s in samples)
     common = sorted(frequency, key=lambda a: (-frequency[a], a))

@@ -205,9 +205,8 @@ def _captions(
     report: Report, responder: Responder, items: list[Sample], known: list[Sample], config: EvalConfig
 ) -> None:
     closed = sorted({s.answer for s in known}) or sorted({s.answer for s in items})
-    names = {str(s.truth["concept"]) for s in (*known, *items) if "concept" in s.truth}
-    vocabulary = {normalise(n): n for n in names}
-    truths = [{str(s.truth["concept"])} if "concept" in s.truth else set() for s in items]
+    truths = [set(s.truth.get("objects", ())) for s in items]
+    vocabulary = {normalise(n): n for s in (*known, *items) for n in s.truth.get("objects", ())}
     references = [s.references or (s.answer,) for s in items]
     for condition, texts in _answers(responder, items, known, closed, config).items():
         scores = cider(texts, references)

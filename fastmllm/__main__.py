@@ -1,0 +1,5 @@
+"""Run the command line: python -m fastmllm."""
+
+from fastmllm.cli import main
+
+main()

@@ -1,0 +1,133 @@
+"""The command line: fastmllm {demo, train, eval, generate, bench, data, backends}."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
+RecipePath = Annotated[Path, tyro.conf.Positional]
+
+
+def demo(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
+    """Train, evaluate and sweep a recipe, and write report.html and metrics.json.
+
+    Args:
+        recipe: a YAML file, such as recipes/emoji.yaml.
+        overrides: changes to it, such as data.num_concepts=24.
+        out: folder of the run; a second run reuses it, an interrupted one goes on.
+    """
+    from fastmllm.demo import run_demo
+
+    run_demo(_load(recipe, overrides), out)
+
+
+def train(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/run")) -> None:
+    """Train every stage of a recipe.
+
+    Args:
+        recipe: a YAML file.
+        overrides: changes to it.
+        out: folder of the run.
+    """
+    from fastmllm.demo import Session
+
+    Session(_load(recipe, overrides), out).train()
+
+
+def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/run")) -> None:
+    """Train what is not trained yet, then evaluate beside blind, wrong image, majority and random.
+
+    Args:
+        recipe: a YAML file.
+        overrides: changes to it.
+        out: folder of the run.
+    """
+    from fastmllm.demo import Session
+
+    session = Session(_load(recipe, overrides), out)
+    session.train()
+    session.console.print(session.evaluate().table())
+
+
+def generate(
+    recipe: RecipePath, image: Path, prompt: str, overrides: Overrides = (), out: Path = Path("out/demo")
+) -> None:
+    """Ask the model of a finished run one question about one image.
+
+    Args:
+        recipe: the YAML file of the run.
+        image: a PNG or JPEG file.
+        prompt: the question.
+        overrides: the changes that the run was made with.
+        out: folder of the run.
+    """
+    from fastmllm.demo import Session
+
+    print(Session(_load(recipe, overrides), out).ask(str(image), prompt))
+
+
+def bench(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/run")) -> None:
+    """Train what is not trained yet, then sweep resolution x visual tokens x compressor.
+
+    Args:
+        recipe: a YAML file.
+        overrides: changes to it.
+        out: folder of the run.
+    """
+    from fastmllm.bench.sweep import table
+    from fastmllm.demo import Session
+
+    session = Session(_load(recipe, overrides), out)
+    session.train()
+    session.console.print(table(session.sweep()))
+
+
+def data(recipe: RecipePath, overrides: Overrides = ()) -> None:
+    """Build a recipe's data and say what is there, what was skipped and under which licences.
+
+    Args:
+        recipe: a YAML file.
+        overrides: changes to it.
+    """
+    from fastmllm.demo import describe_data
+
+    describe_data(_load(recipe, overrides), Console())
+
+
+def show_backends() -> None:
+    """Say which kernels and engines are there, or why not."""
+    from fastmllm.backends import backends
+
+    for name, state in backends().items():
+        print(f"{name:14s} {state}")
+
+
+def _load(recipe: Path, overrides: tuple[str, ...]):
+    from fastmllm.recipe import Recipe
+
+    return Recipe.load(recipe, overrides)
+
+
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "bench": bench,
+    "data": data,
+    "backends": show_backends,
+}
+
+
+def main() -> None:
+    """Run a command; a mistake of the caller ends in one line, not in a traceback."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,109 @@
+"""Answer and score questions about images with a vision-language model, in batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fastmllm.data.packing import Batch, collate
+from fastmllm.data.sample import Sample
+from fastmllm.data.text import ChatTemplate, answer_ids, end_token
+from fastmllm.infer.generate import generate
+from fastmllm.infer.score import score_choices
+from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
+
+
+def template_of(model: VLM) -> ChatTemplate:
+    """Return the text that a model was trained to see around prompt and answer."""
+    names = ("prefix", "prompt_lead", "middle", "answer_lead", "suffix")
+    return ChatTemplate(**{name: getattr(model.config, name) for name in names})
+
+
+def collate_for(
+    model: VLM, samples: Sequence[Sample], *, keep: int, image_size: int, load_pixels: bool, with_answers: bool
+) -> Batch:
+    """Pack samples the way a model reads them."""
+    return collate(
+        samples,
+        model.tokenizer,
+        num_visual_tokens=keep,
+        image_size=image_size,
+        image_token_id=IMAGE_TOKEN_ID,
+        template=template_of(model),
+        load_pixels=load_pixels,
+        with_answers=with_answers,
+        vocab_size=model.language.config.vocab_size,
+    )
+
+
+class Responder:
+    """Ask a model questions.
+
+    Args:
+        model: the model; its `feature_cache`, when it knows an image at this size, spares the encoder.
+        batch_size: questions computed together.
+        visual_tokens: K; the model's own by default.
+        image_size: pixels on a side; the model's own by default.
+    """
+
+    def __init__(
+        self, model: VLM, batch_size: int = 32, visual_tokens: int | None = None, image_size: int | None = None
+    ) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.keep = visual_tokens or model.config.visual_tokens
+        self.image_size = image_size or model.config.image_size
+        self.template = template_of(model)
+        self.end = end_token(model.tokenizer, self.template)
+
+    def answer(self, samples: Sequence[Sample], max_new_tokens: int = 16) -> list[str]:
+        """Generate an answer to each question, greedily."""
+        texts: dict[int, str] = {}
+        for places, batch in self._batches(samples):
+            tokens = generate(self.model, batch, max_new_tokens=max_new_tokens, stop=(self.end,))
+            for place, ids in zip(places, tokens, strict=True):
+                texts[place] = self.model.tokenizer.decode(ids).strip()
+        return [texts[i] for i in range(len(samples))]
+
+    def score(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """Return the log-probability, in nats, of each of a sample's choices with its end token."""
+        scores: dict[int, list[float]] = {}
+        for places, batch in self._batches(samples):
+            choices = [[self._ids(c) for c in samples[place].choices] for place in places]
+            for place, row in zip(places, score_choices(self.model, batch, choices), strict=True):
+                scores[place] = [choice.total for choice in row]
+        return [scores[i] for i in range(len(samples))]
+
+    def ask(self, image: str, prompt: str, max_new_tokens: int = 24) -> str:
+        """Answer one question about one image file."""
+        sample = Sample(id="question", prompt=prompt, answer="?", task="chat", image=image)
+        return self.answer([sample], max_new_tokens)[0]
+
+    def _batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
+        # questions with and without an image never share a batch: every image in it takes the same number of tokens
+        order = sorted(range(len(samples)), key=lambda i: (samples[i].image is None, len(samples[i].prompt)))
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            yield places, self._collate([samples[i] for i in places])
+
+    def _ids(self, answer: str) -> list[int]:
+        return [*answer_ids(answer, self.model.tokenizer, self.template), self.end]
+
+    def _collate(self, samples: Sequence[Sample]) -> Batch:
+        cache = self.model.feature_cache
+        paths = [s.image for s in samples if s.image is not None]
+        cached = cache is not None and cache.image_size == self.image_size and all(p in cache.features for p in paths)
+        return collate_for(
+            self.model,
+            samples,
+            keep=self.keep,
+            image_size=self.image_size,
+            load_pixels=not cached,
+            with_answers=False,
+        )
+
+
+def answer_questions(model: VLM, samples: Sequence[Sample], max_new_tokens: int = 16) -> list[str]:
+    """Answer questions with a model's own settings; see `Responder` for the knobs."""
+    with torch.inference_mode():
+        return Responder(model).answer(samples, max_new_tokens)

@@ -1,0 +1,183 @@
+"""Compose a vision-language model: encoder, compressor, connector, language model (LLaVA, arXiv 2304.08485).
+
+Image tokens are inserted into the text at the placeholders: token-level fusion. Batches are packed, without padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastmllm.compression import compress
+from fastmllm.kernels.insert_features import insert_features
+from fastmllm.models.language import LanguageModel
+from fastmllm.models.weights import load_language, load_tokenizer, load_vision
+from fastmllm.modules.projector import Projector
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from fastmllm.models.features import FeatureCache
+
+
+IMAGE_TOKEN_ID = 0  # stands where visual tokens go; its own embedding is replaced
+
+
+class Batch(Protocol):
+    """What the model reads of a packed batch (`fastmllm.data.packing.Batch`)."""
+
+    input_ids: Tensor  # (T,)
+    labels: Tensor  # (T,), already shifted
+    position_ids: Tensor  # (T,)
+    cu_seqlens: Tensor  # (S + 1,)
+    max_seqlen: int
+    image_index: Tensor  # (I * K,)
+    pixels: Tensor | None  # (I, H, W, C) uint8
+    num_targets: int
+    image_paths: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What a vision-language model is made of.
+
+    Args:
+        vision: an encoder that `load_vision` knows, or a folder.
+        language: a language model that `load_language` knows, or a folder.
+        image_size: side of the square that images are resized to, pixels.
+        visual_tokens: K, tokens an image keeps; the default of training and generation.
+        compress: how the encoder's grid becomes K tokens.
+        connector_width: hidden width of the two-layer connector; None takes the language model's.
+        train_vision: the encoder is trained too (otherwise it runs without graph and may be cached).
+        dtype: "auto" is bfloat16 where the processor multiplies it natively, else float32.
+        prefix, prompt_lead, middle, answer_lead, suffix: the text around image, prompt and answer, as in
+            `fastmllm.data.text.ChatTemplate`. The default suits a frozen SmolLM2: it starts with a token that absorbs
+            attention, stays short, and ends an answer as running text does.
+    """
+
+    vision: str = "efficientnet_lite0"
+    language: str = "smollm2-135m-instruct"
+    image_size: int = 224
+    visual_tokens: int = 9
+    compress: str = "pool"
+    connector_width: int | None = None
+    train_vision: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    prefix: str = "<|im_start|>Picture:"
+    prompt_lead: str = " "
+    middle: str = "\nA:"
+    answer_lead: str = " "
+    suffix: str = "\n"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.visual_tokens < 1:
+            raise ValueError(f"image_size {self.image_size} and visual_tokens {self.visual_tokens} must be positive")
+
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if torch.cuda.is_available() or native_bfloat16() else torch.float32
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+def native_bfloat16() -> bool:
+    """Tell whether this CPU multiplies bfloat16 without emulation (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class VLM(nn.Module):
+    """An image encoder and a language model joined by a trained connector.
+
+    Args:
+        vision: encoder: uint8 (I, H, W, 3) -> (I, N, Dv), row-major grid.
+        connector: (..., Dv) -> (..., D).
+        language: decoder over packed embeddings.
+        config: sizes and defaults.
+        tokenizer: of the language model; kept beside the weights so that a VLM can talk.
+    """
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        connector: nn.Module,
+        language: LanguageModel,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+    ) -> None:
+        super().__init__()
+        self.vision, self.connector, self.language = vision, connector, language
+        self.config, self.tokenizer = config, tokenizer
+        self.feature_cache: FeatureCache | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.head_weight.device
+
+    def grid(self, pixels_on_a_side: int) -> int:
+        """Return how many tokens a side the encoder makes of a square image."""
+        return pixels_on_a_side // self.vision.stride
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Encode uint8 (I, H, W, 3) into the full grid (I, N, Dv); without graph unless the encoder is trained."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vision):
+            return self.vision(pixels.to(self.device))
+
+    def visual_tokens(self, features: Tensor, keep: int, method: str | None = None) -> Tensor:
+        """Compress encoder features (I, N, Dv) to `keep` tokens an image and project them: (I, keep, D)."""
+        tokens = compress(features, method or self.config.compress, keep=keep)
+        return self.connector(tokens.to(self.language.head_weight.dtype))
+
+    def embed_batch(self, batch: Batch) -> Tensor:
+        """Embed a packed batch (T,) and put the visual tokens at their placeholders: (T, D)."""
+        embeddings = self.language.embed(batch.input_ids.to(self.device))
+        images = len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
+        if images == 0:
+            # every rank runs the vision path once a step, image or not: sharded parameters are gathered in step
+            features = embeddings.new_zeros(1, 1, self.vision.width)
+            return embeddings + 0.0 * self.connector(features).sum() if self.training else embeddings
+        if batch.image_index.numel() % images:
+            raise ValueError(f"VLM: {batch.image_index.numel()} image placeholders do not divide among {images} images")
+        tokens = self.visual_tokens(self._features(batch), keep=batch.image_index.numel() // images)
+        return insert_features(embeddings, tokens.flatten(0, 1).to(embeddings.dtype), batch.image_index.to(self.device))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss of a packed batch: the fp32 sum of cross-entropy over its target tokens."""
+        hidden = self.language(
+            self.embed_batch(batch),
+            batch.position_ids.to(self.device),
+            batch.cu_seqlens.to(self.device),
+            batch.max_seqlen,
+        )
+        return self.language.lm_head(hidden, batch.labels.to(self.device), batch.num_targets)
+
+    def _features(self, batch: Batch) -> Tensor:
+        if batch.pixels is not None:
+            return self.encode_images(batch.pixels)
+        if self.feature_cache is None:
+            raise ValueError(
+                "VLM: the batch has image paths but no pixels, and no feature_cache is set to look them up"
+            )
+        return self.feature_cache.gather(batch.image_paths).to(self.device)
+
+
+def build_vlm(config: ModelConfig, cache: Path | None = None, seed: int = 0) -> VLM:
+    """Load the encoder and the language model of a recipe and put a fresh connector between them.
+
+    Args:
+        config: the recipe's model section.
+        cache: folder for converted weights, or None.
+        seed: of the connector's initial weights.
+    """
+    dtype = config.torch_dtype()
+    language = load_language(config.language, dtype, cache=cache)
+    vision: Any = load_vision(config.vision, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        width = config.connector_width or language.config.width
+        connector = Projector(vision.width, language.config.width, hidden=width).to(dtype)
+    model = VLM(vision, connector, language, config, load_tokenizer(config.language, cache=cache))
+    model.requires_grad_(False)
+    return model.to("cuda") if torch.cuda.is_available() else model

@@ -1,0 +1,153 @@
+"""Run a recipe step by step: the verbs that the command line and a notebook share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastmllm.data.build import Splits
+from fastmllm.data.cache import cache_dir
+from fastmllm.data.images import load_image
+from fastmllm.data.mixture import MixtureSampler
+from fastmllm.data.packing import Batch
+from fastmllm.data.sample import Sample
+from fastmllm.infer.respond import collate_for
+from fastmllm.models.features import FeatureCache
+from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
+from fastmllm.train.engine import EngineConfig
+from fastmllm.train.stages import StageConfig
+from fastmllm.train.trainer import StageResult, Trainer
+
+TASKS = (
+    *("name", "name_zh", "group", "group_zh", "caption", "exists", "yes_no"),
+    *("count", "position", "relation", "scene"),
+)
+
+
+@contextmanager
+def progress_bar(console: Console, label: str):
+    """Give a callback (done, total) that draws a bar on a terminal, and prints a line at the ends elsewhere."""
+    if not console.is_terminal:
+        start = time.perf_counter()
+        yield lambda done, total: None
+        console.print(f"{label}: {time.perf_counter() - start:.1f} s")
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def load_model(config: ModelConfig, seed: int = 0) -> VLM:
+    """Build a recipe's model, keeping converted weights in the asset cache."""
+    return build_vlm(config, cache=cache_dir() / "weights", seed=seed)
+
+
+def images_of(splits: Splits) -> list[str]:
+    """List every image that training or evaluation looks at, once."""
+    samples = (s for part in (splits.train, splits.eval) for task in part.values() for s in task)
+    return list(dict.fromkeys(s.image for s in samples if s.image is not None))
+
+
+def cache_features(
+    model: VLM, images: Iterable[str], folder: Path | None = None, console: Console | None = None
+) -> None:
+    """Encode images once with the frozen encoder and keep the features; nothing to do when the encoder is trained."""
+    if model.config.train_vision:
+        return
+    cache = FeatureCache(model.vision, model.config.image_size, load_image, folder)
+    with progress_bar(console or Console(), "encoding images") as advance:
+        model.feature_cache = cache.add(images, progress=advance)
+
+
+def available(stage: StageConfig, samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
+    """Return the mixture without the tasks that this data does not offer (photographs have no groups or scenes).
+
+    Raises:
+        ValueError: a task that no data offers, or none that this data does.
+    """
+    unknown = [task for task in stage.mixture if task not in TASKS]
+    if unknown:
+        raise ValueError(f"stage {stage.name!r}: mixture names {unknown}, no such task; known: {', '.join(TASKS)}")
+    weights = {task: weight for task, weight in stage.mixture.items() if samples.get(task)}
+    if stage.mixture and not any(weights.values()):
+        have = ", ".join(task for task in TASKS if samples.get(task))
+        raise ValueError(f"stage {stage.name!r}: this data has none of {', '.join(stage.mixture)}; it has {have}")
+    return weights
+
+
+def batches_of(model: VLM, samples: Mapping[str, Sequence[Sample]], stage: StageConfig) -> Callable[[int], Batch]:
+    """Return index -> batch, a pure function, so that an interrupted run goes on with the very same batches."""
+    weights = available(stage, samples)
+    sampler = MixtureSampler(samples, weights or None, batch_size=stage.batch_size, seed=stage.seed)
+    counts = stage.visual_tokens or (model.config.visual_tokens,)
+
+    def batch(index: int) -> Batch:
+        chosen = sampler.batch_samples(index)
+        digest = hashlib.sha256(f"{stage.seed}/{index}".encode()).digest()
+        cached = model.feature_cache is not None and all(
+            s.image is None or s.image in model.feature_cache.features for s in chosen
+        )
+        return collate_for(
+            model,
+            chosen,
+            keep=counts[digest[0] % len(counts)],
+            image_size=model.config.image_size,
+            load_pixels=not cached,
+            with_answers=True,
+        )
+
+    return batch
+
+
+def train_stage(
+    model: VLM,
+    splits: Splits,
+    stage: StageConfig,
+    engine: EngineConfig,
+    out_dir: str | Path,
+    *,
+    save_every: int = 50,
+    on_mismatch: str = "error",
+    console: Console | None = None,
+) -> StageResult:
+    """Train one stage through DeepSpeed; a finished one is reused, an interrupted one goes on.
+
+    Args:
+        model: trained in place.
+        splits: of `fastmllm.data.build`.
+        stage: what learns, from which mixture, for how long.
+        engine: ZeRO stage and accumulation; the dtype follows the model.
+        out_dir: checkpoints, log and weights of this stage.
+        save_every: steps between checkpoints.
+        on_mismatch: what to do when out_dir holds another recipe's run: "error" or "fresh".
+        console: where progress goes.
+    """
+    dtype = "bfloat16" if model.config.torch_dtype() is torch.bfloat16 else "float32"
+    trainer = Trainer(
+        model,
+        stage,
+        replace(engine, dtype=dtype),
+        batches_of(model, splits.train, stage),
+        Path(out_dir) / stage.name,
+        recipe={"images": fingerprint([s.id for task in splits.train.values() for s in task])},
+        on_mismatch=on_mismatch,
+        save_every=save_every,
+        console=console,
+    )
+    return trainer.run()
+
+
+def fingerprint(value: Any) -> str:
+    """Return a short hash of something JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
