@@ -177,7 +177,8 @@ def build_vlm(config: ModelConfig, cache: Path | None = None, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = config.connector_width or language.config.width
-        connector = Projector(vision.width, language.config.width, hidden=width).to(dtype)
+        std = language.model.embed_tokens.weight.float().std().item()
+        connector = Projector(vision.width, language.config.width, hidden=width, norm=True, out_std=std).to(dtype)
     model = VLM(vision, connector, language, config, load_tokenizer(config.language, cache=cache))
     model.requires_grad_(False)
     return model.to("cuda") if torch.cuda.is_available() else model

@@ -9,7 +9,7 @@ from fastmllm.modules.layer_norm import LayerNorm
 
 
 class Projector(nn.Module):
-    """Project visual tokens: [pixel shuffle] [LayerNorm] Linear GELU Linear.
+    """Project visual tokens: [pixel shuffle] [LayerNorm] Linear GELU Linear [LayerNorm].
 
     Args:
         width_in: of the visual tokens.
@@ -17,12 +17,21 @@ class Projector(nn.Module):
         hidden: width between the linear layers; None means `width_out`.
         shuffle: side of the block of tokens that becomes one; 1 keeps them.
         norm: whether a LayerNorm stands in front.
+        out_std: None, or the standard deviation of the language model's embeddings: a LayerNorm behind starts there, so
+            that a frozen language model reads the new tokens as it reads words from the first step on.
 
     Equal to LLaVA-1.5's `mlp2x_gelu` (arXiv 2310.03744) as is, to InternVL's connector with shuffle=2 and norm.
     """
 
     def __init__(
-        self, width_in: int, width_out: int, *, hidden: int | None = None, shuffle: int = 1, norm: bool = False
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        hidden: int | None = None,
+        shuffle: int = 1,
+        norm: bool = False,
+        out_std: float | None = None,
     ) -> None:
         super().__init__()
         hidden = width_out if hidden is None else hidden
@@ -33,6 +42,9 @@ class Projector(nn.Module):
         self.norm = LayerNorm(width) if norm else None
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width_out)
+        self.out_norm = None if out_std is None else LayerNorm(width_out)
+        if self.out_norm is not None:
+            nn.init.constant_(self.out_norm.weight, float(out_std or 0.0))
 
     def num_tokens(self, rows: int, columns: int) -> int:
         """Return the tokens that a grid of rows x columns becomes."""
@@ -58,7 +70,8 @@ class Projector(nn.Module):
             x = pixel_shuffle(x, *grid, self.shuffle)
         if self.norm is not None:
             x = self.norm(x)
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc2(F.gelu(self.fc1(x)))
+        return x if self.out_norm is None else self.out_norm(x)
 
 
 def pixel_shuffle(x: Tensor, rows: int, columns: int, factor: int) -> Tensor:

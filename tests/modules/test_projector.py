@@ -66,3 +66,9 @@ def test_rejects_what_does_not_fit() -> None:
         Projector(4, 4, shuffle=2)(torch.randn(1, 8, 4))
     with pytest.raises(ValueError, match="shuffle=0"):
         Projector(4, 4, shuffle=0)
+
+
+def test_out_std_sets_the_scale_of_the_tokens():
+    torch.manual_seed(0)
+    out = Projector(8, 512, norm=True, out_std=0.14)(torch.randn(4, 8))
+    assert out.std().item() == pytest.approx(0.14, rel=0.01)
