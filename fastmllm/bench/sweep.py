@@ -20,6 +20,8 @@ from fastmllm.infer.respond import Responder, collate_for
 from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM
 
+LABELS = {"bipartite_merge": "merge", "none": "whole"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig:
@@ -180,17 +182,17 @@ def pareto(points: Sequence[Cell]) -> list[Cell]:
 
 def table(points: Sequence[Cell]) -> Table:
     """Return a rich table of a sweep; cells on the Pareto front are marked."""
-    out = Table(title="Resolution x visual tokens (accuracy with 95 % interval; prefill at batch 1 with encoder)")
-    for name in ("px", "tokens", "method", "accuracy", "encoder ms", "prefill ms", "step ms", "peak MiB", "GFLOP", ""):
+    out = Table(title="Resolution x visual tokens: % right and 95 % interval; prefill at batch 1, encoder included")
+    for name in ("px", "tokens", "method", "% right", "encode ms", "prefill ms", "step ms", "MiB", "GFLOP", ""):
         out.add_column(name, justify="left" if name == "method" else "right")
     front = pareto(points)
     for c in points:
         a = c.accuracy
         out.add_row(
             str(c.image_size),
-            f"{c.visual_tokens} of {c.grid_tokens}",
-            c.method,
-            f"{100 * a.value:.0f} % [{100 * a.low:.0f}, {100 * a.high:.0f}]",
+            f"{c.visual_tokens}/{c.grid_tokens}",
+            LABELS.get(c.method, c.method),
+            f"{100 * a.value:.0f} {100 * a.low:.0f}-{100 * a.high:.0f}",
             f"{c.encoder_ms:.1f}",
             f"{c.prefill_ms:.1f}",
             f"{c.step_ms:.0f}",

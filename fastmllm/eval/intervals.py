@@ -44,7 +44,8 @@ def share(correct: Sequence[bool], clusters: Sequence[Hashable] | None = None) -
     effective = n / _design_effect(np.asarray(correct, float), clusters, p)
     centre = (p + Z95**2 / (2 * effective)) / (1 + Z95**2 / effective)
     half = Z95 / (1 + Z95**2 / effective) * np.sqrt(p * (1 - p) / effective + Z95**2 / (4 * effective**2))
-    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
+    low, high = float(centre - half), float(centre + half)
+    return Estimate(p, min(max(0.0, low), p), max(min(1.0, high), p), n)  # rounding must not leave p outside
 
 
 def _design_effect(values: np.ndarray, clusters: Sequence[Hashable] | None, p: float) -> float:

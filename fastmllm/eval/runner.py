@@ -84,8 +84,8 @@ class Report:
 
     def table(self) -> Table:
         """Return a rich table: a line a task and metric, a column a condition."""
-        table = Table(title="Evaluation (95 % intervals)")
-        for name in ("task", "metric", "n", *CONDITIONS, "unparsed"):
+        table = Table(title="Evaluation: % and 95 % interval (CIDEr-D is a score)")
+        for name in ("task", "metric", "n", *CONDITIONS, "unread"):
             table.add_column(name, justify="left" if name in ("task", "metric") else "right")
         for task, metric in dict.fromkeys((r.task, r.metric) for r in self.rows):
             cells = {r.condition: r for r in self.rows if (r.task, r.metric) == (task, metric)}
@@ -95,15 +95,15 @@ class Report:
                 metric,
                 str(mine.estimate.count),
                 *(_cell(cells[c].estimate, metric) if c in cells else "-" for c in CONDITIONS),
-                "-" if mine.unparsed is None else f"{100 * mine.unparsed:.0f} %",
+                "-" if mine.unparsed is None else f"{100 * mine.unparsed:.0f}",
             )
         return table
 
 
 def _cell(e: Estimate, metric: str) -> str:
     if metric == "CIDEr-D":
-        return f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
-    return f"{100 * e.value:.1f} % [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+        return f"{e.value:.1f} {e.low:.1f}-{e.high:.1f}"
+    return f"{100 * e.value:.0f} {100 * e.low:.0f}-{100 * e.high:.0f}"
 
 
 def evaluate(

@@ -68,8 +68,8 @@ class ModelConfig:
     train_vision: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     prefix: str = "<|im_start|>Picture:"
-    prompt_lead: str = " "
-    middle: str = "\nA:"
+    prompt_lead: str = "\n"
+    middle: str = " Answer:"
     answer_lead: str = " "
     suffix: str = "\n"
 

@@ -16,7 +16,7 @@ GROUPS = ["animal", "food", "tool", "place"]
 def _samples():
     name, group, exists, caption, yes_no = [], [], [], [], []
     for i, n in enumerate(NAMES):
-        common = {"image": f"/img/{n}.png", "truth": {"concept": n}}
+        common = {"image": f"/img/{n}.png", "truth": {"concept": n, "objects": [n]}}
         name.append(Sample(id=f"n{i}", prompt="What?", answer=n, task="name", **common))
         group.append(Sample(id=f"g{i}", prompt="Kind?", answer=GROUPS[i % 4], task="group", **common))
         absent = NAMES[(i + 1) % 40]

@@ -1,0 +1,109 @@
+"""Write README's table of results from a stored run: python benchmarks/readme.py [--check]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "cpu" / "demo.json"
+BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
+ROWS = (  # label, task, metric
+    ("name it (exact match)", "name", "accuracy"),
+    ("its name in Chinese", "name_zh", "accuracy"),
+    ("its group", "group", "accuracy"),
+    ("which of two is there (forced choice)", "exists", "forced choice"),
+    ("is it there? yes/no", "yes_no", "accuracy"),
+    ("how many, in a scene", "count", "accuracy"),
+    ("where, in a scene", "position", "accuracy"),
+    ("left of or above? yes/no", "relation", "accuracy"),
+)
+CONDITIONS = ("model", "blind", "wrong image", "majority", "random")
+
+
+def block(metrics: Mapping[str, Any]) -> str:
+    """Render the table and the lines around it."""
+    found = {(r["task"], r["metric"], r["condition"]): r for r in metrics["evaluation"]}
+    sides = "drawings of a design team never trained on" if metrics["unseen_team"] else "held-out images"
+    lines = [
+        f"On {sides}, % right with the 95 % interval:",
+        "",
+        "| task | n | model | blind | wrong image | majority | random |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for label, task, metric in ROWS:
+        if (task, metric, "model") in found:
+            cells = [_cell(found[task, metric, c]["estimate"]) for c in CONDITIONS]
+            lines.append(f"| {label} | {found[task, metric, 'model']['estimate']['count']} | {' | '.join(cells)} |")
+    lines += ["", *_prose(metrics, found)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(e: Mapping[str, float]) -> str:
+    return f"{100 * e['value']:.0f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
+
+
+def _prose(metrics: Mapping[str, Any], found: Mapping[tuple[str, str, str], Any]) -> list[str]:
+    def value(task: str, metric: str, condition: str = "model") -> float:
+        return found[task, metric, condition]["estimate"]["value"]
+
+    text = []
+    if ("caption", "CIDEr-D", "model") in found:
+        text.append(
+            f"Captions: CIDEr-D {value('caption', 'CIDEr-D'):.2f} (blind {value('caption', 'CIDEr-D', 'blind'):.2f}), "
+            f"CHAIRs {100 * value('caption', 'CHAIRs'):.0f} % (blind {100 * value('caption', 'CHAIRs', 'blind'):.0f} %)."
+        )
+    if ("retrieval", "R@1 image to text", "model") in found:
+        n = found["retrieval", "R@1 image to text", "model"]["estimate"]["count"]
+        text.append(
+            f"Retrieval among {n}: R@1 {100 * value('retrieval', 'R@1 image to text'):.0f} % image to text, "
+            f"{100 * value('retrieval', 'R@1 text to image'):.0f} % text to image."
+        )
+    cells = metrics["sweep"]
+    best = max(cells, key=lambda c: (c["accuracy"]["value"], -c["prefill_ms"]))
+    near = [c for c in cells if c["accuracy"]["value"] >= best["accuracy"]["low"]]
+    cheap = min(near, key=lambda c: c["prefill_ms"])
+    machine, seconds = metrics["environment"], metrics["seconds"]
+    total = sum(v for k, v in seconds.items() if k != "this run")
+    text += [
+        f"Sweep: the best of {len(cells)} cells names {100 * best['accuracy']['value']:.0f} % right ({_setting(best)}); the "
+        f"fastest within its interval takes {cheap['prefill_ms']:.0f} ms a prefill instead of {best['prefill_ms']:.0f} "
+        f"({_setting(cheap)}).",
+        f"One run on {machine['device'].strip()}, {machine['threads']} threads, torch {machine['torch']}: "
+        f"{total / 60:.1f} minutes, {metrics['peak_memory_gib']:.1f} GiB at the most.",
+    ]
+    return text
+
+
+def _setting(cell: Mapping[str, Any]) -> str:
+    names = {"bipartite_merge": "token merging", "pool": "pooling", "none": "whole grid"}
+    return f"{cell['image_size']} px, {cell['visual_tokens']} tokens, {names.get(cell['method'], cell['method'])}"
+
+
+def updated(readme: str, metrics: Mapping[str, Any]) -> str:
+    """Return README's text with the block replaced."""
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    return head + BEGIN + block(metrics) + END + tail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    arguments = parser.parse_args()
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = updated(old, json.loads(RESULT.read_text(encoding="utf-8")))
+    if arguments.check:
+        sys.exit(
+            0 if old == new else "README.md does not show benchmarks/results/cpu/demo.json: run benchmarks/readme.py"
+        )
+    path.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

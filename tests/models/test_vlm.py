@@ -1,0 +1,108 @@
+"""VLM: visual tokens stand where they belong, samples do not see each other, the loss is what its parts say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_vlm import colour_photos, tiny_vlm
+
+from fastmllm.data.images import load_image
+from fastmllm.data.sample import Sample
+from fastmllm.infer.respond import collate_for
+from fastmllm.models.features import FeatureCache
+from fastmllm.models.vlm import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return colour_photos(tmp_path_factory.mktemp("photos"), count=2)
+
+
+def _samples(photos):
+    return [
+        Sample(id=name, prompt="What is this?", answer=name, task="name", image=str(photos / "train" / name / "0.png"))
+        for name in ("red", "blue")
+    ] + [Sample(id="text", prompt="Say yes", answer="yes", task="chat")]
+
+
+def _batch(model, samples, keep=4, pixels=True):
+    return collate_for(model, samples, keep=keep, image_size=32, load_pixels=pixels, with_answers=True)
+
+
+def test_visual_tokens_take_the_image_places(photos):
+    model = tiny_vlm()
+    batch = _batch(model, _samples(photos))
+    embedded = model.embed_batch(batch)
+    tokens = model.visual_tokens(model.encode_images(batch.pixels), keep=4)
+    torch.testing.assert_close(embedded[batch.image_index], tokens.flatten(0, 1))
+    words = torch.ones(len(batch.input_ids), dtype=torch.bool)
+    words[batch.image_index] = False
+    torch.testing.assert_close(embedded[words], model.language.embed(batch.input_ids[words]))
+
+
+def test_loss_is_the_sum_over_answers_and_over_samples(photos):
+    model = tiny_vlm()
+    samples = _samples(photos)
+    batch = _batch(model, samples)
+    hidden = model.language(model.embed_batch(batch), batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+    want = F.cross_entropy(model.language.logits(hidden), batch.labels, ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(model(batch), want, rtol=1e-5, atol=1e-5)
+    alone = sum(model(_batch(model, [s])) for s in samples)
+    torch.testing.assert_close(model(batch), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_image_matters_and_only_to_its_own_sample(photos):
+    model = tiny_vlm()
+    batch = _batch(model, _samples(photos))
+    before = model(batch)
+    batch.pixels = batch.pixels.flip(0)  # swap the two images
+    assert not torch.isclose(before, model(batch))
+    rows = slice(batch.cu_seqlens[2], None)
+    text = model.embed_batch(batch)[rows]
+    batch.pixels = batch.pixels.flip(0)
+    torch.testing.assert_close(text, model.embed_batch(batch)[rows])
+
+
+@pytest.mark.parametrize("method", ["pool", "bipartite_merge"])
+@pytest.mark.parametrize("keep", [1, 4, 16])
+def test_gradients_reach_the_connector(photos, method, keep):
+    model = tiny_vlm()
+    model.requires_grad_(False)
+    model.connector.requires_grad_(True)
+    object.__setattr__(model.config, "compress", method)
+    model(_batch(model, _samples(photos), keep=keep)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.connector.parameters())
+    assert all(p.grad is None for p in (*model.vision.parameters(), *model.language.parameters()))
+
+
+def test_text_only_batches_still_run_the_connector(photos):
+    """Ranks must gather sharded parameters in step, image or not."""
+    model = tiny_vlm().train()
+    batch = _batch(model, _samples(photos)[2:])
+    assert batch.pixels is None
+    model(batch).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in model.connector.parameters())
+
+
+def test_cached_features_give_the_same_loss(photos, tmp_path):
+    model = tiny_vlm()
+    samples = _samples(photos)
+    want = model(_batch(model, samples))
+    with pytest.raises(ValueError, match="no feature_cache is set"):
+        model(_batch(model, samples, pixels=False))
+    model.feature_cache = FeatureCache(model.vision, 32, load_image, tmp_path).add(s.image for s in samples if s.image)
+    torch.testing.assert_close(model(_batch(model, samples, pixels=False)), want)
+
+
+def test_placeholders_must_divide_among_the_images(photos):
+    model = tiny_vlm()
+    batch = _batch(model, _samples(photos))
+    batch.image_index = batch.image_index[:-1]
+    with pytest.raises(ValueError, match="7 image placeholders do not divide among 2 images"):
+        model(batch)
+
+
+def test_config_rejects_nonsense():
+    with pytest.raises(ValueError, match="must be positive"):
+        ModelConfig(visual_tokens=0)

