@@ -4,21 +4,35 @@
 namespace fastmllm {
 namespace {
 
-template <typename T>
-FASTMLLM_INLINE void pack(const uint8_t *__restrict__ image, T *__restrict__ rows, int64_t first, int64_t last,
-                          int64_t row_length, int64_t patch, int64_t run) {
+template <typename From, typename To, typename Sum>
+FASTMLLM_INLINE void pack(const From *__restrict__ image, To *__restrict__ rows, const Sum *__restrict__ scale,
+                          const Sum *__restrict__ shift, int64_t first, int64_t last, int64_t row_length, int64_t patch,
+                          int64_t run) {
   const int64_t grid = row_length / run;
   for (int64_t p = first; p < last; ++p) {
-    const uint8_t *source = image + (p / grid) * patch * row_length + (p % grid) * run;
+    const From *source = image + (p / grid) * patch * row_length + (p % grid) * run;
     for (int64_t i = 0; i < patch; ++i, source += row_length, rows += run)
 #pragma GCC ivdep
       for (int64_t t = 0; t < run; ++t)
-        narrow(float(int(source[t]) - 128) * (1.0f / 128), rows[t]); // exact
+        narrow(Sum(widen(source[t])) * scale[t] + shift[t], rows[t]);
   }
 }
 
-template <typename S, typename T>
-FASTMLLM_INLINE void offsets(const S *__restrict__ bias, const T *__restrict__ position, T *__restrict__ out,
+template <typename T>
+FASTMLLM_INLINE void unpack(const T *__restrict__ rows, T *__restrict__ image, const T *__restrict__ scale,
+                            int64_t first, int64_t last, int64_t row_length, int64_t patch, int64_t run) {
+  const int64_t grid = row_length / run;
+  for (int64_t p = first; p < last; ++p) {
+    T *target = image + (p / grid) * patch * row_length + (p % grid) * run;
+    for (int64_t i = 0; i < patch; ++i, target += row_length, rows += run)
+#pragma GCC ivdep
+      for (int64_t t = 0; t < run; ++t)
+        target[t] = rows[t] * scale[t];
+  }
+}
+
+template <typename T, typename Sum>
+FASTMLLM_INLINE void offsets(const Sum *__restrict__ bias, const T *__restrict__ position, T *__restrict__ out,
                              int64_t first, int64_t last, int64_t width) {
   for (int64_t n = first; n < last; ++n) {
     T *__restrict__ row = out + n * width;
@@ -38,41 +52,31 @@ FASTMLLM_INLINE void offsets(const S *__restrict__ bias, const T *__restrict__ p
 
 } // namespace
 
-FASTMLLM_CLONES void pack_patches(const uint8_t *image, float *rows, int64_t first, int64_t last, int64_t row_length,
-                                  int64_t patch, int64_t run) {
-  pack(image, rows, first, last, row_length, patch, run);
-}
-FASTMLLM_CLONES void pack_patches(const uint8_t *image, double *rows, int64_t first, int64_t last, int64_t row_length,
-                                  int64_t patch, int64_t run) {
-  pack(image, rows, first, last, row_length, patch, run);
-}
-FASTMLLM_CLONES void pack_patches(const uint8_t *image, bfloat16 *rows, int64_t first, int64_t last, int64_t row_length,
-                                  int64_t patch, int64_t run) {
-  pack(image, rows, first, last, row_length, patch, run);
-}
-
-void copy_patches(const char *image, char *rows, int64_t first, int64_t last, int64_t row_length, int64_t patch,
-                  int64_t run) {
-  const int64_t grid = row_length / run;
-  for (int64_t p = first; p < last; ++p) {
-    const char *source = image + (p / grid) * patch * row_length + (p % grid) * run;
-    for (int64_t i = 0; i < patch; ++i, source += row_length, rows += run)
-      std::memcpy(rows, source, run);
+#define PACK(From, To, Sum)                                                                                            \
+  FASTMLLM_CLONES FASTMLLM_PACK(From, To, Sum) {                                                                       \
+    pack(image, rows, scale, shift, first, last, row_length, patch, run);                                              \
   }
-}
+PACK(uint8_t, float, float)
+PACK(uint8_t, bfloat16, float)
+PACK(uint8_t, double, double)
+PACK(float, float, float)
+PACK(float, bfloat16, float)
+PACK(double, double, double)
 
-FASTMLLM_CLONES void add_offsets(const float *bias, const float *position, float *out, int64_t first, int64_t last,
-                                 int64_t width) {
-  offsets(bias, position, out, first, last, width);
-}
-FASTMLLM_CLONES void add_offsets(const double *bias, const double *position, double *out, int64_t first, int64_t last,
-                                 int64_t width) {
-  offsets(bias, position, out, first, last, width);
-}
-FASTMLLM_CLONES void add_offsets(const float *bias, const bfloat16 *position, bfloat16 *out, int64_t first,
-                                 int64_t last, int64_t width) {
-  offsets(bias, position, out, first, last, width);
-}
+#define UNPACK(T)                                                                                                      \
+  FASTMLLM_CLONES FASTMLLM_UNPACK(T) {                                                                                 \
+    unpack(rows, image, scale, first, last, row_length, patch, run);                                                   \
+  }
+UNPACK(float)
+UNPACK(double)
+
+#define ADD_OFFSETS(T, Sum)                                                                                            \
+  FASTMLLM_CLONES FASTMLLM_ADD_OFFSETS(T, Sum) {                                                                       \
+    offsets(bias, position, out, first, last, width);                                                                  \
+  }
+ADD_OFFSETS(float, float)
+ADD_OFFSETS(double, double)
+ADD_OFFSETS(bfloat16, float)
 
 FASTMLLM_CLONES void add_positions(const float *__restrict__ position, float *__restrict__ out, int64_t first,
                                    int64_t last, int64_t width) {

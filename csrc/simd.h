@@ -18,6 +18,9 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+FASTMLLM_INLINE float widen(uint8_t x) {
+  return float(x);
+}
 FASTMLLM_INLINE float widen(float x) {
   return x;
 }
@@ -35,9 +38,6 @@ FASTMLLM_INLINE void narrow(float x, float &out) {
   out = x;
 }
 FASTMLLM_INLINE void narrow(double x, double &out) {
-  out = x;
-}
-FASTMLLM_INLINE void narrow(float x, double &out) {
   out = x;
 }
 FASTMLLM_INLINE void narrow(float x, bfloat16 &out) { // to nearest even; NaN stays NaN

@@ -1,8 +1,9 @@
 """Patch embedding straight from pixels: normalise, cut, project, add bias and positions (ViT, arXiv 2010.11929).
 
 Shapes: pixels (I, H, W, C), P patch, N = (H / P)(W / P) patches an image, D width, K = P * P * C values a patch in
-(row, column, channel) order. Normalisation costs nothing: it is folded into weight and bias. The operator reads a
-uint8 value v as (v - 128) / 128, which is exact in bf16 and fp16 and small, so no sum of large terms has to cancel.
+(row, column, channel) order. A pixel becomes `v * scale[c] + shift[c]` on its way from the image to the product, so no
+normalised image and, but for the CPU, no patch matrix is written. (Folding scale and shift into weight and bias costs a
+pass over K x D in every step, forward and backward; this costs one multiply-add a loaded value.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch import Tensor
 from . import _native  # noqa: F401 - registers the CPU operator
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
 
-CENTRE = 128  # of a uint8 value, and its scale
 MAX_OFFSET = 2**31  # elements of one image that a kernel addresses with 32 bits
 
 
@@ -24,43 +24,50 @@ def _output_shape(pixels: Tensor, weight: Tensor, patch_size: int) -> tuple[int,
     return images, (height // patch_size) * (width // patch_size), weight.shape[1]
 
 
+def _is_identity(scale: list[float], shift: list[float]) -> bool:
+    return all(s == 1 for s in scale) and not any(shift)
+
+
 # 1. reference ---------------------------------------------------------------------------------------------------------
-def _rows(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return the patches (I * N, K) and the factor that they still lack."""
+def _rows(pixels: Tensor, patch_size: int, scale: list[float], shift: list[float], dtype: torch.dtype) -> Tensor:
+    """Return the normalised patches (I * N, K)."""
     images, height, width, channels = pixels.shape
     size = patch_size * patch_size * channels
+    if pixels.dtype == torch.uint8 or not _is_identity(scale, shift):
+        acc = accumulator_dtype(dtype)
+        scales, shifts = (torch.tensor(t, dtype=acc, device=pixels.device) for t in (scale, shift))
+        pixels = torch.addcmul(shifts, pixels.to(acc), scales)
     grid = (images, height // patch_size, patch_size, width // patch_size, patch_size * channels)
-    if pixels.dtype == torch.uint8:
-        pixels = (pixels ^ CENTRE).view(torch.int8)  # v - 128 in two's complement
-    rows = pixels.reshape(grid).transpose(2, 3).to(dtype).reshape(pixels.numel() // size, size)
-    return rows, 1 / CENTRE if pixels.dtype == torch.int8 else 1.0
+    return pixels.reshape(grid).transpose(2, 3).to(dtype).reshape(pixels.numel() // size, size)
 
 
 def patch_embed_reference(
-    pixels: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, patch_size: int
-) -> Tensor:
-    rows, scale = _rows(pixels, patch_size, weight.dtype)
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, patch_size: int,
+    scale: list[float], shift: list[float],
+) -> Tensor:  # fmt: skip
+    rows = _rows(pixels, patch_size, scale, shift, weight.dtype)
     shape = _output_shape(pixels, weight, patch_size)
     acc = accumulator_dtype(weight.dtype)
     added = [t.to(acc) for t in (position, bias) if t is not None]
     if not added:
-        return torch.mm(rows, weight).mul_(scale).view(shape)
+        return torch.mm(rows, weight).view(shape)
     offset = (added[0] + added[1] if len(added) == 2 else added[0]).to(weight.dtype)  # (N, D) or (D,)
-    return torch.addmm(offset.expand(shape).flatten(0, 1), rows, weight, alpha=scale).view(shape)
+    return torch.addmm(offset.expand(shape).flatten(0, 1), rows, weight).view(shape)
 
 
 def patch_embed_bwd_reference(
-    grad: Tensor, pixels: Tensor, weight: Tensor, patch_size: int, pixel_grad: bool, weight_grad: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, pixels: Tensor, weight: Tensor, patch_size: int, pixel_grad: bool, weight_grad: bool,
+    scale: list[float], shift: list[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad = grad.reshape(-1, weight.shape[1])  # (I * N, D)
     dx, dw = pixels.new_empty(0), weight.new_empty(0)
     if pixel_grad:
         images, height, width, channels = pixels.shape
         grid = (images, height // patch_size, width // patch_size, patch_size, patch_size * channels)
-        dx = torch.mm(grad, weight.t()).view(grid).transpose(2, 3).to(pixels.dtype).reshape(pixels.shape)
+        dx = torch.mm(grad, weight.t()).to(accumulator_dtype(weight.dtype)).view(grid).transpose(2, 3)
+        dx = (dx.reshape(pixels.shape) * dx.new_tensor(scale)).to(pixels.dtype)
     if weight_grad:
-        rows, scale = _rows(pixels, patch_size, weight.dtype)
-        dw = torch.mm(rows.t(), grad).mul_(scale)
+        dw = torch.mm(_rows(pixels, patch_size, scale, shift, weight.dtype).t(), grad)
     return dx, dw
 
 
@@ -81,17 +88,18 @@ def _pixel_step(k, GRID_W, P: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _values(pixels, dtype: tl.constexpr, UINT8: tl.constexpr):
-    x = pixels.to(tl.float32)
-    if UINT8:
-        x = x * 0.0078125 - 1.0  # (v - 128) / 128, exact
-    return x.to(dtype)
+def _per_channel(values, k, C: tl.constexpr):
+    """Return values[k % C]; they are kernel arguments, so nothing is copied to the device."""
+    out = tl.zeros(k.shape, tl.float32)
+    for c in tl.static_range(C):
+        out = tl.where(k % C == c, values[c], out)
+    return out
 
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, w_ptr, b_ptr, p_ptr, y_ptr, M, N, D, GRID_W,
-    P: tl.constexpr, C: tl.constexpr, UINT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POSITION: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, p_ptr, y_ptr, scale, shift, M, N, D, GRID_W,
+    P: tl.constexpr, C: tl.constexpr, NORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POSITION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = P * P * C
@@ -105,7 +113,9 @@ def _fwd_kernel(
         mask = (rows < M)[:, None] & (k < K)[None, :]
         x = tl.load(x_ptr + base[:, None] + _pixel_step(k, GRID_W, P, C)[None, :], mask=mask, other=0)
         w = tl.load(w_ptr + k[:, None] * D + cols[None, :], mask=(k < K)[:, None] & (cols < D)[None, :], other=0.0)
-        acc = dot(_values(x, dtype, UINT8), w, acc)  # where k >= K, w is 0
+        if NORMALIZE:
+            x = x.to(tl.float32) * _per_channel(scale, k, C)[None, :] + _per_channel(shift, k, C)[None, :]
+        acc = dot(x.to(dtype), w, acc)  # where k >= K, w is 0
     mask = (rows < M)[:, None] & (cols < D)[None, :]
     if HAS_BIAS:
         acc += tl.load(b_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
@@ -116,7 +126,8 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_weight_kernel(
-    dy_ptr, x_ptr, dw_ptr, M, N, D, GRID_W, P: tl.constexpr, C: tl.constexpr, UINT8: tl.constexpr,
+    dy_ptr, x_ptr, dw_ptr, scale, shift, M, N, D, GRID_W,
+    P: tl.constexpr, C: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each program along the third axis takes its share of the rows and writes its part of dw."""
@@ -125,6 +136,7 @@ def _bwd_weight_kernel(
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
     step = _pixel_step(k, GRID_W, P, C)
+    scales, shifts = _per_channel(scale, k, C), _per_channel(shift, k, C)
     acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for start in range(part * BLOCK_M, M, tl.num_programs(2) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)  # `start` is a Python int in the interpreter
@@ -133,14 +145,16 @@ def _bwd_weight_kernel(
         dy = tl.load(
             dy_ptr + rows[:, None] * D + cols[None, :], mask=(rows < M)[:, None] & (cols < D)[None, :], other=0.0
         )
-        acc = dot(_values(x, dy_ptr.dtype.element_ty, UINT8), dy, acc)
+        if NORMALIZE:
+            x = x.to(tl.float32) * scales[:, None] + shifts[:, None]
+        acc = dot(x.to(dy_ptr.dtype.element_ty), dy, acc)  # where rows >= M, dy is 0
     offsets = (part.to(tl.int64) * K + k[:, None]) * D + cols[None, :]
     tl.store(dw_ptr + offsets, acc, mask=(k < K)[:, None] & (cols < D)[None, :])
 
 
 @triton.jit
 def _bwd_pixels_kernel(
-    dy_ptr, w_ptr, dx_ptr, M, N, D, GRID_W, P: tl.constexpr, C: tl.constexpr,
+    dy_ptr, w_ptr, dx_ptr, scale, M, N, D, GRID_W, P: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Every pixel lies in one patch, so each program writes its own."""
@@ -155,6 +169,7 @@ def _bwd_pixels_kernel(
         )
         w = tl.load(w_ptr + k[None, :] * D + cols[:, None], mask=(k < K)[None, :] & (cols < D)[:, None], other=0.0)
         acc = dot(dy, w, acc)
+    acc *= _per_channel(scale, k, C)[None, :]
     base = _pixel_base(rows, N, GRID_W, P, C)
     mask = (rows < M)[:, None] & (k < K)[None, :]
     offsets = base[:, None] + _pixel_step(k, GRID_W, P, C)[None, :]
@@ -184,8 +199,9 @@ def _sizes(pixels: Tensor, weight: Tensor, patch_size: int) -> tuple[int, int, i
 
 
 def patch_embed_triton(
-    pixels: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, patch_size: int
-) -> Tensor:
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, patch_size: int,
+    scale: list[float], shift: list[float],
+) -> Tensor:  # fmt: skip
     m, n, d, grid_w = _sizes(pixels, weight, patch_size)
     pixels, weight = pixels.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -195,16 +211,17 @@ def patch_embed_triton(
     if m and d:
         with device_of(pixels):
             _fwd_kernel[(cdiv(m, config["BLOCK_M"]), cdiv(d, config["BLOCK_N"]))](
-                pixels, weight, bias, position, y, m, n, d, grid_w, P=patch_size, C=pixels.shape[3],
-                UINT8=pixels.dtype == torch.uint8, HAS_BIAS=bias is not None, HAS_POSITION=position is not None,
-                **config,
+                pixels, weight, bias, position, y, tuple(scale), tuple(shift), m, n, d, grid_w,
+                P=patch_size, C=pixels.shape[3], NORMALIZE=not _is_identity(scale, shift),
+                HAS_BIAS=bias is not None, HAS_POSITION=position is not None, **config,
             )  # fmt: skip
     return y
 
 
 def patch_embed_bwd_triton(
-    grad: Tensor, pixels: Tensor, weight: Tensor, patch_size: int, pixel_grad: bool, weight_grad: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, pixels: Tensor, weight: Tensor, patch_size: int, pixel_grad: bool, weight_grad: bool,
+    scale: list[float], shift: list[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     m, n, d, grid_w = _sizes(pixels, weight, patch_size)
     grad, pixels, weight = grad.contiguous(), pixels.contiguous(), weight.contiguous()
     k, shape = weight.shape[0], {"P": patch_size, "C": pixels.shape[3]}
@@ -215,7 +232,7 @@ def patch_embed_bwd_triton(
             config = _config(m, k, weight.dtype)
             if m and d:
                 _bwd_pixels_kernel[(cdiv(m, config["BLOCK_M"]), cdiv(k, config["BLOCK_N"]))](
-                    grad, weight, dx, m, n, d, grid_w, **shape, **config
+                    grad, weight, dx, tuple(scale), m, n, d, grid_w, **shape, **config
                 )
         if weight_grad:
             config = _config(k, d, weight.dtype)
@@ -225,8 +242,9 @@ def patch_embed_bwd_triton(
             partial = torch.empty((parts, k, d), dtype=torch.float32, device=weight.device)
             if d:
                 _bwd_weight_kernel[(cdiv(k, config["BLOCK_K"]), cdiv(d, config["BLOCK_N"]), parts)](
-                    grad, pixels, partial, m, n, d, grid_w, **shape, UINT8=pixels.dtype == torch.uint8, **config
-                )
+                    grad, pixels, partial, tuple(scale), tuple(shift), m, n, d, grid_w, **shape,
+                    NORMALIZE=not _is_identity(scale, shift), **config,
+                )  # fmt: skip
             dw = partial.sum(0).to(weight.dtype)
     return dx, dw
 
@@ -236,7 +254,8 @@ _patch_embed = torch.library.custom_op(
     "fastmllm::patch_embed",
     patch_embed_reference,
     mutates_args=(),
-    schema="(Tensor pixels, Tensor weight, Tensor? bias, Tensor? position, int patch_size) -> Tensor",
+    schema="(Tensor pixels, Tensor weight, Tensor? bias, Tensor? position, int patch_size, float[] scale,"
+    " float[] shift) -> Tensor",
 )
 _patch_embed.register_kernel("cuda")(patch_embed_triton)
 
@@ -244,27 +263,27 @@ _patch_embed_bwd = torch.library.custom_op(
     "fastmllm::patch_embed_bwd",
     patch_embed_bwd_reference,
     mutates_args=(),
-    schema="(Tensor grad, Tensor pixels, Tensor weight, int patch_size, bool pixel_grad, bool weight_grad)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor pixels, Tensor weight, int patch_size, bool pixel_grad, bool weight_grad, *,"
+    " float[] scale, float[] shift) -> (Tensor, Tensor)",
 )
 _patch_embed_bwd.register_kernel("cuda")(patch_embed_bwd_triton)
 
 
 # 5. fake --------------------------------------------------------------------------------------------------------------
 @_patch_embed.register_fake
-def _(pixels, weight, bias, position, patch_size):
+def _(pixels, weight, bias, position, patch_size, scale, shift):
     return weight.new_empty(_output_shape(pixels, weight, patch_size))
 
 
 @_patch_embed_bwd.register_fake
-def _(grad, pixels, weight, patch_size, pixel_grad, weight_grad):
+def _(grad, pixels, weight, patch_size, pixel_grad, weight_grad, scale, shift):
     dx = pixels.new_empty(pixels.shape if pixel_grad else 0)
     return dx, weight.new_empty(weight.shape if weight_grad else 0)
 
 
 # 6. autograd ----------------------------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output):
-    pixels, weight, bias, position, ctx.patch_size = inputs
+    pixels, weight, bias, position, ctx.patch_size, ctx.scale, ctx.shift = inputs
     ctx.save_for_backward(pixels, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.position_dtype = None if position is None else position.dtype
@@ -272,16 +291,18 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     pixels, weight = ctx.saved_tensors
-    need_pixels, need_weight, need_bias, need_position, _ = ctx.needs_input_grad
+    need_pixels, need_weight, need_bias, need_position, *_ = ctx.needs_input_grad
     grad = grad.contiguous()
     dx = dw = db = dp = None
     if need_pixels or need_weight:
-        dx, dw = _patch_embed_bwd(grad, pixels, weight, ctx.patch_size, need_pixels, need_weight)
+        dx, dw = _patch_embed_bwd(
+            grad, pixels, weight, ctx.patch_size, need_pixels, need_weight, scale=ctx.scale, shift=ctx.shift
+        )
     if need_bias or need_position:
         total = grad.sum(0, dtype=accumulator_dtype(grad.dtype))  # (N, D): plain reductions need no kernel of ours
         db = total.sum(0).to(ctx.bias_dtype) if need_bias else None
         dp = total.to(ctx.position_dtype) if need_position else None
-    return dx if need_pixels else None, dw if need_weight else None, db, dp, None
+    return dx if need_pixels else None, dw if need_weight else None, db, dp, None, None, None
 
 
 _patch_embed.register_autograd(_backward, setup_context=_setup_context)
@@ -310,73 +331,14 @@ def _check(pixels: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor
                          f"{tuple(pixels.shape)}: interpolate it to the image's grid")  # fmt: skip
 
 
-def fold_normalization(
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | Sequence[float] | None,
-    std: Tensor | Sequence[float] | None,
-    *,
-    uint8: bool,
-    channels: int = 3,
-) -> tuple[Tensor, Tensor | None]:
-    """Fold the normalisation of pixels into the projection, for `patch_embed_folded`; differentiable.
-
-    Args:
-        weight: (K, D) projection of normalised patches.
-        bias: (D,) or None.
-        mean: (C,) in units of 0..1, or None for 0.
-        std: (C,) in units of 0..1, or None for 1.
-        uint8: whether the pixels are uint8 (0..255 stands for 0..1) or floats.
-        channels: C.
-
-    Returns:
-        The weight (K, D) in its own dtype, and the bias (D,) in fp32 (fp64 for fp64 weights) or None.
-    """
-    acc = accumulator_dtype(weight.dtype)
-    one = weight.new_ones(channels, dtype=acc)
-    scale = one if std is None else 1 / torch.as_tensor(std, dtype=acc, device=weight.device)
-    shift = 0 * one if mean is None else -torch.as_tensor(mean, dtype=acc, device=weight.device)
-    if uint8:  # (v / 255 - mean) / std = (u + (128 - 255 mean) / 128) * 128 / (255 std), u = (v - 128) / 128
-        scale, shift = scale * (CENTRE / 255), shift * (255 / CENTRE) + 1
-    elif mean is None and std is None:
-        return weight, bias
-    repeat = weight.shape[0] // channels
-    folded = (weight.to(acc) * scale.repeat(repeat)[:, None]).to(weight.dtype)
-    # from the rounded weight, so that its rounding error is multiplied by x - mean and not by x
-    offset = torch.mv(folded.to(acc).t(), shift.repeat(repeat))
-    return folded, offset if bias is None else offset + bias.to(acc)
-
-
-def patch_embed_folded(
-    pixels: Tensor, weight: Tensor, bias: Tensor | None = None, position: Tensor | None = None, *, patch_size: int
-) -> Tensor:
-    """Embed patches with the weight and bias that `fold_normalization` returned (frozen weights are folded once).
-
-    Args:
-        pixels: (I, H, W, C) uint8, or floats.
-        weight: (K, D) folded projection, K = P * P * C in (row, column, channel) order.
-        bias: (D,) folded bias, or None.
-        position: (N, D), or None.
-        patch_size: P, in pixels.
-
-    Returns:
-        (I, N, D) in the dtype of `weight`, patches in row-major order.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
-    """
-    _check(pixels, weight, bias, position, patch_size)
-    return _patch_embed(pixels, weight, bias, position, patch_size)
-
-
 def patch_embed(
     pixels: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     position: Tensor | None = None,
     *,
-    mean: Tensor | Sequence[float] | None = None,
-    std: Tensor | Sequence[float] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     patch_size: int,
 ) -> Tensor:
     """Normalise pixels, cut them into patches, project, add bias and positions.
@@ -386,8 +348,8 @@ def patch_embed(
         weight: (K, D) projection, K = P * P * C in (row, column, channel) order.
         bias: (D,), or None.
         position: (N, D) added to every image, or None.
-        mean: (C,) subtracted, in units of 0..1, or None.
-        std: (C,) divided by, in units of 0..1, or None.
+        mean: C numbers subtracted, in units of 0..1, or None.
+        std: C numbers divided by, in units of 0..1, or None.
         patch_size: P, in pixels.
 
     Returns:
@@ -403,6 +365,7 @@ def patch_embed(
     for name, t in (("mean", mean), ("std", std)):
         if t is not None and len(t) != pixels.shape[-1]:
             raise ValueError(f"fastmllm::patch_embed: {name} has {len(t)} values for pixels {tuple(pixels.shape)}")
-    uint8 = pixels.dtype == torch.uint8
-    weight, bias = fold_normalization(weight, bias, mean, std, uint8=uint8, channels=pixels.shape[-1])
-    return _patch_embed(pixels, weight, bias, position, patch_size)
+    unit = 1 / 255 if pixels.dtype == torch.uint8 else 1.0
+    scale = [unit / s for s in (std or [1.0] * pixels.shape[-1])]
+    shift = [-m / s for m, s in zip(mean or [0.0] * len(scale), std or [1.0] * len(scale), strict=True)]
+    return _patch_embed(pixels, weight, bias, position, patch_size, scale, shift)

@@ -70,9 +70,11 @@ def test_every_clone_packs_alike(level, tmp_path):
     code = """
         #include "patch_embed.h"
         using namespace fastmllm;
-        extern "C" void pack(const uint8_t *x, float *f, bfloat16 *b, double *d, int64_t n, int64_t w, int64_t p,
+        extern "C" void pack(const uint8_t *x, float *f, bfloat16 *b, double *d, const float *scale, const float *shift,
+                             const double *wide_scale, const double *wide_shift, int64_t n, int64_t w, int64_t p,
                              int64_t run) {
-          pack_patches(x, f, 0, n, w, p, run), pack_patches(x, b, 0, n, w, p, run), pack_patches(x, d, 0, n, w, p, run);
+          pack_patches(x, f, scale, shift, 0, n, w, p, run), pack_patches(x, b, scale, shift, 0, n, w, p, run);
+          pack_patches(x, d, wide_scale, wide_shift, 0, n, w, p, run);
         }
         extern "C" void add(const float *b, const bfloat16 *p, bfloat16 *o, int64_t n, int64_t w) {
           add_offsets(b, p, o, 0, n, w);
@@ -87,9 +89,12 @@ def test_every_clone_packs_alike(level, tmp_path):
     patch, grid_h, grid_w = 7, 3, 5
     image = torch.arange(grid_h * patch * grid_w * patch * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
     rows = image.view(grid_h, patch, grid_w, patch * 3).transpose(1, 2).reshape(15, -1)
-    want = (rows.double() - 128) / 128
+    scale, shift = torch.full((patch * 3,), 2.0**-7), torch.full((patch * 3,), -1.0)  # exact in every dtype
+    want = rows.double() / 128 - 1
     got = [torch.full(want.shape, float("nan"), dtype=d) for d in (torch.float32, torch.bfloat16, torch.float64)]
-    loops.pack(*map(pointer, (image, *got)), long(15), long(grid_w * patch * 3), long(patch), long(patch * 3))
+    affine = (scale, shift, scale.double(), shift.double())
+    sizes = map(long, (15, grid_w * patch * 3, patch, patch * 3))
+    loops.pack(*map(pointer, (image, *got, *affine)), *sizes)
     for g in got:
         torch.testing.assert_close(g.double(), want, rtol=0, atol=0)
     bias, position = torch.randn(37), torch.randn(5, 37).bfloat16()

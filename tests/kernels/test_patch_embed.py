@@ -9,10 +9,11 @@ from oracle import assert_as_accurate, gradients, strided
 
 from fastmllm.kernels import _native
 from fastmllm.kernels import patch_embed as op
-from fastmllm.kernels.patch_embed import fold_normalization, patch_embed, patch_embed_folded
+from fastmllm.kernels.patch_embed import patch_embed
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # I, H, W, P, D
+SCALE, SHIFT = [0.015, 0.014, 0.013], [-1.9, -1.8, -1.4]
 SHAPES = [(2, 28, 42, 14, 33), (1, 32, 16, 16, 40), (3, 4, 6, 2, 5)]
 
 
@@ -71,17 +72,18 @@ def test_empty(shape, uint8):
 def test_triton_matches_reference(shape, dtype, uint8, device, guard):
     pixels, w, b, p = _inputs(shape, dtype, uint8, device)
     wide = [pixels if uint8 else pixels.double(), w.double(), b.double(), p.double()]
-    patch = shape[3]
-    got = guard.run(op.patch_embed_triton, pixels, w, b.float(), p, patch)
-    want = op.patch_embed_reference(pixels, w, b, p, patch)
-    assert_as_accurate(got, want, op.patch_embed_reference(*wide, patch))
-    got = guard.run(op.patch_embed_triton, pixels, w, None, None, patch)
-    want = op.patch_embed_reference(pixels, w, None, None, patch)
-    assert_as_accurate(got, want, op.patch_embed_reference(*wide[:2], None, None, patch))
-    grad = torch.randn(want.shape).to(device, dtype)
-    got = guard.run(op.patch_embed_bwd_triton, grad, pixels, w, patch, not uint8, True)
-    want = op.patch_embed_bwd_reference(grad, pixels, w, patch, not uint8, True)
-    wide = op.patch_embed_bwd_reference(grad.double(), *wide[:2], patch, not uint8, True)
+    last = (shape[3], SCALE, SHIFT) if uint8 else (shape[3], [0.5, 2.0, 3.0], [0.0, 0.5, 1.0])
+    got = guard.run(op.patch_embed_triton, pixels, w, b.float(), p, *last)
+    want = op.patch_embed_reference(pixels, w, b, p, *last)
+    assert_as_accurate(got, want, op.patch_embed_reference(*wide, *last))
+    plain = (shape[3], [1.0] * 3, [0.0] * 3)
+    got = guard.run(op.patch_embed_triton, pixels, w, None, None, *plain)
+    want = op.patch_embed_reference(pixels, w, None, None, *plain)
+    assert_as_accurate(got, want, op.patch_embed_reference(*wide[:2], None, None, *plain))
+    grad, patch = torch.randn(want.shape).to(device, dtype), shape[3]
+    got = guard.run(op.patch_embed_bwd_triton, grad, pixels, w, patch, not uint8, True, *last[1:])
+    want = op.patch_embed_bwd_reference(grad, pixels, w, patch, not uint8, True, *last[1:])
+    wide = op.patch_embed_bwd_reference(grad.double(), *wide[:2], patch, not uint8, True, *last[1:])
     for g, s, o in zip(got, want, wide, strict=True):
         assert_as_accurate(g, s, o)
 
@@ -90,8 +92,8 @@ def test_triton_backward_of_a_stride_0_gradient(device):
     """`.sum().backward()` hands the backward an expanded scalar."""
     pixels, w, _, _ = _inputs((2, 4, 6, 2, 5), torch.float32, False, device)
     grad = torch.ones((), device=device).expand(2, 6, 5)
-    got = op.patch_embed_bwd_triton(grad, pixels, w, 2, True, True)
-    want = op.patch_embed_bwd_reference(grad.contiguous(), pixels, w, 2, True, True)
+    got = op.patch_embed_bwd_triton(grad, pixels, w, 2, True, True, SCALE, SHIFT)
+    want = op.patch_embed_bwd_reference(grad.contiguous(), pixels, w, 2, True, True, SCALE, SHIFT)
     for g, s in zip(got, want, strict=True):
         torch.testing.assert_close(g, s)
 
@@ -102,15 +104,26 @@ def test_triton_backward_of_a_stride_0_gradient(device):
 def test_native_matches_reference(dtype, uint8, parts):
     if _native.EXTENSION_MISSING:
         pytest.skip(f"the C++ operators are {_native.EXTENSION_MISSING}")
-    for shape in [*SHAPES, (0, 8, 8, 4, 16), (2, 0, 8, 4, 16), (2, 70, 70, 14, 80)]:
+    scale, shift = (SCALE, SHIFT) if uint8 else ([0.5, 2.0, 3.0], [0.0, 0.5, 1.0])
+    for shape in [*SHAPES, (0, 8, 8, 4, 16), (2, 0, 8, 4, 16), (2, 70, 70, 14, 80)]:  # the last one through oneDNN
         pixels, w, b, p = _inputs(shape, dtype, uint8)
-        b = b.float() if parts[0] and dtype != torch.float64 else b if parts[0] else None  # as folding leaves it
+        b = None if not parts[0] else b if dtype == torch.float64 else b.float()
         args = (strided(pixels), strided(w), b, strided(p) if parts[1] else None, shape[3])
-        got, want = torch.ops.fastmllm.patch_embed(*args), op.patch_embed_reference(*args)
-        wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
+        got = torch.ops.fastmllm.patch_embed(*args, scale, shift)
         assert got.dtype == dtype
         assert got.is_contiguous()
-        assert_as_accurate(got, want, op.patch_embed_reference(*wide), ulps=2)
+        wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
+        want = op.patch_embed_reference(*wide, scale, shift)
+        assert_as_accurate(got, op.patch_embed_reference(*args, scale, shift), want, ulps=2)
+        if not parts[0] or not parts[1]:
+            continue
+        grad, flags = torch.randn(got.shape).to(dtype), (shape[3], not uint8, True)
+        got = torch.ops.fastmllm.patch_embed_bwd(grad, *args[:2], *flags, scale=scale, shift=shift)
+        same = op.patch_embed_bwd_reference(grad, *args[:2], *flags, scale, shift)
+        want = op.patch_embed_bwd_reference(grad.double(), *wide[:2], *flags, scale, shift)
+        for g, s, o in zip(got, same, want, strict=True):
+            assert g.dtype == s.dtype
+            assert_as_accurate(g, s, o, ulps=2)
 
 
 def _torch_gradients(inputs, seed, patch):
@@ -127,29 +140,21 @@ def test_normalisation_is_optional(uint8, mean, std):
     torch.testing.assert_close(got, want)
 
 
-def test_folded_once_is_the_same():
-    pixels, w, b, p = _inputs((2, 8, 4, 4, 6), torch.float32, True)
-    folded, bias = fold_normalization(w, b, MEAN, STD, uint8=True)
-    got = patch_embed_folded(pixels, folded, bias, p, patch_size=4)
-    torch.testing.assert_close(got, patch_embed(pixels, w, b, p, mean=MEAN, std=STD, patch_size=4), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("uint8", [True, False])
 def test_opcheck(uint8):
     pixels, *rest = _inputs((2, 8, 4, 4, 6), torch.float32, uint8)
     inputs = [pixels if uint8 else pixels.requires_grad_(), *(t.requires_grad_() for t in rest)]
-    torch.library.opcheck(torch.ops.fastmllm.patch_embed.default, (*inputs, 4))
-    torch.library.opcheck(torch.ops.fastmllm.patch_embed.default, (*inputs[:2], None, None, 4))
+    torch.library.opcheck(torch.ops.fastmllm.patch_embed.default, (*inputs, 4, SCALE, SHIFT))
+    torch.library.opcheck(torch.ops.fastmllm.patch_embed.default, (*inputs[:2], None, None, 4, SCALE, SHIFT))
 
 
 @pytest.mark.parametrize("uint8", [True, False])
 def test_compile(uint8):
     inputs = _inputs((2, 8, 4, 4, 6), torch.float32, uint8)
     inputs[1].requires_grad_()
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
     compiled = torch.compile(patch_embed, fullgraph=True, backend="aot_eager")
-    got = compiled(*inputs, mean=mean, std=std, patch_size=4)
-    torch.testing.assert_close(got, patch_embed(*inputs, mean=mean, std=std, patch_size=4))
+    got = compiled(*inputs, mean=MEAN, std=STD, patch_size=4)
+    torch.testing.assert_close(got, patch_embed(*inputs, mean=MEAN, std=STD, patch_size=4))
     got.sum().backward()
     assert inputs[1].grad is not None
 
@@ -167,7 +172,7 @@ def test_frozen_weights_cost_no_gradient():
     patch_embed(pixels.requires_grad_(), w, b, p, patch_size=4).sum().backward()
     assert pixels.grad is not None
     grad = torch.ones(2, 2, 6)
-    dx, dw = torch.ops.fastmllm.patch_embed_bwd(grad, pixels.detach(), w, 4, False, False)
+    dx, dw = torch.ops.fastmllm.patch_embed_bwd(grad, pixels.detach(), w, 4, False, False, scale=SCALE, shift=SHIFT)
     assert dx.numel() == dw.numel() == 0
 
 
