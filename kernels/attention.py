@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._dense import dense_bwd, dense_fwd, rows_contiguous
 from ._tiles import load_lse, load_tile, softmax_end, softmax_step, store_tile
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
-SHORT = 192  # up to here torch's CPU backward is 2 to 7 times faster when bf16 is widened to fp32 first
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
@@ -84,65 +84,11 @@ def _pieces(
     return pieces
 
 
-def _fused(q: Tensor) -> bool:
-    """Tell whether torch has its fused kernel for `q`: GQA, every dtype, and it returns the log-sum-exp."""
-    return q.device.type == "cpu"
-
-
-def _dense_fwd(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    if _fused(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-        )
-    scores = _dense_scores(q, k, causal, mask, scale)
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ _repeat(v, q).to(scores.dtype)).to(q.dtype), lse
-
-
-def _dense_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    causal: bool, mask: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if _fused(q):
-        dtype = q.dtype
-        if dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= SHORT and k.shape[2] <= SHORT:
-            grad, q, k, v, out = (t.float() for t in (grad, q, k, v, out))
-            mask = None if mask is None else mask.float()
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
-        )
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
-    p = (_dense_scores(q, k, causal, mask, scale) - lse[..., None]).exp()
-    grad = grad.to(p.dtype)
-    delta = (grad * out.to(p.dtype)).sum(-1, keepdim=True)
-    ds = p * (grad @ _repeat(v, q).to(p.dtype).mT - delta) * scale
-    heads = (k.shape[1], q.shape[1] // k.shape[1])
-    dk = (ds.mT @ q.to(p.dtype)).unflatten(1, heads).sum(2)
-    dv = (p.mT @ grad).unflatten(1, heads).sum(2)
-    return (ds @ _repeat(k, q).to(p.dtype)).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _repeat(t: Tensor, q: Tensor) -> Tensor:
-    return t.repeat_interleave(q.shape[1] // t.shape[1], 1)
-
-
-def _dense_scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
-    acc = accumulator_dtype(q.dtype)
-    scores = (q.to(acc) @ _repeat(k, q).to(acc).mT) * scale
-    if mask is not None:
-        scores = scores + mask
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
-    return scores
-
-
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v = (_rows_contiguous(t) for t in (q, k, v))
+    q, k, v = (rows_contiguous(t) for t in (q, k, v))
     shape = (q.shape[1], q.shape[0])
     pieces = _pieces(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
     whole = len(pieces) == 1 and pieces[0].segments * (pieces[0].len_q - pieces[0].blind) == q.shape[0]
@@ -151,7 +97,7 @@ def attention_reference(
         lse = q.new_full(shape, -math.inf, dtype=accumulator_dtype(q.dtype))
     for piece in pieces:
         q4 = piece.queries(q)
-        o4, lse4 = _dense_fwd(q4, piece.others(k), piece.others(v), *piece.mask(q, causal), softmax_scale)
+        o4, lse4 = dense_fwd(q4, piece.others(k), piece.others(v), *piece.mask(q, causal), softmax_scale)
         if whole:  # the usual case: nothing to assemble
             return o4.transpose(1, 2).reshape(q.shape), lse4.transpose(0, 1).reshape(shape).contiguous()
         piece.queries(out).copy_(o4)
@@ -163,7 +109,7 @@ def attention_bwd_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, grad, out = (_rows_contiguous(t) for t in (q, k, v, grad, out))
+    q, k, v, grad, out = (rows_contiguous(t) for t in (q, k, v, grad, out))
     pieces = _pieces(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
     whole = len(pieces) == 1 and pieces[0].segments * (pieces[0].len_q - pieces[0].blind) == q.shape[0]
     whole = whole and pieces[0].segments * pieces[0].len_k == k.shape[0]
@@ -171,18 +117,13 @@ def attention_bwd_reference(
         dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     for piece in pieces:
         dense = (*map(piece.queries, (grad, q)), piece.others(k), piece.others(v), piece.queries(out))
-        dq4, dk4, dv4 = _dense_bwd(*dense, piece.row_stats(lse), *piece.mask(q, causal), softmax_scale)
+        dq4, dk4, dv4 = dense_bwd(*dense, piece.row_stats(lse), *piece.mask(q, causal), softmax_scale)
         if whole:
             return tuple(d.transpose(1, 2).reshape(t.shape) for d, t in ((dq4, q), (dk4, k), (dv4, v)))
         piece.queries(dq).copy_(dq4)
         piece.others(dk).copy_(dk4)
         piece.others(dv).copy_(dv4)
     return dq, dk, dv
-
-
-def _rows_contiguous(t: Tensor) -> Tensor:
-    """Return `t` with unit stride in the head dimension: slices of a packed QKV are taken as they are."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
@@ -357,7 +298,7 @@ def attention_triton(
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _reject_double(q)
-    q, k, v = (_rows_contiguous(t) for t in (q, k, v))
+    q, k, v = (rows_contiguous(t) for t in (q, k, v))
     total, heads, d = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((heads, total), dtype=torch.float32)
@@ -377,7 +318,7 @@ def attention_bwd_triton(
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _reject_double(q)
-    q, k, v = (_rows_contiguous(t) for t in (q, k, v))
+    q, k, v = (rows_contiguous(t) for t in (q, k, v))
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     total, heads, d = q.shape
