@@ -113,7 +113,7 @@ def _logits(
     """Return a (BLOCK_M, BLOCK_N) tile of hidden @ weight^T; rows and columns past the end repeat the last one."""
     ks = tl.arange(0, BLOCK_K)
     h_ptrs = h_ptr + tl.minimum(rows, N - 1)[:, None] * D + ks[None, :]
-    w_ptrs = w_ptr + tl.minimum(cols, V - 1)[None, :] * D + ks[:, None]
+    w_ptrs = w_ptr + tl.minimum(cols, V - 1).to(tl.int64)[None, :] * D + ks[:, None]
     tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
         if EVEN_K:
@@ -132,25 +132,31 @@ def _fwd_kernel(
     h_ptr, w_ptr, label_ptr, lse_ptr, target_ptr, N, V, D, TILES,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of some rows over TILES vocabulary tiles, and the logit of the label where it is among them."""
+    """Log-sum-exp of some rows over TILES vocabulary tiles; the first share also gathers the label's logit."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1).to(tl.int64)
-    label = tl.load(label_ptr + rows, mask=rows < N, other=-1)
+    if tl.program_id(1) == 0:
+        label = tl.load(label_ptr + rows, mask=rows < N, other=-1).to(tl.int64)
+        inside = (label >= 0) & (label < V)
+        target = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, D, BLOCK_K):
+            ks = start + tl.arange(0, BLOCK_K)
+            mask = inside[:, None] & (ks < D)[None, :]
+            h = tl.load(h_ptr + rows[:, None] * D + ks[None, :], mask=mask, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + label[:, None] * D + ks[None, :], mask=mask, other=0.0).to(tl.float32)
+            target += tl.sum(h * w, 1)
+        tl.store(target_ptr + rows, tl.where(inside, target, float("nan")), mask=rows < N)
     first = tl.program_id(1) * TILES * BLOCK_N
-    last = tl.minimum(first + TILES * BLOCK_N, V)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    target = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(first, last, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N).to(tl.int64)
+    for start in range(first, tl.minimum(first + TILES * BLOCK_N, V), BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
         tile = _logits(h_ptr, w_ptr, rows, cols, N, V, D, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-        target += tl.sum(tl.where(cols[None, :] == label[:, None], tile, 0.0), 1)
         tile = tl.where((cols < V)[None, :], tile, float("-inf"))
         higher = tl.maximum(peak, tl.max(tile, 1))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(tile - higher[:, None]), 1)
         peak = higher
     tl.store(lse_ptr + split * N + rows, peak + tl.log(total), mask=rows < N)
-    tl.store(target_ptr + rows, target, mask=(rows < N) & (label >= first) & (label < last))
 
 
 @triton.jit
@@ -160,10 +166,10 @@ def _bwd_kernel(
 ):  # fmt: skip
     """d loss / d logits of one tile of the vocabulary columns FIRST .. FIRST + WIDTH."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    local = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = FIRST + local
     tile = _logits(h_ptr, w_ptr, rows, cols, N, V, D, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    label = tl.load(label_ptr + rows, mask=rows < N, other=-1)
+    label = tl.load(label_ptr + rows, mask=rows < N, other=-1).to(tl.int32)
     lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
     grad = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)
     p = tl.exp(tile - lse[:, None]) - tl.where(cols[None, :] == label[:, None], 1.0, 0.0)
@@ -179,10 +185,10 @@ def _config(n: int, d: int, dtype: torch.dtype) -> dict[str, int]:
     block_k = min(64 if half else 32, max(16, next_power_of_2(d)))
     return {
         "EVEN_K": d % block_k == 0,
-        "BLOCK_M": 128 if n > 64 else 64 if n > 32 else 32 if n > 16 else 16,
+        "BLOCK_M": min(128 if half else 64, max(16, next_power_of_2(n))),
         "BLOCK_N": 128 if half else 64,
         "BLOCK_K": block_k,
-        "num_warps": 8 if half and n > 64 else 4,
+        "num_warps": 8 if n > 64 or not half else 4,
         "num_stages": 3,
     }
 
@@ -218,7 +224,7 @@ def linear_cross_entropy_triton(
         share = max(1, blocks * tiles // 1056)  # vocabulary tiles a program walks: 8 programs an SM of the largest part
         splits = cdiv(tiles, share)
         partial = hidden.new_empty((splits, n), dtype=torch.float32)
-        target = hidden.new_full((n,), float("nan"), dtype=torch.float32)  # stays NaN if the label is in no tile
+        target = hidden.new_empty((n,), dtype=torch.float32)
         with device_of(hidden):
             _fwd_kernel[(blocks, splits)](
                 hidden.index_select(0, rows), weight, labels.index_select(0, rows), partial, target,
