@@ -230,6 +230,7 @@ def patch_embed_bwd_triton(
         if pixel_grad:
             dx = torch.empty_like(pixels)
             config = _config(m, k, weight.dtype)
+            config["BLOCK_N"] = min(config["BLOCK_N"], 64)  # leaves registers to the addresses of the scattered store
             if m and d:
                 _bwd_pixels_kernel[(cdiv(m, config["BLOCK_M"]), cdiv(k, config["BLOCK_N"]))](
                     grad, weight, dx, tuple(scale), m, n, d, grid_w, **shape, **config
