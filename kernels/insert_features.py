@@ -23,7 +23,8 @@ def insert_features_bwd_reference(grad: Tensor, index: Tensor, embedding_grad: b
     return grad.index_fill(0, index, 0) if embedding_grad else grad.new_empty(0), dfeatures
 
 
-# 4. operator (2 and 3 are in csrc/insert_features.cu) -----------------------------------------------------------------
+# 4. operator ----------------------------------------------------------------------------------------------------------
+# Parts 2 and 3, the kernels and their launchers, are csrc/insert_features.cu.
 _insert_features = torch.library.custom_op(
     "fastmllm::insert_features",
     insert_features_reference,
