@@ -6,6 +6,7 @@ TORCH := torch==2.13.0
 TRITON_OLD := 3.6.0
 READY := .venv/.ready-$(shell cat constraints.txt setup.py csrc/* Makefile 2>/dev/null | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint format bench gpu setup clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -126,6 +127,8 @@ COMMANDS = {
 
 def main() -> None:
     """Run a command; a mistake of the caller ends in one line, not in a traceback."""
+    # read when torch loads: threads that wait by spinning made a step ten times slower on a machine with other work
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
     except (ValueError, FileNotFoundError, ImportError) as error:

@@ -1,6 +1,8 @@
 """The index: every public operator, one line each."""
 
 from fastmllm.kernels.attention import attention
+from fastmllm.kernels.cross_attention import cross_attention
+from fastmllm.kernels.gated_residual import gated_residual
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
@@ -9,6 +11,8 @@ from fastmllm.kernels.token_merge import token_merge
 
 __all__ = [
     "attention",
+    "cross_attention",
+    "gated_residual",
     "insert_features",
     "layer_norm",
     "linear_cross_entropy",

@@ -1,6 +1,6 @@
 """LayerNorm with an optional residual add in front, fp32 statistics (Ba et al., arXiv 1607.06450).
 
-Shapes: M rows (all leading dimensions), N width. `h = x + residual` is returned beside the norm: pre-LN blocks need both.
+Shapes: M rows (all leading dimensions), N width. `h = x + residual` is returned too: pre-LN blocks need both.
 """
 
 from __future__ import annotations
