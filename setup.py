@@ -38,7 +38,7 @@ EXTRAS = {
     "train": ["deepspeed>=0.19.6", "huggingface_hub"],
     "hf": ["transformers>=5.17,<6"],
     "flash": ["flash-attn"],  # a source distribution: needs a CUDA torch and nvcc
-    "demo": ["deepspeed>=0.19.6", "gguf", "onnx", "resvg-py", "matplotlib"],
+    "demo": ["deepspeed>=0.19.6", "huggingface_hub", "gguf", "onnx", "resvg-py", "emoji", "matplotlib"],
     "dev": [
         "pytest>=8",
         "pytest-benchmark",
@@ -48,7 +48,11 @@ EXTRAS = {
         "mypy",
         "clang-format",
         "pybind11>=2.13",
+        "types-PyYAML",
+        "accelerate",  # transformers' GGUF reader, an oracle of the tests
         "torch-abi-audit",
+        "pycxxfilt",  # undeclared needs of torch-abi-audit
+        "abi3info",
         "setuptools>=77",
         "wheel",
     ],

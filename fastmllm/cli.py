@@ -132,5 +132,5 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
     except (ValueError, FileNotFoundError, ImportError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -197,7 +197,7 @@ def run_demo(recipe: Recipe, out: Path, console: Console | None = None) -> dict[
     metrics = _metrics(session, report, cells, time.perf_counter() - started)
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1, default=str))
     write_atomically(out / "report.html", render(_page(session, report, cells, metrics)))
-    console.print(f"\nreport: {out / 'report.html'}   metrics: {out / 'metrics.json'}", highlight=False)
+    console.print(f"\nreport:  {out / 'report.html'}\nmetrics: {out / 'metrics.json'}", highlight=False, soft_wrap=True)
     return metrics
 
 
@@ -231,7 +231,7 @@ def _announce(recipe: Recipe, out: Path, console: Console) -> None:
         "sweep": "resolution x visual tokens x compressor",
     }
     for name, text in steps.items():
-        console.print(f"  {name:10s} about {EXPECTED_S[name]:3d} s   {text}", highlight=False)
+        console.print(f"  {name:10s} about {EXPECTED_S[name]:3d} s   {text}", highlight=False, soft_wrap=True)
     console.print("Finished parts are reused and an interrupted run goes on: run the same command again.\n")
 
 
