@@ -53,9 +53,10 @@ def _prose(metrics: Mapping[str, Any], found: Mapping[tuple[str, str, str], Any]
 
     text = []
     if ("caption", "CIDEr-D", "model") in found:
+        both = [100 * value("caption", "CHAIRs", c) for c in ("model", "blind")]
         text.append(
             f"Captions: CIDEr-D {value('caption', 'CIDEr-D'):.2f} (blind {value('caption', 'CIDEr-D', 'blind'):.2f}), "
-            f"CHAIRs {100 * value('caption', 'CHAIRs'):.0f} % (blind {100 * value('caption', 'CHAIRs', 'blind'):.0f} %)."
+            f"CHAIRs {both[0]:.0f} % (blind {both[1]:.0f} %)."
         )
     if ("retrieval", "R@1 image to text", "model") in found:
         n = found["retrieval", "R@1 image to text", "model"]["estimate"]["count"]
@@ -70,9 +71,9 @@ def _prose(metrics: Mapping[str, Any], found: Mapping[tuple[str, str, str], Any]
     machine, seconds = metrics["environment"], metrics["seconds"]
     total = sum(v for k, v in seconds.items() if k != "this run")
     text += [
-        f"Sweep: the best of {len(cells)} cells names {100 * best['accuracy']['value']:.0f} % right ({_setting(best)}); the "
-        f"fastest within its interval takes {cheap['prefill_ms']:.0f} ms a prefill instead of {best['prefill_ms']:.0f} "
-        f"({_setting(cheap)}).",
+        f"Sweep: the best of {len(cells)} cells names {100 * best['accuracy']['value']:.0f} % right "
+        f"({_setting(best)}); the fastest within its interval takes {cheap['prefill_ms']:.0f} ms a prefill "
+        f"instead of {best['prefill_ms']:.0f} ({_setting(cheap)}).",
         f"One run on {machine['device'].strip()}, {machine['threads']} threads, torch {machine['torch']}: "
         f"{total / 60:.1f} minutes, {metrics['peak_memory_gib']:.1f} GiB at the most.",
     ]
