@@ -6,6 +6,9 @@
 Each bench_<op>.py names its cases in `aot_cases()`: pairs of a name and a callable that calls launchers on meta
 tensors. Launching is replaced by compiling, in processes of their own (the interpreter must be off, and each triton
 wants its own). The triton wheel brings ptxas, the disassembler and lld: no device, driver or toolkit is needed.
+
+A row of the table carries a digest of what the compiler is given (source, signature, constants, options, target): where
+it is the same, the row is taken as it stands, so that a check costs seconds. --fresh compiles everything again.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def problems(fresh: dict[str, Rows], table: dict[str, Rows], complete: bool = Tr
                 old = None if known is None else known.get(kernel, {}).get(target)
                 where = f"triton {version}: {kernel} on {target}: "
                 found += [where + text for text in _alone(row, target)]
-                if known is not None and old is None:
+                if known is not None and old is None and "error" not in row:
                     found.append(f"{where}not in the table: {REMEDY}")
                 if old is not None and "error" not in row:
                     found += [where + text for text in _against(row, old)]
@@ -200,17 +203,43 @@ def _cases(bench: str) -> list[tuple[str, Any]]:
     return list(module["aot_cases"]()) if "aot_cases" in module else []
 
 
-def work(benches: list[str], shard: int, shards: int) -> None:
+def _inputs_digest(function: Any, target: Any, signature: Any, constants: Any, options: Any, attributes: Any) -> str:
+    """Digest everything that decides the machine code, apart from triton's version."""
+    values = {path: getattr(value, "cache_key", value) for path, value in constants.items()}
+    settings = {
+        name: value for name, value in options.__dict__.items() if name != "extern_libs"
+    }  # paths of this machine
+    given = (function.cache_key, str(target), signature, sorted(values.items()), sorted(settings.items()), attributes)
+    return hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+
+
+def work(benches: list[str], shard: int, shards: int, fresh: bool) -> None:
     """Compile every shards-th case of some benchmarks for every target; print one JSON line a case and target."""
     sys.path.insert(0, str(ROOT))
     import triton
-    from triton.runtime.jit import JITFunction
+    from triton.runtime.jit import JITCallable, JITFunction
 
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     store = CACHE / f"machine-code-{triton.__version__}"
     store.mkdir(parents=True, exist_ok=True)
+    committed = read_table().get(triton.__version__, {}) if not fresh else {}
+    known = {row["inputs"]: row for targets in committed.values() for row in targets.values()}
     launched: list[tuple[str, Any]] = []
-    original = JITFunction.run
+    original, originally_made, originally_compile = JITFunction.run, JITCallable.__init__, JITFunction._do_compile
+
+    def make_without_line(self: Any, fn: Any) -> None:
+        originally_made(self, fn)
+        self.starting_line_number = 1  # a kernel that only moves in its file stays the same
+
+    def compile_or_know(self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any,
+                        warmup: bool) -> Any:  # fmt: skip
+        target = self.device_caches[device][2]
+        digest = _inputs_digest(self, target, signature, constants, options, attributes)
+        if digest in known:
+            return known[digest]
+        kernel = originally_compile(self, key, signature, device, constants, options, attributes, warmup)
+        kernel.inputs_digest = digest
+        return kernel
 
     @functools.wraps(original)
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -219,9 +248,11 @@ def work(benches: list[str], shard: int, shards: int) -> None:
         except Exception as error:  # whatever the compiler throws: the other kernels are still of interest
             launched.append((self.fn.__name__, error))
 
-    JITFunction.run = compile_instead
+    JITFunction.run, JITCallable.__init__, JITFunction._do_compile = compile_instead, make_without_line, compile_or_know
 
     def measure(kernel: Any) -> Row:
+        if isinstance(kernel, dict):
+            return kernel
         if isinstance(kernel, Exception):
             return {"error": f"{type(kernel).__name__}: {' '.join(str(kernel).split())[:300]}"}
         hip = "amdgcn" in kernel.asm
@@ -232,7 +263,7 @@ def work(benches: list[str], shard: int, shards: int) -> None:
             part = seen.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(row))
             part.replace(seen)
-        return json.loads(seen.read_text())
+        return json.loads(seen.read_text()) | {"inputs": kernel.inputs_digest}
 
     cases: list[tuple[str, str, Any]] = []
     for bench in benches:
@@ -279,12 +310,13 @@ def _stamp(bench: str, version: str) -> Path:
     return CACHE / "rows" / f"{bench}-{version}-{digest}.json"
 
 
-def compile_all(paths: list[str | None], op: str | None = None) -> dict[str, Rows]:
+def compile_all(paths: list[str | None], op: str | None = None, again: bool = False) -> dict[str, Rows]:
     """Compile the cases of every benchmark (or one operator's) with every triton, two processes at a time.
 
     Args:
         paths: folders that hold a triton package; None is the installed one.
         op: the name of one operator, or None for all.
+        again: compile even what the table or the cache knows.
 
     Returns:
         triton version -> rows.
@@ -296,12 +328,12 @@ def compile_all(paths: list[str | None], op: str | None = None) -> dict[str, Row
         raise SystemExit(f"aot: there is no benchmarks/bench_{op}.py")
     versions = {triton_version(path): path for path in paths}
     fresh: dict[str, dict[str, Rows]] = {version: {bench: {} for bench in benches} for version in versions}
+    stamps = {(bench, version): _stamp(bench, version) for bench in benches for version in versions}
     jobs = []
     for version, path in versions.items():
-        missing = [bench for bench in benches if not _stamp(bench, version).exists()]
-        for bench in benches:
-            if bench not in missing:
-                fresh[version][bench] = json.loads(_stamp(bench, version).read_text())
+        missing = [bench for bench in benches if again or not stamps[bench, version].exists()]
+        for bench in set(benches) - set(missing):
+            fresh[version][bench] = json.loads(stamps[bench, version].read_text())
         shards = 1 if len(versions) > 1 else 2
         jobs += [(version, path, missing, shard, shards) for shard in range(shards) if missing]
 
@@ -314,6 +346,7 @@ def compile_all(paths: list[str | None], op: str | None = None) -> dict[str, Row
             environment |= {"TRITON_CACHE_DIR": str(CACHE / f"triton-{version}"), "TRITON_DEFAULT_FP_FUSION": "1",
                             "OMP_NUM_THREADS": "1", **({"PYTHONPATH": path} if path else {})}  # fmt: skip
             command = [sys.executable, __file__, "--work", *missing, "--shard", str(shard), str(shards)]
+            command += ["--fresh"] if again else []
             with (
                 tempfile.TemporaryFile("w+") as errors,
                 subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
@@ -340,9 +373,8 @@ def compile_all(paths: list[str | None], op: str | None = None) -> dict[str, Row
         for bench in missing:
             rows = fresh[version][bench]
             if not any("error" in row for targets in rows.values() for row in targets.values()):
-                stamp = _stamp(bench, version)
-                stamp.parent.mkdir(parents=True, exist_ok=True)
-                stamp.write_text(json.dumps(rows))
+                stamps[bench, version].parent.mkdir(parents=True, exist_ok=True)
+                stamps[bench, version].write_text(json.dumps(rows))
     return {
         version: {k: v for rows in by_bench.values() for k, v in rows.items()} for version, by_bench in fresh.items()
     }
@@ -380,6 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 1 if a kernel fails the check."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed table, change nothing")
+    parser.add_argument("--fresh", action="store_true", help="compile even what the table or the cache knows")
     parser.add_argument("--op", help="one operator only")
     parser.add_argument("--triton-path", action="append", default=[], metavar="DIR", help="a further triton to use")
     parser.add_argument("--only-path", action="store_true", help="leave the installed triton out")
@@ -387,9 +420,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shard", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
-        work(options.work, *options.shard)
+        work(options.work, *options.shard, options.fresh)
         return 0
-    fresh = compile_all([*([] if options.only_path else [None]), *options.triton_path], options.op)
+    fresh = compile_all([*([] if options.only_path else [None]), *options.triton_path], options.op, options.fresh)
     table = read_table()
     if not options.check:
         for version, rows in fresh.items():

@@ -183,12 +183,13 @@ def _bwd_kernel(
 def _config(n: int, d: int, dtype: torch.dtype) -> dict[str, int]:
     half = dtype.itemsize == 2
     block_k = min(64 if half else 32, max(16, next_power_of_2(d)))
+    wide = half and d % block_k == 0  # masked loads and fp32 products spill in larger tiles
     return {
         "EVEN_K": d % block_k == 0,
-        "BLOCK_M": min(128 if half else 64, max(16, next_power_of_2(n))),
-        "BLOCK_N": 128 if half else 64,
+        "BLOCK_M": min(128 if wide else 64 if half else 32, max(16, next_power_of_2(n))),
+        "BLOCK_N": 128 if wide else 64,
         "BLOCK_K": block_k,
-        "num_warps": 8 if n > 64 or not half else 4,
+        "num_warps": 8 if half and n > 64 else 4,
         "num_stages": 3,
     }
 

@@ -21,6 +21,7 @@ sys.modules["aot"] = aot
 spec.loader.exec_module(aot)
 
 ROW = {
+    "inputs": "0123456789abcdef",
     "registers": 100,
     "spill": 0,
     "shared": 65536,
