@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -55,7 +56,7 @@ class Session:
 
     def __init__(self, recipe: Recipe, out: Path, console: Console | None = None) -> None:
         self.recipe, self.out = recipe, Path(out)
-        self.console = console or Console()
+        self.console = console or Console(width=None if sys.stdout.isatty() else 140)  # a log is not 80 columns wide
         self.seconds: dict[str, float] = {}
         self.results: list[StageResult] = []
 

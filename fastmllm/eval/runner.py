@@ -15,6 +15,7 @@ from fastmllm.eval.intervals import Estimate, mean, share
 from fastmllm.eval.parsing import normalise, parse_choice, parse_yes_no
 
 MODEL = "model"
+CAPTIONS = ("caption", "scene")
 CONDITIONS = (MODEL, controls.BLIND, controls.WRONG, controls.MAJORITY, controls.RANDOM)
 
 
@@ -117,8 +118,8 @@ def evaluate(
 
     Args:
         responder: the model.
-        samples: task -> held-out questions. `exists` is forced choice by log-probability; `caption` is scored by
-            CIDEr-D and CHAIR; yes/no answers are parsed strictly; the rest is exact match.
+        samples: task -> held-out questions. `exists` is forced choice by log-probability; `caption` and `scene`
+            are scored by CIDEr-D and CHAIR; yes/no answers are parsed strictly; the rest is exact match.
         train: task -> training questions, for the majority answer and the closed sets.
         config: limits and seeds.
         progress: called as (task, done, total) after each task.
@@ -131,8 +132,8 @@ def evaluate(
         known = list(train.get(task, ()))
         if task == "exists":
             _forced_choice(report, responder, items, known, config)
-        elif task == "caption":
-            _captions(report, responder, items, known, config)
+        elif task in CAPTIONS:
+            _captions(report, task, responder, items, known, config)
         else:
             _exact_match(report, task, responder, items, known, config)
     names = tasks.get("name")
@@ -202,7 +203,7 @@ def _forced_choice(
 
 
 def _captions(
-    report: Report, responder: Responder, items: list[Sample], known: list[Sample], config: EvalConfig
+    report: Report, task: str, responder: Responder, items: list[Sample], known: list[Sample], config: EvalConfig
 ) -> None:
     closed = sorted({s.answer for s in known}) or sorted({s.answer for s in items})
     truths = [set(s.truth.get("objects", ())) for s in items]
@@ -210,17 +211,20 @@ def _captions(
     references = [s.references or (s.answer,) for s in items]
     for condition, texts in _answers(responder, items, known, closed, config).items():
         scores = cider(texts, references)
-        report.rows.append(Row("caption", condition, "CIDEr-D", mean(scores, [s.image for s in items], config.seed)))
+        report.rows.append(Row(task, condition, "CIDEr-D", mean(scores, [s.image for s in items], config.seed)))
         if vocabulary:
             each = [chair([t], [truth], vocabulary) for t, truth in zip(texts, truths, strict=True)]
-            clusters = [s.image for s in items]
-            for metric, flags in {
-                "CHAIRs": [c.hallucinated_captions > 0 for c in each],
-                "object recall": [c.recalled > 0 for c in each],
-            }.items():
-                report.rows.append(Row("caption", condition, metric, share(flags, clusters)))
-            wrong = [m for c in each for m in [True] * c.hallucinated + [False] * (c.mentions - c.hallucinated)]
-            report.rows.append(Row("caption", condition, "CHAIRi", share(wrong)))
+            images = [s.image for s in items]
+            sentences = [c.hallucinated_captions > 0 for c in each]
+            report.rows.append(Row(task, condition, "CHAIRs", share(sentences, images)))
+            # mentions and objects of one image go together
+            for metric, hits, totals in (
+                ("CHAIRi", [c.hallucinated for c in each], [c.mentions for c in each]),
+                ("object recall", [c.recalled for c in each], [c.objects for c in each]),
+            ):
+                flags = [i < hit for hit, total in zip(hits, totals, strict=True) for i in range(total)]
+                clusters = [image for image, total in zip(images, totals, strict=True) for _ in range(total)]
+                report.rows.append(Row(task, condition, metric, share(flags, clusters)))
         _record(report, condition, items, texts, scores)
 
 
