@@ -301,6 +301,7 @@ def _page(session: Session, report: Report, cells: list[Cell], metrics: dict[str
         cells=cells,
         examples=_examples(splits, report),
         seconds=metrics["seconds"],
+        candidates=_candidates(),
         licences=_licences(session),
     )
 
@@ -328,6 +329,31 @@ def _facts(session: Session, metrics: dict[str, Any]) -> dict[str, str]:
     facts["machine"] = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
     facts["peak memory"] = f"{metrics['peak_memory_gib']:.1f} GiB (whole process)"
     return facts
+
+
+def _candidates() -> list[dict[str, str]]:
+    """Read the stored comparison of encoders (a source checkout has it, an installed wheel does not)."""
+    path = Path(fastmllm.__file__).parents[1] / "benchmarks" / "results" / "cpu" / "encoders.json"
+    if not path.is_file():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return [
+        {
+            "encoder": row["encoder"],
+            "pixels": str(row["image_size"]),
+            "named right": _share(row["name"]),
+            "group": _share(row["group"]),
+            "forced choice": _share(row["exists"]),
+            "training, s": f"{row['train_s']:.0f}",
+            "an image, ms": f"{row['encoder_ms']:.1f}",
+        }
+        for row in rows
+    ]
+
+
+def _share(row: dict[str, Any]) -> str:
+    e = row["estimate"]
+    return f"{100 * e['value']:.0f} % [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
 
 
 def _history(path: Path) -> list[tuple[int, float]]:

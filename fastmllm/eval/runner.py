@@ -60,6 +60,9 @@ class Row:
     estimate: Estimate
     unparsed: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 @dataclass(slots=True)
 class Report:
@@ -81,7 +84,7 @@ class Report:
         return all(mine.above(self.get(task, c).estimate) for c in CONDITIONS[1:])
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [{**asdict(r), "estimate": asdict(r.estimate)} for r in self.rows]
+        return [r.to_json() for r in self.rows]
 
     def table(self) -> Table:
         """Return a rich table: a line a task and metric, a column a condition."""
