@@ -16,21 +16,25 @@ MAX_WIDTH = 16384  # one row is held in registers
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
 def gated_residual_reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    acc = accumulator_dtype(x.dtype)
-    return torch.addcmul(x.to(acc), branch.to(acc), gate.to(acc).tanh()).to(x.dtype)
+    return torch.addcmul(x, branch, _opened(gate, x.dtype))  # one pass, fp32 inside also for bf16
 
 
 def gated_residual_bwd_reference(
     grad: Tensor, branch: Tensor, gate: Tensor, branch_grad: bool, gate_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    acc = accumulator_dtype(grad.dtype)
-    wide, opened = grad.to(acc), gate.to(acc).tanh()
-    dbranch = (wide * opened).to(branch.dtype) if branch_grad else branch.new_empty(0)
+    dbranch = grad * _opened(gate, grad.dtype) if branch_grad else branch.new_empty(0)
     if not gate_grad:
         return dbranch, gate.new_empty(0)
-    product = (wide * branch.to(acc)).reshape(-1, branch.shape[-1])
-    total = product.sum(0) if gate.numel() > 1 else product.sum().reshape(1)
-    return dbranch, (total * (1 - opened * opened)).to(gate.dtype)
+    acc = accumulator_dtype(grad.dtype)
+    product = grad * branch
+    total = (
+        product.sum(dtype=acc).reshape(1) if gate.numel() == 1 else product.reshape(-1, gate.numel()).sum(0, dtype=acc)
+    )
+    return dbranch, (total * (1 - _opened(gate, acc).square())).to(gate.dtype)
+
+
+def _opened(gate: Tensor, dtype: torch.dtype) -> Tensor:
+    return gate.to(accumulator_dtype(gate.dtype)).tanh().to(dtype)
 
 
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
@@ -46,9 +50,10 @@ def _tanh(x):
 
 @triton.jit
 def _load_gate(gate_ptr, cols, N, SCALAR: tl.constexpr):
+    """Return tanh of the gate: one number, or (1, BLOCK_N)."""
     if SCALAR:
-        return tl.load(gate_ptr + cols * 0, mask=cols < N, other=0.0).to(tl.float32)
-    return tl.load(gate_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        return _tanh(tl.load(gate_ptr).to(tl.float32))
+    return _tanh(tl.load(gate_ptr + cols, mask=cols < N, other=0.0).to(tl.float32))[None, :]
 
 
 @triton.jit
@@ -59,7 +64,7 @@ def _fwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     offsets = rows[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & (cols < N)[None, :]
-    opened = _tanh(_load_gate(gate_ptr, cols, N, SCALAR))[None, :]
+    opened = _load_gate(gate_ptr, cols, N, SCALAR)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offsets, (x + opened * b).to(y_ptr.dtype.element_ty), mask=mask)
@@ -73,19 +78,19 @@ def _bwd_kernel(
     """Each program walks its share of the rows and keeps its part of dgate in registers."""
     group = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
-    opened = _tanh(_load_gate(gate_ptr, cols, N, SCALAR))
-    dgate = tl.zeros((BLOCK_N,), tl.float32)
+    opened = _load_gate(gate_ptr, cols, N, SCALAR)
+    dgate = tl.zeros((1, BLOCK_N), tl.float32)
     for start in range(group * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)  # `start` is a Python int in the interpreter
         offsets = rows[:, None] * N + cols[None, :]
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if BRANCH_GRAD:
-            tl.store(db_ptr + offsets, (dy * opened[None, :]).to(db_ptr.dtype.element_ty), mask=mask)
+            tl.store(db_ptr + offsets, (dy * opened).to(db_ptr.dtype.element_ty), mask=mask)
         if GATE_GRAD:
-            dgate += tl.sum(dy * tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0)
+            dgate += tl.sum(dy * tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0)[None, :]
     if GATE_GRAD:
-        tl.store(dgate_ptr + group * N + cols, dgate * (1.0 - opened * opened), mask=cols < N)
+        tl.store(dgate_ptr + group * N + cols[None, :], dgate * (1.0 - opened * opened), mask=(cols < N)[None, :])
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""cross_attention against SDPA under a dense mask, at the shapes of Flamingo, Llama-3.2-Vision and CogAgent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmllm.kernels.cross_attention import cross_attention, cross_attention_bwd_triton, cross_attention_triton
+
+CUDA = torch.cuda.is_available()
+# name: (images, text rows of each, media tokens of each, H, Hkv, D)
+SHAPES = {
+    "OpenFlamingo": (64, 64, 64, 8, 8, 64),
+    "Llama-3.2-Vision": (4, 512, 1601, 32, 8, 128),
+    "CogAgent": (2, 256, 6400, 32, 32, 32),
+    "Idefics": (32, 128, 64, 16, 16, 96),
+}
+CPU_SHAPES = {"OpenFlamingo": (16, 24, 64, 8, 8, 64), "Llama-3.2-Vision, small": (4, 64, 400, 8, 2, 128)}
+DTYPES = (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16)
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield each model's shape."""
+    for name, shape in SHAPES.items():
+        yield name, lambda shape=shape: _launch(*shape)
+
+
+def _launch(images: int, text: int, media: int, heads: int, heads_k: int, d: int) -> None:
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, bounds = empty(images * text, heads, d), empty(images * media, heads_k, d), empty(images * text).int()
+    cross_attention_triton(q, k, k, bounds, bounds, d**-0.5)
+    lse = empty(heads, images * text, dtype=torch.float32)
+    cross_attention_bwd_triton(q, q, k, k, q, lse, bounds, bounds, d**-0.5)
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "full"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES if CUDA else CPU_SHAPES)
+def bench_cross_attention(compare, name, dtype, mode):
+    images, text, media, heads, heads_k, d = (SHAPES if CUDA else CPU_SHAPES)[name]
+    device = "cuda" if CUDA else "cpu"
+    torch.manual_seed(0)
+    rows, keys = images * text, images * media
+    leaves = [
+        torch.randn(length, n, d, device=device, dtype=dtype).requires_grad_()
+        for length, n in ((rows, heads), (keys, heads_k), (keys, heads_k))
+    ]
+    start = (torch.arange(rows, device=device) // text * media).int()  # each text sees its latest image
+    stop = start + media
+    cols = torch.arange(keys, device=device)
+    mask = (cols >= start[:, None]) & (cols < stop[:, None])
+
+    def ours(q, k, v):
+        return cross_attention(q, k, v, start, stop)
+
+    def masked(q, k, v):
+        dense = [t.transpose(0, 1)[None] for t in (q, k, v)]
+        y = F.scaled_dot_product_attention(*dense, attn_mask=mask, enable_gqa=heads != heads_k)
+        return y[0].transpose(0, 1)
+
+    def batched(q, k, v):
+        """The best case of plain torch: one image a sample, all of one size, nothing to mask."""
+        dense = [t.view(images, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)]
+        y = F.scaled_dot_product_attention(*dense, enable_gqa=heads != heads_k)
+        return y.transpose(1, 2).reshape(q.shape)
+
+    size = leaves[0].element_size()
+    compare(
+        op="cross_attention",
+        case=f"{name} {images}x{text}x{media} H{heads}/{heads_k} D{d} {str(dtype)[6:]}",
+        mode=mode,
+        providers={"fastmllm": ours, "SDPA, mask": masked, "SDPA, batched": batched},
+        inputs=leaves,
+        bytes=2 * d * size * (rows * heads + keys * heads_k) * {"forward": 1, "backward": 2, "full": 3}[mode],
+        flops=int(4 * rows * media * heads * d * {"forward": 1, "backward": 2.5, "full": 3.5}[mode]),
+    )
