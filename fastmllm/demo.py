@@ -28,7 +28,7 @@ from fastmllm.eval.runner import MODEL, Report, Row, evaluate
 from fastmllm.infer.respond import Responder
 from fastmllm.models.vlm import VLM
 from fastmllm.recipe import Recipe
-from fastmllm.run import cache_features, fingerprint, images_of, load_model, progress_bar, train_stage
+from fastmllm.run import cache_features, fingerprint, images_of, load_model, progress_bar, screen_splits, train_stage
 from fastmllm.train.stages import apply_rules
 from fastmllm.train.trainer import StageResult
 
@@ -64,6 +64,7 @@ class Session:
     def splits(self) -> Splits:
         with self._timed("data"):
             splits = build_data(self.recipe.data)
+        splits = screen_splits(self.model, splits)
         for note in splits.notes:
             self.console.print(f"note: {note}", highlight=False)
         for reason, count in splits.skipped.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,8 @@ from fastmllm.data.images import load_image
 from fastmllm.data.mixture import MixtureSampler
 from fastmllm.data.packing import Batch
 from fastmllm.data.sample import Sample
-from fastmllm.infer.respond import collate_for
+from fastmllm.data.text import screen
+from fastmllm.infer.respond import collate_for, template_of
 from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
 from fastmllm.train.engine import EngineConfig
@@ -57,6 +59,21 @@ def images_of(splits: Splits) -> list[str]:
     """List every image that training or evaluation looks at, once."""
     samples = (s for part in (splits.train, splits.eval) for task in part.values() for s in task)
     return list(dict.fromkeys(s.image for s in samples if s.image is not None))
+
+
+def screen_splits(model: VLM, splits: Splits) -> Splits:
+    """Leave out, and count, what cannot be learned from or asked: no answer, no image, text outside the vocabulary."""
+    skipped: Counter[str] = Counter(splits.skipped)
+    parts: list[dict[str, list[Sample]]] = []
+    for part in (splits.train, splits.eval):
+        kept = {}
+        for task, samples in part.items():
+            kept[task], lost = screen(
+                samples, model.tokenizer, template_of(model), vocab_size=model.language.config.vocab_size
+            )
+            skipped.update(lost)
+        parts.append(kept)
+    return replace(splits, train=parts[0], eval=parts[1], skipped=skipped)
 
 
 def cache_features(

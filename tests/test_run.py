@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastmllm import demo
 from fastmllm.config import ConfigError
 from fastmllm.data.build import DataConfig, build
 from fastmllm.recipe import Recipe
-from fastmllm.run import available, batches_of, cache_features, images_of
+from fastmllm.run import available, batches_of, cache_features, images_of, screen_splits
 from fastmllm.train.stages import StageConfig
 
 RECIPE = """
@@ -103,6 +104,16 @@ def test_batches_are_a_function_of_their_index(tmp_path):
         assert a.pixels is None  # features are kept
         counts.add(a.image_index.numel() // max(len(a.image_paths), 1))
     assert len(counts) > 1
+
+
+def test_what_cannot_be_learned_is_left_out_and_counted(tmp_path):
+    splits = build(DataConfig(path=str(colour_photos(tmp_path / "photos", count=2)), cache=str(tmp_path / "cache")))
+    good = splits.train["name"][0]
+    bad = [replace(good, answer=" "), replace(good, answer="<|im_end|>"), replace(good, task="caption", image=None)]
+    splits = replace(splits, train={"name": [good, *bad]})
+    screened = screen_splits(tiny_vlm(), splits)
+    assert screened.train == {"name": [good]}
+    assert screened.skipped == {"empty answer": 1, "special token": 1, "caption without an image": 1}
 
 
 def test_a_mixture_must_make_sense():
