@@ -14,9 +14,10 @@ from fastmllm.eval.intervals import Estimate
 from fastmllm.eval.runner import CONDITIONS, MODEL, Report
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #e4e7eb; }
-table { border-collapse: collapse; font-size: 13px; width: 100%; } th, td { padding: .25rem .5rem; text-align: right; }
+table { border-collapse: collapse; font-size: 13px; width: 100%; } th, td { padding: .25rem .4rem; text-align: right; }
+td { white-space: nowrap; } td.text { white-space: normal; }
 th { border-bottom: 2px solid #cbd2d9; } td { border-bottom: 1px solid #e4e7eb; }
 th:first-child, td:first-child, .text { text-align: left; } td.win { font-weight: 600; } .muted { color: #616e7c; }
 .note { background: #fff8e6; border-left: 4px solid #edae49; padding: .5rem .8rem; margin: .6rem 0; }
