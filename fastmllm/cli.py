@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -114,7 +115,7 @@ def _load(recipe: Path, overrides: tuple[str, ...]):
     return Recipe.load(recipe, overrides)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
     "eval": evaluate,

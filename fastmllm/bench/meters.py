@@ -45,14 +45,14 @@ def _loss_flops(hidden, weight, labels, ignore_index, num_targets, reduce, hidde
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    table = {
+    table: dict[str, Callable[..., int]] = {
         "attention": _attention_flops,
         "attention_bwd": _attention_bwd_flops,
         "patch_embed": _patch_embed_flops,
         "patch_embed_bwd": _patch_embed_bwd_flops,
         "linear_cross_entropy": _loss_flops,
     }
-    found = {}
+    found: dict[Any, Callable[..., int]] = {}
     for name, formula in table.items():
         if hasattr(torch.ops.fastmllm, name):
             # FlopCounterMode passes shapes unless told that the formula reads the tensors

@@ -131,9 +131,12 @@ def _measure(
         one = collate_for(model, asked[:1], keep=keep, image_size=size, load_pixels=True, with_answers=False)
         many = collate_for(model, train, keep=keep, image_size=size, load_pixels=True, with_answers=True)
 
+        pixels = one.pixels
+        assert pixels is not None  # load_pixels=True
+
         def encode() -> None:
             with torch.inference_mode():
-                model.encode_images(one.pixels)
+                model.encode_images(pixels)
 
         def run_prefill() -> None:
             with torch.inference_mode():

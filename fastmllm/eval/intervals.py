@@ -66,4 +66,5 @@ def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None, se
     sums, sizes = np.bincount(index, weights=array), np.bincount(index)
     draws = np.random.default_rng(seed).integers(0, len(sums), (2000, len(sums)))
     means = sums[draws].sum(1) / sizes[draws].sum(1)
-    return Estimate(float(array.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975))), n)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Estimate(float(array.mean()), float(low), float(high), n)

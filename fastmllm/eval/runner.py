@@ -193,8 +193,8 @@ def _forced_choice(
     for condition, asked in _variants(items, config).items():
         scores = responder.score(asked)
         picks[condition] = [
-            # a tie is no knowledge: the second choice, which is never the right one, takes it
-            s.choices[max(range(len(row)), key=lambda i, row=row: (row[i], i))]
+            # a tie is no knowledge: the last choice, which is never the right one, takes it
+            s.choices[max(zip(row, range(len(row)), strict=True))[1]]
             for s, row in zip(asked, scores, strict=True)
         ]
     picks[controls.MAJORITY] = controls.majority_answer(items, known, config.seed)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastmllm.compression import compress
 from fastmllm.kernels.insert_features import insert_features
+from fastmllm.models.encoder import Encoder
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 from fastmllm.modules.projector import Projector
@@ -101,14 +102,15 @@ class VLM(nn.Module):
 
     def __init__(
         self,
-        vision: nn.Module,
+        vision: Encoder,
         connector: nn.Module,
         language: LanguageModel,
         config: ModelConfig,
         tokenizer: Tokenizer,
     ) -> None:
         super().__init__()
-        self.vision, self.connector, self.language = vision, connector, language
+        self.vision: Encoder = vision
+        self.connector, self.language = connector, language
         self.config, self.tokenizer = config, tokenizer
         self.feature_cache: FeatureCache | None = None
 
@@ -173,7 +175,7 @@ def build_vlm(config: ModelConfig, cache: Path | None = None, seed: int = 0) -> 
     """
     dtype = config.torch_dtype()
     language = load_language(config.language, dtype, cache=cache)
-    vision: Any = load_vision(config.vision, dtype)
+    vision = load_vision(config.vision, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = config.connector_width or language.config.width

@@ -80,7 +80,7 @@ class GgufFile:
         width, heads = self.field(f"{kind}.embedding_length"), self.field(f"{kind}.attention.head_count")
         eps = self.field(f"{kind}.attention.layer_norm_rms_epsilon")
         return LanguageConfig(
-            vocab_size=len(self.reader.get_field("tokenizer.ggml.tokens").data),
+            vocab_size=len(self.field("tokenizer.ggml.tokens")),
             width=width,
             depth=self.field(f"{kind}.block_count"),
             num_heads=heads,
@@ -121,7 +121,7 @@ class GgufFile:
             raise ValueError(f"fastmllm::load_tokenizer: {self.path.name} holds a {kind!r} vocabulary; supported: gpt2")
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        splits = {
+        splits: dict[str, list[Any]] = {
             "gpt-2": [byte_level],
             "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
             "qwen2": [pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"), bytes_only],
