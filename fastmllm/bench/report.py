@@ -107,7 +107,8 @@ def _evaluation_text() -> str:
 
 
 def _evaluation(report: Report) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in ("task", "metric", "n", *CONDITIONS, "unparsed"))
+    names = ("task", "metric", "n", *CONDITIONS, "unparsed")
+    head = "".join(f'<th class="text">{n}</th>' if n == "metric" else f"<th>{n}</th>" for n in names)
     lines = []
     for task, metric in dict.fromkeys((r.task, r.metric) for r in report.rows):
         found = {r.condition: r for r in report.rows if (r.task, r.metric) == (task, metric)}

@@ -42,7 +42,7 @@ def _differs(donor: Sample, sample: Sample) -> bool:
 
 def majority_answer(samples: Sequence[Sample], train: Sequence[Sample], seed: int = 0) -> list[str]:
     """Answer with the training set's most frequent answer, or choice where there are choices; ties are drawn."""
-    rng = random.Random(seed)
+    rng = random.Random(f"majority ties, {seed}")
     frequency = Counter(s.answer for s in train) or Counter(s.answer for s in samples)
     common = sorted(frequency, key=lambda a: (-frequency[a], a))
     answers = []
@@ -57,5 +57,5 @@ def majority_answer(samples: Sequence[Sample], train: Sequence[Sample], seed: in
 
 def random_answer(samples: Sequence[Sample], closed_set: Sequence[str], seed: int = 0) -> list[str]:
     """Answer every question with a uniformly drawn member of its choices or of the closed set."""
-    rng = random.Random(seed)
+    rng = random.Random(f"random answers, {seed}")
     return [rng.choice(sorted(s.choices) if s.choices else list(closed_set)) for s in samples]
