@@ -153,14 +153,12 @@ def _key_range(first, len_q, len_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
-def _scores(q, k, start, rows, len_q, len_k, scale2, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+def _scores(q, k, cols, rows, len_q, len_k, scale2, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale2
-    if MASKED:
-        cols = start + tl.arange(0, BLOCK_N)
-        seen = (cols < len_k)[None, :]
-        if CAUSAL:
-            seen = seen & (cols[None, :] <= rows[:, None] + (len_k - len_q))
-        s = tl.where(seen, s, float("-inf"))
+    if MASKED and CAUSAL:
+        s = tl.where(cols[None, :] <= tl.minimum(rows + (len_k - len_q), len_k - 1)[:, None], s, float("-inf"))
+    elif MASKED:
+        s = tl.where((cols < len_k)[None, :], s, float("-inf"))
     return s
 
 
@@ -185,9 +183,10 @@ def _fwd_kernel(
         for TAIL in tl.static_range(2):
             for start in range(whole if TAIL else 0, end if TAIL else whole, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
-                k = load_tile(k_ptr, cols, len_k, K_ROW, D, BLOCK_D, TAIL == 1)
-                s = _scores(q, k, start, rows, len_q, len_k, scale2, CAUSAL, TAIL == 1, BLOCK_N)
-                v = load_tile(v_ptr, cols, len_k, V_ROW, D, BLOCK_D, TAIL == 1)
+                near = tl.minimum(cols, len_k - 1) if TAIL else cols  # the mask of the scores drops what is repeated
+                k = load_tile(k_ptr, near, len_k, K_ROW, D, BLOCK_D, False)
+                s = _scores(q, k, cols, rows, len_q, len_k, scale2, CAUSAL, TAIL == 1, BLOCK_N)
+                v = load_tile(v_ptr, near, len_k, V_ROW, D, BLOCK_D, False)
                 acc, peak, total = softmax_step(acc, peak, total, s, v)
         out, lse = softmax_end(acc, peak, total)
         store_tile(out_ptr + (start_q * HEADS + head) * D, out, rows, len_q, HEADS * D, D, BLOCK_D)
@@ -196,12 +195,12 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, T, blocks, scale,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, T, blocks, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
     V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Give dq, and delta = sum(do * out) for the kernel of dk and dv."""
+    """Give dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
     first, head, start_q, start_k, len_q, len_k = _locate(cu_q_ptr, cu_k_ptr, blocks, HEADS, BLOCK_M)
     if first < len_q:
         rows = first + tl.arange(0, BLOCK_M)
@@ -209,8 +208,9 @@ def _dq_kernel(
         do = load_tile(do_ptr + packed, rows, len_q, HEADS * D, D, BLOCK_D, True)
         out = load_tile(out_ptr + packed, rows, len_q, HEADS * D, D, BLOCK_D, True)
         delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-        tl.store(delta_ptr + head * T + start_q + rows, delta, mask=rows < len_q)
         lse = load_lse(lse_ptr + head * T + start_q, rows, len_q)
+        tl.store(delta_ptr + head * T + start_q + rows, delta, mask=rows < len_q)
+        tl.store(lse2_ptr + head * T + start_q + rows, lse, mask=rows < len_q)
         q = load_tile(q_ptr + start_q * Q_ROW + head * Q_HEAD, rows, len_q, Q_ROW, D, BLOCK_D, True)
         k_ptr += start_k * K_ROW + head // GROUP * K_HEAD
         v_ptr += start_k * V_ROW + head // GROUP * V_HEAD
@@ -221,9 +221,10 @@ def _dq_kernel(
         for TAIL in tl.static_range(2):
             for start in range(whole if TAIL else 0, end if TAIL else whole, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
-                k = load_tile(k_ptr, cols, len_k, K_ROW, D, BLOCK_D, TAIL == 1)
-                v = load_tile(v_ptr, cols, len_k, V_ROW, D, BLOCK_D, TAIL == 1)
-                s = _scores(q, k, start, rows, len_q, len_k, scale2, CAUSAL, TAIL == 1, BLOCK_N)
+                near = tl.minimum(cols, len_k - 1) if TAIL else cols  # the mask of the scores drops what is repeated
+                k = load_tile(k_ptr, near, len_k, K_ROW, D, BLOCK_D, False)
+                v = load_tile(v_ptr, near, len_k, V_ROW, D, BLOCK_D, False)
+                s = _scores(q, k, cols, rows, len_q, len_k, scale2, CAUSAL, TAIL == 1, BLOCK_N)
                 ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
                 dq = dot(ds.to(k.dtype), k, dq)
         store_tile(dq_ptr + packed, dq * scale, rows, len_q, HEADS * D, D, BLOCK_D)
@@ -231,7 +232,7 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _dkv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, T, blocks, scale,
+    do_ptr, q_ptr, k_ptr, v_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, T, blocks, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
     V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -251,10 +252,11 @@ def _dkv_kernel(
             one = head * GROUP + h
             for start in range(begin, len_q, BLOCK_M):
                 rows = start + tl.arange(0, BLOCK_M)
-                q = load_tile(q_ptr + start_q * Q_ROW + one * Q_HEAD, rows, len_q, Q_ROW, D, BLOCK_D, True)
-                do = load_tile(do_ptr + (start_q * HEADS + one) * D, rows, len_q, HEADS * D, D, BLOCK_D, True)
-                lse = load_lse(lse_ptr + one * T + start_q, rows, len_q)
-                delta = tl.load(delta_ptr + one * T + start_q + rows, mask=rows < len_q, other=0.0)
+                near = tl.minimum(rows, len_q - 1)  # rows behind the end have p = 0, whatever they repeat
+                q = load_tile(q_ptr + start_q * Q_ROW + one * Q_HEAD, near, len_q, Q_ROW, D, BLOCK_D, False)
+                do = load_tile(do_ptr + (start_q * HEADS + one) * D, near, len_q, HEADS * D, D, BLOCK_D, False)
+                lse = tl.load(lse2_ptr + one * T + start_q + rows, mask=rows < len_q, other=float("inf"))
+                delta = tl.load(delta_ptr + one * T + start_q + near)
                 s = dot(k, tl.trans(q), zeros) * (scale * 1.4426950408889634) - lse[None, :]  # (BLOCK_N, BLOCK_M)
                 if CAUSAL:
                     s = tl.where(cols[:, None] <= rows[None, :] + shift, s, float("-inf"))
@@ -323,7 +325,7 @@ def attention_bwd_triton(
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     total, heads, d = q.shape
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    delta = torch.empty_like(lse)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     segments = cu_seqlens_q.numel() - 1
     constants = _constants(q, k, v, causal)
     config = _config(1, d, q.dtype)
@@ -331,14 +333,14 @@ def attention_bwd_triton(
     with device_of(q):
         if total and blocks * segments:
             _dq_kernel[(blocks * segments * heads,)](
-                grad, q, k, v, out, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, total, blocks, softmax_scale,
+                grad, q, k, v, out, lse, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k, total, blocks, softmax_scale,
                 **constants, **config,
             )  # fmt: skip
         config = _config(2, d, q.dtype)
         blocks = cdiv(max_seqlen_k, config["BLOCK_N"])
         if k.shape[0] and blocks * segments:
             _dkv_kernel[(blocks * segments * k.shape[1],)](
-                grad, q, k, v, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, total, blocks, softmax_scale,
+                grad, q, k, v, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, total, blocks, softmax_scale,
                 **constants, **config,
             )  # fmt: skip
     return dq, dk, dv

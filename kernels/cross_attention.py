@@ -94,10 +94,16 @@ def _key_range(low, high, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _seen(cols, low, high):
+    """Tell whether low <= cols < high, in one unsigned comparison; low and high are broadcast against cols."""
+    return (cols - low).to(tl.uint32, bitcast=True) < tl.maximum(high - low, 0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _scores(q, k, cols, low, high, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale2
     if MASKED:
-        s = tl.where((cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None]), s, float("-inf"))
+        s = tl.where(_seen(cols[None, :], low[:, None], high[:, None]), s, float("-inf"))
     return s
 
 
@@ -121,9 +127,10 @@ def _fwd_kernel(
     for TAIL in tl.static_range(2):
         for start in range(masked if TAIL else first, end if TAIL else masked, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
-            k = load_tile(k_ptr, cols, N, K_ROW, D, BLOCK_D, TAIL == 1)
+            near = tl.minimum(cols, N - 1) if TAIL else cols  # the mask of the scores drops what is repeated
+            k = load_tile(k_ptr, near, N, K_ROW, D, BLOCK_D, False)
             s = _scores(q, k, cols, low, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
-            v = load_tile(v_ptr, cols, N, V_ROW, D, BLOCK_D, TAIL == 1)
+            v = load_tile(v_ptr, near, N, V_ROW, D, BLOCK_D, False)
             acc, peak, total = softmax_step(acc, peak, total, s, v)
     out, lse = softmax_end(acc, peak, total)
     store_tile(out_ptr + head * D, out, rows, T, HEADS * D, D, BLOCK_D)
@@ -132,12 +139,12 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "N"])
 def _dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, T, N, scale,
+    do_ptr, q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, T, N, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
     V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Give dq, and delta = sum(do * out) for the kernel of dk and dv."""
+    """Give dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     rows = tl.program_id(0) // HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
     low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
@@ -145,8 +152,9 @@ def _dq_kernel(
     do = load_tile(do_ptr + head * D, rows, T, HEADS * D, D, BLOCK_D, True)
     out = load_tile(out_ptr + head * D, rows, T, HEADS * D, D, BLOCK_D, True)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + head * T + rows, delta, mask=rows < T)
     lse = load_lse(lse_ptr + head * T, rows, T)
+    tl.store(delta_ptr + head * T + rows, delta, mask=rows < T)
+    tl.store(lse2_ptr + head * T + rows, lse, mask=rows < T)
     q = load_tile(q_ptr + head * Q_HEAD, rows, T, Q_ROW, D, BLOCK_D, True)
     k_ptr += head // GROUP * K_HEAD
     v_ptr += head // GROUP * V_HEAD
@@ -155,8 +163,9 @@ def _dq_kernel(
     for TAIL in tl.static_range(2):
         for start in range(masked if TAIL else first, end if TAIL else masked, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
-            k = load_tile(k_ptr, cols, N, K_ROW, D, BLOCK_D, TAIL == 1)
-            v = load_tile(v_ptr, cols, N, V_ROW, D, BLOCK_D, TAIL == 1)
+            near = tl.minimum(cols, N - 1) if TAIL else cols  # the mask of the scores drops what is repeated
+            k = load_tile(k_ptr, near, N, K_ROW, D, BLOCK_D, False)
+            v = load_tile(v_ptr, near, N, V_ROW, D, BLOCK_D, False)
             s = _scores(q, k, cols, low, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
             ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
             dq = dot(ds.to(k.dtype), k, dq)
@@ -165,7 +174,7 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=["T", "N"])
 def _dkv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, T, N, scale,
+    do_ptr, q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, T, N, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
     V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCAN_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -194,12 +203,13 @@ def _dkv_kernel(
         for start in range(begin, end, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
-            q = load_tile(q_ptr + one * Q_HEAD, rows, T, Q_ROW, D, BLOCK_D, True)
-            do = load_tile(do_ptr + one * D, rows, T, HEADS * D, D, BLOCK_D, True)
-            lse = load_lse(lse_ptr + one * T, rows, T)
-            delta = tl.load(delta_ptr + one * T + rows, mask=rows < T, other=0.0)
+            near = tl.minimum(rows, T - 1)  # rows behind the end see nothing, whatever they repeat
+            q = load_tile(q_ptr + one * Q_HEAD, near, T, Q_ROW, D, BLOCK_D, False)
+            do = load_tile(do_ptr + one * D, near, T, HEADS * D, D, BLOCK_D, False)
+            lse = tl.load(lse2_ptr + one * T + near)
+            delta = tl.load(delta_ptr + one * T + near)
             s = dot(k, tl.trans(q), zeros) * (scale * 1.4426950408889634) - lse[None, :]  # (BLOCK_N, BLOCK_M)
-            s = tl.where((cols[:, None] >= low[None, :]) & (cols[:, None] < high[None, :]), s, float("-inf"))
+            s = tl.where(_seen(cols[:, None], low[None, :], high[None, :]), s, float("-inf"))
             p = tl.exp2(s)
             dv = dot(p.to(do.dtype), do, dv)
             ds = p * (dot(v, tl.trans(do), zeros) - delta[None, :])
@@ -266,18 +276,18 @@ def cross_attention_bwd_triton(
     total, heads, d = q.shape
     keys, heads_k = k.shape[:2]
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    delta = torch.empty_like(lse)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     constants = _constants(q, k, v)
     with device_of(q):
         config = _config(1, d, q.dtype)
         if total:
             _dq_kernel[(cdiv(total, config["BLOCK_M"]) * heads,)](
-                grad, q, k, v, *ranges, out, lse, delta, dq, total, keys, softmax_scale, **constants, **config
+                grad, q, k, v, *ranges, out, lse, lse2, delta, dq, total, keys, softmax_scale, **constants, **config
             )
         config = _config(2, d, q.dtype)
         if keys:
             _dkv_kernel[(cdiv(keys, config["BLOCK_N"]) * heads_k,)](
-                grad, q, k, v, *ranges, lse, delta, dk, dv, total, keys, softmax_scale, SCAN_ROWS=SCAN, **constants,
+                grad, q, k, v, *ranges, lse2, delta, dk, dv, total, keys, softmax_scale, SCAN_ROWS=SCAN, **constants,
                 **config,
             )  # fmt: skip
     return dq, dk, dv
