@@ -57,7 +57,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("ou
 
 
 def generate(
-    recipe: RecipePath, image: Path, prompt: str, overrides: Overrides = (), out: Path = Path("out/demo")
+    recipe: RecipePath, image: Path, prompt: str, overrides: Overrides = (), out: Path = Path("out/run")
 ) -> None:
     """Ask the model of a finished run one question about one image.
 
@@ -127,11 +127,20 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Run a command; a mistake of the caller ends in one line, not in a traceback."""
+    """Run a command; what the caller or the machine got wrong ends in one line, not in a traceback.
+
+    Exit code 2 for those, 130 for Ctrl-C. Programming errors (TypeError, KeyError, ...) keep their traceback;
+    `python -X dev -m fastmllm ...` keeps every one.
+    """
     # read when torch loads: threads that wait by spinning made a step ten times slower on a machine with other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if sys.flags.dev_mode or isinstance(error, (NotImplementedError, RecursionError)):
+            raise
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -29,7 +30,7 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ConfigError(f"recipe {path}: no such file" + (f"; {path.parent} has {', '.join(known)}" if known else ""))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise ConfigError(f"recipe {path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
@@ -46,14 +47,37 @@ def _override(tree: dict[str, Any], text: str) -> None:
     *path, last = key.split(".")
     for part in path:
         node = _child(node, part, key, create=True)
-    value = yaml.safe_load(value)
+    parsed = _parse(value, text)
     _child(node, last, key)  # the parent must be able to hold it
-    node[int(last) if isinstance(node, list) else last] = value
+    node[int(last) if isinstance(node, list) else last] = parsed
+
+
+def _parse(value: str, override: str) -> Any:
+    """Read an override's value: lists, mappings and quoted text as YAML, all else as one number, bool, null or text.
+
+    Text stays whole, where YAML would cut it at " #" and read "~" as null: paths have both.
+    """
+    value = value.strip()
+    if value.startswith(("[", "{", '"', "'")):
+        try:
+            return yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            reason = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise ConfigError(
+                f"override {override!r}: not valid YAML ({reason}); close what is open, or put quotes around text"
+            ) from error
+    if value == "null":
+        return None
+    tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, value, (True, False))
+    if tag.rpartition(":")[2] in ("int", "float", "bool"):
+        with contextlib.suppress(ValueError):  # "0x_" looks like a number and is none
+            return yaml.safe_load(value)
+    return value
 
 
 def _child(node: Any, part: str, key: str, create: bool = False) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
+        if not part.isdecimal() or int(part) >= len(node):
             raise ConfigError(f"override {key!r}: {part!r} is not an index below {len(node)}")
         return node[int(part)]
     if not isinstance(node, dict):

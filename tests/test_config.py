@@ -60,7 +60,54 @@ def test_missing_recipe_names_its_neighbours(tmp_path):
         load_yaml(tmp_path / "emojis.yaml")
 
 
-@pytest.mark.parametrize("text", ["steps", "stages.5.steps=1", "kind.deep=1"])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("/data/my #photos", "/data/my #photos"),
+        ("~", "~"),
+        ("~/photos", "~/photos"),
+        ("a: b", "a: b"),
+        ("*", "*"),
+        ("@x", "@x"),
+        ("", ""),
+        ("0x_", "0x_"),
+        ("2024-13-45", "2024-13-45"),
+        ("null", None),
+        ("24", 24),
+        ("-0.5", -0.5),
+        ("true", True),
+        ("[1, 2]", [1, 2]),
+        ("{name: 4}", {"name": 4}),
+        ("'24'", "24"),
+        ('"[x] #1"', "[x] #1"),
+    ],
+)
+def test_an_override_keeps_text_whole(tmp_path, text, value):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("path: null\n")
+    got = load_yaml(recipe, [f"path={text}"])["path"]
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize("text", ["[", "{a: 1", "'open", "[2024-13-45]", "{[1]: 2}", "[!!python/name:x.y ]"])
+def test_an_override_that_is_no_yaml_is_named(tmp_path, text):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("path: null\n")
+    with pytest.raises(ConfigError, match=r"override .data\.path=") as caught:
+        load_yaml(recipe, [f"data.path={text}"])
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"a: 2024-13-45", b"\xff\xfe\xfa"])
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path, content):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"r\.yaml: not valid YAML"):
+        load_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("text", ["steps", "stages.5.steps=1", "stages.².steps=1", "kind.deep=1"])
 def test_an_override_must_address_a_value(tmp_path, text):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("stages: [{steps: 3}]\nkind: pool\n")

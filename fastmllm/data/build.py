@@ -28,7 +28,7 @@ class DataConfig:
 
     Args:
         source: emoji | folder | auto (folder where `path` is set, else emoji).
-        path: folder or .tar of photographs, one folder a class.
+        path: folder or .tar of photographs, one folder a class; or a folder that holds nothing but one such .tar.
         num_concepts: emoji concepts (321 are picturable with all four teams).
         held_out: design team whose drawings are only tested on.
         languages: of names and groups (emoji only).
@@ -100,6 +100,8 @@ class Splits:
         notes: missing sources, and what that means for the figures.
         skipped: reason -> count.
         unseen_team: whether the evaluation drawings are by a team that no training drawing is by.
+        eval_team: team of the evaluation drawings, which is `DataConfig.held_out` only where that one is available.
+            With `unseen_team` false it is the training team, its drawings transformed; "" = photographs.
     """
 
     train: Mapping[str, list[Sample]]
@@ -110,6 +112,7 @@ class Splits:
     notes: tuple[str, ...]
     skipped: Counter[str]
     unseen_team: bool
+    eval_team: str = ""
 
 
 def build(config: DataConfig) -> Splits:
@@ -193,6 +196,7 @@ def _build_emoji(config: DataConfig, cache: Path) -> Splits:
         notes=tuple(notes),
         skipped=Counter(),
         unseen_team=unseen,
+        eval_team=eval_team,
     )
 
 

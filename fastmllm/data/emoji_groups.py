@@ -8,11 +8,12 @@ from __future__ import annotations
 # (train of the nine rail vehicles, automobile of automobile and taxi, fish of fish and tropical fish, rooster of
 # chicken and rooster, dog of dog and guide dog, closed book of five colours of book).
 # Only emoji of a single code point, without the variation selector.
+# No group has the name of an emoji: a caption that names both ("an ant, bug") would count as one thing too many.
 PICTURABLE: dict[str, str] = {
-    "animal": "🐒🦍🐕🐩🐺🦊🦝🐈🦁🐅🐆🐎🦄🦓🦌🐄🐖🐏🐐🐪🦒🐘🦏🦛🐁🐇🐿🦔🦇🐻🐨🐼🦥🦘🐸🐊🐢🦎🐍🐉🦕",
+    "animal": "🐒🦍🐕🐩🐺🦊🦝🐈🦁🐅🐆🐎🦄🦓🦌🐄🐖🐏🐐🐪🦒🐘🦏🦛🐁🐇🐿🦔🦇🐻🐨🐼🦥🦘🐸🐊🐢🦎🐍🐉🦕🐌🕷🦂🪱",
     "bird": "🦃🐓🐤🐧🦅🦆🦢🦉🦩🦚🦜🕊",
     "sea animal": "🐋🐬🦭🐟🐡🦈🐙🦀🦞🦐🦑🦪🪼",
-    "bug": "🐌🦋🐛🐜🐝🐞🦗🕷🦂🦟🪰🪱",
+    "insect": "🦋🐛🐜🐝🐞🦗🦟🪰",
     "flower": "💐🌸🌹🌺🌻🌷🪷🪻",
     "plant": "🌲🌳🌴🌵🍁🍄☘🌱🪴",
     "fruit": "🍇🍉🍊🍋🍌🍍🥭🍎🍐🍑🍒🍓🫐🥝🥥",
@@ -37,7 +38,7 @@ GROUP_NAMES_ZH: dict[str, str] = {
     "animal": "动物",
     "bird": "鸟",
     "sea animal": "海洋动物",
-    "bug": "虫子",
+    "insect": "昆虫",
     "flower": "花",
     "plant": "植物",
     "fruit": "水果",

@@ -20,6 +20,7 @@ from fastmllm.data.images import ImageError, open_image
 from fastmllm.data.progress import track
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "val", "test")
 
@@ -97,7 +98,7 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
     a seeded share of each class is held out.
 
     Args:
-        path: folder or .tar.
+        path: folder, .tar, or a folder that holds one .tar and no folders.
         cache: asset folder; remembers which files were checked.
         eval_share: share of a class that is held out where the folder has no split of its own.
         seed: of that split.
@@ -108,11 +109,8 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
     Raises:
         ValueError: no such folder, fewer than two classes, or a split without usable photographs.
     """
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise ValueError(f"data.path={path}: no such folder or .tar; check the path")
-    if root.is_file():
-        root = extract_tar(root, cache)
+    notes: list[str] = []
+    root = _open(path, cache, notes)
     while len(inner := _folders(root)) == 1 and _folders(inner[0]):
         root = inner[0]  # an archive with one folder around everything
     parts = {folder.name.lower(): folder for folder in _folders(root)}
@@ -120,7 +118,6 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
     eval_root = next((parts[name] for name in EVAL_NAMES if name in parts), None)
     skipped: Counter[str] = Counter()
     checks = _checked(root, cache, skipped)
-    notes: list[str] = []
     if train_root is not None and eval_root is not None:
         train, held = _classes(train_root, checks), _classes(eval_root, checks)
         notes.append(f"split of the folder itself: {train_root.name}/ and {eval_root.name}/")
@@ -132,7 +129,10 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
     for name in sorted((set(train) | set(held)) - set(classes)):
         notes.append(f"class {name!r} left out: no usable photograph in one of the two splits")
     if len(classes) < 2:
-        raise ValueError(f"{root}: {len(classes)} usable classes; give one folder a class, two at least, with images")
+        raise ValueError(
+            f"data.path={path}: {len(classes)} usable classes; found {_describe(train, held, skipped)}; "
+            "give one folder a class, two at least, with images"
+        )
     return Photos(
         classes=classes,
         train={name: tuple(train[name]) for name in classes},
@@ -140,6 +140,41 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
         skipped=skipped,
         notes=tuple(notes),
     )
+
+
+def _open(path: str | Path, cache: Path, notes: list[str]) -> Path:
+    # The folder that holds the classes: as given, or unpacked from the .tar given or found alone in the folder.
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise ValueError(f"data.path={path}: no such folder or .tar; check the path")
+    if root.is_file():
+        return extract_tar(root, cache)
+    if _folders(root):
+        return root
+    files = [file for file in sorted(root.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    archives = [file for file in files if file.name.lower().endswith(TAR_SUFFIXES)]
+    if len(archives) == 1:
+        notes.append(f"photographs from {archives[0].name}, the only archive of the folder")
+        return extract_tar(archives[0], cache)
+    if archives:
+        names = ", ".join(file.name for file in archives)
+        raise ValueError(f"data.path={path}: no folders, but {len(archives)} archives ({names}); name one of them")
+    others = [file.name for file in files if file.suffix.lower() not in SUFFIXES]
+    found = f"{len(files) - len(others)} images and {len(others)} other files"
+    found += f" ({', '.join(others[:4])}{', ...' if len(others) > 4 else ''})" if others else ""
+    raise ValueError(
+        f"data.path={path}: no folders in it, but {found}; give one folder a class, or a .tar of such folders"
+    )
+
+
+def _describe(
+    train: Mapping[str, list[Path]], held: Mapping[str, list[Path]], skipped: Counter[str], most: int = 8
+) -> str:
+    names = sorted(set(train) | set(held))
+    sizes = [f"{name!r} ({len(train.get(name, ()))} + {len(held.get(name, ()))})" for name in names[:most]]
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    text = f"folders {', '.join(sizes + more)} with training + evaluation images" if names else "no folders"
+    return text + "".join(f", {count} x {reason}" for reason, count in skipped.items())
 
 
 def _folders(path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def teams_of(sample: Sample) -> set[str]:
 @pytest.mark.parametrize("held_out", ["twemoji", "openmoji"])
 def test_the_held_out_team_is_never_trained_on(emoji_cache: Path, held_out: str) -> None:
     splits = build(config(emoji_cache, held_out=held_out))
-    assert splits.unseen_team
+    assert (splits.unseen_team, splits.eval_team) == (True, held_out)
     for sample in every(splits.train):
         assert held_out not in teams_of(sample)
         assert held_out not in str(sample.image)
@@ -64,33 +65,41 @@ def test_the_same_recipe_gives_the_same_samples(splits: Splits, emoji_cache: Pat
     assert build(config(emoji_cache, seed=1)).concepts != splits.concepts
 
 
-def test_with_one_team_the_test_drawings_are_transformed_and_the_notes_say_so(
-    emoji_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def limit_teams(monkeypatch: pytest.MonkeyPatch, *teams: str) -> None:
     from fastmllm.data import build as room
     from fastmllm.data.emoji import prepare_emoji
 
-    def alone(cache: Path, *, size: int) -> EmojiSet:
+    def some(cache: Path, *, size: int) -> EmojiSet:
         full = prepare_emoji(cache, size=size)
-        concepts = tuple(
-            type(c)(
-                codepoint=c.codepoint,
-                name_en=c.name_en,
-                name_zh=c.name_zh,
-                group=c.group,
-                drawings={"noto": c.drawings["noto"]},
-            )
-            for c in full.concepts
-        )
-        return EmojiSet(
-            concepts=concepts, teams={"noto": full.teams["noto"]}, licences=full.licences, notes=(), size=size
+        return replace(
+            full,
+            concepts=tuple(replace(c, drawings={team: c.drawings[team] for team in teams}) for c in full.concepts),
+            teams={team: full.teams[team] for team in teams},
+            notes=(),
         )
 
-    monkeypatch.setattr(room, "prepare_emoji", alone)
+    monkeypatch.setattr(room, "prepare_emoji", some)
+
+
+def test_with_one_team_the_test_drawings_are_transformed_and_the_notes_say_so(
+    emoji_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_teams(monkeypatch, "noto")
     splits = build(config(emoji_cache))
-    assert not splits.unseen_team
+    assert (splits.unseen_team, splits.eval_team) == (False, "noto")
+    assert {s.source for s in splits.train["name"]} == {"noto"}
     assert any("no unseen team available" in note for note in splits.notes)
     assert not {s.image for s in every(splits.train)} & {s.image for s in every(splits.eval)}
+
+
+def test_the_team_really_tested_on_is_named_where_the_one_asked_for_is_absent(
+    emoji_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_teams(monkeypatch, "noto", "openmoji")
+    splits = build(config(emoji_cache, held_out="twemoji"))
+    assert (splits.unseen_team, splits.eval_team) == (True, "openmoji")
+    assert {s.source for s in splits.eval["name"]} == {"openmoji"}
+    assert any("held_out=twemoji is not available" in note for note in splits.notes)
 
 
 def test_who_is_held_out() -> None:

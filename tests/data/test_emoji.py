@@ -106,6 +106,16 @@ def test_names_of_the_python_package_match_the_table() -> None:
     assert not any("1f3fb" in code for code in names)
 
 
+def test_no_group_is_named_like_a_thing() -> None:
+    # "an ant, bug" is one thing and its group; a group that is also a thing would be counted as a second one
+    pytest.importorskip("emoji")
+    from fastmllm.data.emoji_sources import wheel_names
+
+    names = wheel_names()
+    for language, groups in (("en", set(PICTURABLE)), ("zh", set(GROUP_NAMES_ZH.values()))):
+        assert not groups & {names[code].get(language) for code in group_by_codepoint()}
+
+
 def test_nothing_at_all_is_an_error_that_lists_the_reasons(
     tmp_path: Path, no_programs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

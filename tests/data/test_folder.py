@@ -77,11 +77,49 @@ def test_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         read_folder(tmp_path / "absent", cache=tmp_path / "c")
     photo(tmp_path / "one" / "hat" / "a.png", 0)
     photo(tmp_path / "one" / "hat" / "b.png", 1)
-    with pytest.raises(ValueError, match="1 usable classes; give one folder a class"):
+    (tmp_path / "one" / "empty").mkdir()
+    found = r"1 usable classes; found folders 'empty' \(0 \+ 0\), 'hat' \(1 \+ 1\) .*; give one folder a class"
+    with pytest.raises(ValueError, match=found):
         read_folder(tmp_path / "one", cache=tmp_path / "c")
     (tmp_path / "bad.tar").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"bad\.tar: not a tar archive"):
         read_folder(tmp_path / "bad.tar", cache=tmp_path / "c")
+
+
+def pack(plain: Path, archive: Path) -> Path:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w") as tar:
+        tar.add(plain, ".")
+    return archive
+
+
+def test_a_folder_with_nothing_but_one_tar_is_that_tar(plain: Path, tmp_path: Path) -> None:
+    archive = pack(plain, tmp_path / "got" / "photos.tar")
+    (archive.parent / "LICENSE").write_text("not a photograph")
+    photos = read_folder(archive.parent, cache=tmp_path / "c")
+    assert photos.train == read_folder(archive, cache=tmp_path / "c").train
+    assert photos.notes[0] == "photographs from photos.tar, the only archive of the folder"
+    (archive.parent / "more.TAR").write_bytes(archive.read_bytes())
+    with pytest.raises(ValueError, match=r"no folders, but 2 archives \(more\.TAR, photos\.tar\); name one"):
+        read_folder(archive.parent, cache=tmp_path / "c")
+
+
+def test_class_folders_go_before_a_tar_beside_them(plain: Path, tmp_path: Path) -> None:
+    before = read_folder(plain, cache=tmp_path / "c")
+    pack(plain, plain / "old.tar")
+    assert read_folder(plain, cache=tmp_path / "c") == before
+
+
+def test_a_folder_without_classes_names_what_it_holds(tmp_path: Path) -> None:
+    photo(tmp_path / "p" / "a.png", 0)
+    (tmp_path / "p" / "photos.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no folders in it, but 1 images and 1 other files \(photos\.zip\); give one"):
+        read_folder(tmp_path / "p", cache=tmp_path / "c")
+
+
+def test_the_home_folder_is_expanded(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(plain.parent))
+    assert read_folder("~/photos", cache=tmp_path / "c").classes == ("hat", "long shirt", "shoe")
 
 
 def test_a_tar_is_unpacked_once_and_without_links(plain: Path, tmp_path: Path) -> None:
@@ -122,5 +160,5 @@ def test_the_same_recipe_builds_from_photographs(plain: Path, tmp_path: Path) ->
     assert len(splits.train["name"]) == 12
     assert splits.concepts == ("hat", "long shirt", "shoe")
     assert not {s.image for s in splits.train["name"]} & {s.image for s in splits.eval["name"]}
-    assert not splits.unseen_team
+    assert (splits.unseen_team, splits.eval_team) == (False, "")
     assert build(config) == splits
