@@ -116,10 +116,13 @@ def attention_bwd_reference(
     if not whole:
         dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     for piece in pieces:
-        dense = (*map(piece.queries, (grad, q)), piece.others(k), piece.others(v), piece.queries(out))
-        dq4, dk4, dv4 = dense_bwd(*dense, piece.row_stats(lse), *piece.mask(q, causal), softmax_scale)
+        dq4, dk4, dv4 = dense_bwd(
+            piece.queries(grad), piece.queries(q), piece.others(k), piece.others(v), piece.queries(out),
+            piece.row_stats(lse), *piece.mask(q, causal), softmax_scale,
+        )  # fmt: skip
         if whole:
-            return tuple(d.transpose(1, 2).reshape(t.shape) for d, t in ((dq4, q), (dk4, k), (dv4, v)))
+            dk4, dv4 = (t.transpose(1, 2).reshape(k.shape) for t in (dk4, dv4))
+            return dq4.transpose(1, 2).reshape(q.shape), dk4, dv4
         piece.queries(dq).copy_(dq4)
         piece.others(dk).copy_(dk4)
         piece.others(dv).copy_(dv4)

@@ -131,7 +131,7 @@ def test_compile(case):
 @pytest.mark.parametrize("case, causal", [("equal", True), ("blind", True), ("cross", False)])
 def test_gradcheck(case, causal):
     inputs, cu_q, cu_k = _inputs(case, torch.float64)
-    leaves = [t.requires_grad_() for t in inputs]
+    leaves = [t[:, :, :3].contiguous().requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(lambda *t: attention(*t, cu_q, cu_k, causal=causal), leaves)
 
 
