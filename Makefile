@@ -4,9 +4,11 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 TRITON_OLD := 3.6.0
-READY := .venv/.ready-$(shell cat constraints.txt setup.py csrc/* Makefile 2>/dev/null | cksum | cut -d' ' -f1)
+READY := .venv/.ready-$(shell cat constraints.txt setup.py csrc/*.* csrc/ops/* Makefile 2>/dev/null | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_WAIT_POLICY ?= PASSIVE
+# batches differ in size: without this glibc keeps the tensors of every size that it has seen
+export MALLOC_MMAP_THRESHOLD_ ?= 1000000
 
 .PHONY: demo test lint format bench gpu setup clean
 
@@ -18,10 +20,10 @@ test: $(READY) build/triton-$(TRITON_OLD)
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/ops/*.cpp csrc/ops/*.h)
 
 format: $(READY)
-	$(PY) -m ruff check --fix . ; $(PY) -m ruff format . ; .venv/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+	$(PY) -m ruff check --fix . ; $(PY) -m ruff format . ; .venv/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/ops/*.cpp csrc/ops/*.h)
 
 bench: $(READY) build/triton-$(TRITON_OLD)
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -s

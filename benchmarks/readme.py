@@ -28,9 +28,8 @@ CONDITIONS = ("model", "blind", "wrong image", "majority", "random")
 def block(metrics: Mapping[str, Any]) -> str:
     """Render the table and the lines around it."""
     found = {(r["task"], r["metric"], r["condition"]): r for r in metrics["evaluation"]}
-    sides = "drawings of a design team never trained on" if metrics["unseen_team"] else "held-out images"
     lines = [
-        f"On {sides}, % right with the 95 % interval:",
+        f"On {metrics['evaluated_on']}, % right with the 95 % interval:",
         "",
         "| task | n | model | blind | wrong image | majority | random |",
     ]

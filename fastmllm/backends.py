@@ -8,6 +8,7 @@ import importlib.metadata
 import torch
 
 from fastmllm.kernels import _native
+from fastmllm.kernels.attention import flash_attn_status
 
 
 def backends() -> dict[str, str]:
@@ -22,7 +23,7 @@ def backends() -> dict[str, str]:
         "CUDA": f"found: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no device, or a CPU torch",
         "CUDA operators": _native.LIBRARY_MISSING or "found",
         "triton": _package("triton", "triton", "pip install triton"),
-        "flash-attn": _package("flash-attn", "flash_attn.flash_attn_interface", "pip install 'fastmllm[flash]'"),
+        "flash-attn": "; ".join(f"{name}: {state}" for name, state in flash_attn_status().items()),
         "deepspeed": _package("deepspeed", None, "pip install 'fastmllm[train]'"),
         "transformers": _package("transformers", None, "pip install 'fastmllm[hf]'"),
     }

@@ -20,7 +20,8 @@ from rich.table import Table
 
 import fastmllm
 from fastmllm.bench.report import Example, Page, render
-from fastmllm.bench.sweep import Cell, sweep, table
+from fastmllm.bench.sweep import Cell, cells, sweep, table
+from fastmllm.compression import compress
 from fastmllm.data.build import Splits
 from fastmllm.data.build import build as build_data
 from fastmllm.eval.intervals import Estimate
@@ -28,7 +29,16 @@ from fastmllm.eval.runner import MODEL, Report, Row, evaluate
 from fastmllm.infer.respond import Responder
 from fastmllm.models.vlm import VLM
 from fastmllm.recipe import Recipe
-from fastmllm.run import cache_features, fingerprint, images_of, load_model, progress_bar, screen_splits, train_stage
+from fastmllm.run import (
+    cache_features,
+    fingerprint,
+    images_of,
+    load_model,
+    progress_bar,
+    questions_of,
+    screen_splits,
+    train_stage,
+)
 from fastmllm.train.stages import apply_rules
 from fastmllm.train.trainer import StageResult
 
@@ -75,8 +85,7 @@ class Session:
     def model(self) -> VLM:
         with self._timed("loading"):
             model = load_model(self.recipe.model, self.recipe.seed)
-        for stage in self.recipe.stages:  # a rule that matches nothing is said before the long work
-            apply_rules(model, stage.trainable)
+        check_recipe(self.recipe, model)
         return model
 
     @cached_property
@@ -124,11 +133,11 @@ class Session:
     def _sweep(self) -> list[dict[str, Any]]:
         train = self.splits.train["name"]
         with progress_bar(self.console, "sweeping") as advance:
-            cells = sweep(
+            points = sweep(
                 self.model, self.splits.eval["name"], train, self.recipe.bench,
                 progress=lambda what, done, total: advance(done, total),
             )  # fmt: skip
-        return [c.to_json() for c in cells]
+        return [c.to_json() for c in points]
 
     def ask(self, image: str, prompt: str) -> str:
         """Answer one question with the trained model."""
@@ -139,7 +148,9 @@ class Session:
     def _stored(self, name: str, config: Any, make: Callable[[], Any]) -> Any:
         """Return what an earlier run stored under the same weights, questions and configuration, or make it."""
         weights = [fingerprint(Path(r.weights).read_bytes().hex()) for r in self.results]
-        key = fingerprint([weights, config, [s.id for task in self.splits.eval.values() for s in task]])
+        answers = [[s.answer for s in task] for _, task in sorted(self.splits.train.items())]  # the majority's
+        model = dataclasses.asdict(self.recipe.model)
+        key = fingerprint([weights, config, model, questions_of(self.splits.eval), answers])
         path = self.out / f"{name}.json"
         if path.is_file():
             try:
@@ -203,6 +214,39 @@ def run_demo(recipe: Recipe, out: Path, console: Console | None = None) -> dict[
     return metrics
 
 
+def check_recipe(recipe: Recipe, model: VLM) -> None:
+    """Find before the long work what would fail after it: a rule, a resolution or a token count that does not fit.
+
+    Raises:
+        ValueError: says which setting, and what would fit.
+    """
+    for stage in recipe.stages:
+        apply_rules(model, stage.trainable)
+    stride = model.vision.stride
+    for where, size in (
+        ("model.image_size", recipe.model.image_size),
+        *(("bench.image_sizes", s) for s in recipe.bench.image_sizes),
+    ):
+        if size < stride or size % stride:
+            raise ValueError(f"{where}: {size} px is not a multiple of {stride}, the stride of {recipe.model.vision}")
+    grid = model.grid(recipe.model.image_size) ** 2
+    wanted = {("model.visual_tokens", recipe.model.visual_tokens, recipe.model.compress)}
+    wanted |= {
+        (f"stage {s.name!r}: visual_tokens", k, recipe.model.compress) for s in recipe.stages for k in s.visual_tokens
+    }
+    for where, keep, method in sorted(wanted):
+        _check_count(where, grid, keep, method)
+    for size, keep, method in cells(recipe.bench, stride):
+        _check_count("bench.visual_tokens", model.grid(size) ** 2, keep, "pool" if method == "none" else method)
+
+
+def _check_count(where: str, grid: int, keep: int, method: str) -> None:
+    try:
+        compress(torch.zeros(1, grid, 1), method, keep=keep)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def describe_data(recipe: Recipe, console: Console) -> None:
     """Print what a recipe's data holds."""
     splits = build_data(recipe.data)
@@ -245,6 +289,7 @@ def _metrics(session: Session, report: Report, cells: list[Cell], wall: float) -
         "recipe": session.recipe.to_json(),
         "environment": environment(),
         "unseen_team": session.splits.unseen_team,
+        "evaluated_on": sides(session.splits),
         "notes": list(session.splits.notes),
         "skipped": dict(session.splits.skipped),
         "stages": [dataclasses.asdict(r) for r in session.results],
@@ -278,13 +323,10 @@ def _page(session: Session, report: Report, cells: list[Cell], metrics: dict[str
     recipe, splits = session.recipe, session.splits
     name = report.get("name").estimate
     blind = report.get("name", "blind").estimate
-    team = (
-        f"the drawings of a team never trained on ({recipe.data.held_out})" if splits.unseen_team else "held-out images"
-    )
     summary = [
         f"A vision-language model of {recipe.model.vision}, a two-layer connector and {recipe.model.language}, "
-        f"trained and tested here. On {team} it names {100 * name.value:.0f} % of {name.count} right (95 % interval "
-        f"{100 * name.low:.0f} to {100 * name.high:.0f}); without the image {100 * blind.value:.0f} %."
+        f"trained and tested here. On {sides(splits)} it names {100 * name.value:.0f} % of {name.count} right "
+        f"(95 % interval {100 * name.low:.0f} to {100 * name.high:.0f}); without the image {100 * blind.value:.0f} %."
     ]
     proven = metrics["beats_every_control"]
     lost = [task for task, ok in proven.items() if not ok]
@@ -305,6 +347,13 @@ def _page(session: Session, report: Report, cells: list[Cell], metrics: dict[str
         candidates=_candidates(),
         licences=_licences(session),
     )
+
+
+def sides(splits: Splits) -> str:
+    """Name what the evaluation images are."""
+    if splits.unseen_team:
+        return f"the drawings of a team never trained on ({splits.eval_team})"
+    return f"transformed training drawings ({splits.eval_team})" if splits.eval_team else "held-out photographs"
 
 
 def _facts(session: Session, metrics: dict[str, Any]) -> dict[str, str]:
@@ -373,7 +422,7 @@ def _examples(splits: Splits, report: Report, most: int = 24) -> list[Example]:
 def _licences(session: Session) -> list[tuple[str, str, str]]:
     rows = []
     for source, text in session.splits.licences.items():
-        licence, _, origin = text.partition(", ")
+        licence, _, origin = text.rpartition(", ")
         rows.append((source, origin, licence))
     rows += [
         WEIGHT_LICENCES[n] for n in (session.recipe.model.vision, session.recipe.model.language) if n in WEIGHT_LICENCES

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +158,26 @@ def train_stage(
         replace(engine, dtype=dtype),
         batches_of(model, splits.train, stage),
         Path(out_dir) / stage.name,
-        recipe={"images": fingerprint([s.id for task in splits.train.values() for s in task])},
+        recipe={"model": asdict(model.config), "questions": fingerprint(questions_of(splits.train))},
         on_mismatch=on_mismatch,
         save_every=save_every,
         console=console,
     )
     return trainer.run()
+
+
+def questions_of(part: Mapping[str, Sequence[Sample]]) -> list[Any]:
+    """List all that an answer depends on but the weights: words, truth, and the image files as they are."""
+    stamps: dict[str, Any] = {}
+    for sample in (s for task in part.values() for s in task):
+        if sample.image is not None and sample.image not in stamps:
+            stat = os.stat(sample.image)
+            stamps[sample.image] = (sample.image, stat.st_size, stat.st_mtime_ns)
+    return [
+        (task, s.id, s.prompt, s.answer, s.choices, s.references, stamps.get(s.image or ""))
+        for task, samples in sorted(part.items())
+        for s in samples
+    ]
 
 
 def fingerprint(value: Any) -> str:

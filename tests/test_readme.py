@@ -45,6 +45,12 @@ def test_the_numbers_are_those_of_the_stored_run():
     assert readme.updated(README, json.loads(readme.RESULT.read_text(encoding="utf-8"))) == README
 
 
+def test_the_stored_run_beats_every_control():
+    metrics = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "demo.json").read_text(encoding="utf-8"))
+    assert metrics["unseen_team"]
+    assert metrics["beats_every_control"] == {"name": True, "group": True, "exists": True}
+
+
 def test_the_files_it_names_exist():
     for name in re.findall(r"`((?:benchmarks|recipes|docs|kernels|tests|csrc)/[\w./-]*)`|\]\(([\w./]+)\)", README):
         path = next(filter(None, name))

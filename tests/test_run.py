@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,39 @@ def test_a_second_run_reuses_everything(finished):
     assert again["sweep"] == metrics["sweep"]
     assert [s["reused"] for s in again["stages"]] == [True, True]
     assert (root / "out" / "evaluation.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("change", ["model.compress=bipartite_merge", "model.visual_tokens=1"])
+def test_a_changed_model_setting_reuses_nothing(finished, change, tmp_path):
+    root, recipe, _ = finished
+    key, _, value = change.removeprefix("model.").partition("=")
+    shutil.copytree(root / "out", tmp_path / "out")
+    changed = replace(recipe, model=replace(recipe.model, **{key: int(value) if value.isdigit() else value}))
+    console = Console(file=(tmp_path / "log").open("w"), width=150)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_model", lambda config, seed: tiny_vlm(seed, config))
+        session = demo.Session(changed, tmp_path / "out", console)
+        assert [r.reused for r in session.train()] == [False, False]
+        session.evaluate()
+    assert "reused" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("model.image_size=30", r"model\.image_size: 30 px is not a multiple of 8"),
+        ("model.visual_tokens=17", r"model\.visual_tokens: compress: keep 17 must lie in 1\.\.16"),
+        ("stages.1.visual_tokens=[7]", r"stage 'instruct': visual_tokens: pool: 7 tokens"),
+        ("bench.image_sizes=[20]", r"bench\.image_sizes: 20 px"),
+        ('stages.1.trainable={"conector.*": 1.0}', r"rule 'conector\.\*' matches no parameter; near names: connector"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_long_work(tmp_path, change, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    recipe = Recipe.load(path, [change])
+    with pytest.raises(ValueError, match=message):
+        demo.check_recipe(recipe, tiny_vlm(config=recipe.model))
 
 
 def test_the_sweep_has_every_cell(finished):

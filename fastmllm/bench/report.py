@@ -101,7 +101,8 @@ def render(page: Page) -> str:
 def _evaluation_text() -> str:
     return (
         '<p class="muted">Every score stands beside the same questions without an image (blind), with another image '
-        "(wrong image), the most frequent training answer (majority) and a random answer. Brackets are 95 % intervals. "
+        "(wrong image), the most frequent training answer (majority) and a random answer; retrieval stands beside "
+        "chance. Brackets are 95 % intervals. "
         "Bold: the model's interval lies above those of all its controls. Unparsed answers count as wrong.</p>"
     )
 

@@ -11,8 +11,10 @@ import torch
 from rich.table import Table
 
 from fastmllm.bench.meters import count_flops, milliseconds, peak_bytes
+from fastmllm.compression import METHODS
 from fastmllm.data.images import load_image
 from fastmllm.data.sample import Sample
+from fastmllm.eval.controls import limited
 from fastmllm.eval.intervals import Estimate, share
 from fastmllm.eval.parsing import normalise
 from fastmllm.infer.prompt import prefill
@@ -47,6 +49,10 @@ class SweepConfig:
         for name in ("image_sizes", "visual_tokens", "methods"):
             if not getattr(self, name):
                 raise ValueError(f"bench.{name} is empty: give at least one value")
+        if unknown := [m for m in self.methods if m not in METHODS]:
+            raise ValueError(f"bench.methods: {unknown} are unknown; known: {', '.join(METHODS)}")
+        if min(self.limit, self.train_batch, self.repeats) < 1:
+            raise ValueError("bench: limit, train_batch and repeats must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +102,7 @@ def sweep(
         config: the grid.
         progress: called as (what, done, total) before each cell.
     """
-    asked = list(questions)[: config.limit]
+    asked = limited(questions, config.limit)
     planned = list(cells(config, model.vision.stride))
     before = model.feature_cache
     results: list[Cell] = []

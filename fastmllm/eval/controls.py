@@ -18,9 +18,9 @@ def without_image(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def with_wrong_image(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
-    """Give each question the image of another one whose answer and subject differ.
+    """Give each question the image of another one: of another subject where images have one, else any other image.
 
-    A question that no other sample differs from keeps no image, so that it can never be asked with the right one.
+    A question without such a donor keeps no image, so that it can never be asked with the right one.
     """
     order = list(range(len(samples)))
     random.Random(seed).shuffle(order)
@@ -36,8 +36,25 @@ def with_wrong_image(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
 def _differs(donor: Sample, sample: Sample) -> bool:
     if donor.image is None or donor.image == sample.image:
         return False
-    subjects = [s.truth.get("concept", s.answer) for s in (donor, sample)]
-    return subjects[0] != subjects[1]
+    # a scene has no single subject: its answer may be right by chance, as any answer may
+    return "concept" not in sample.truth or donor.truth.get("concept") != sample.truth["concept"]
+
+
+def limited(samples: Sequence[Sample], limit: int, seed: int = 0) -> list[Sample]:
+    """Draw images and keep all their questions until `limit` is reached; 0 keeps everything, in order.
+
+    The first ones of a list would be the first classes of a folder.
+    """
+    if not limit or limit >= len(samples):
+        return list(samples)
+    images = list(dict.fromkeys(s.image for s in samples))
+    random.Random(f"limit, {seed}").shuffle(images)
+    chosen: list[Sample] = []
+    for image in images:
+        chosen += [s for s in samples if s.image == image]
+        if len(chosen) >= limit:
+            break
+    return chosen[:limit]
 
 
 def majority_answer(samples: Sequence[Sample], train: Sequence[Sample], seed: int = 0) -> list[str]:

@@ -35,7 +35,7 @@ def share(correct: Sequence[bool], clusters: Sequence[Hashable] | None = None) -
         the share; for no items 0 within [0, 1].
 
     Wilson, JASA 22 (1927); the clusters' design effect is the ratio of the cluster-robust to the binomial variance,
-    never below 1 (Kish).
+    never below 1 (Kish). With fewer than ten hits or misses that ratio is not to be had, and a cluster counts once.
     """
     n = len(correct)
     if n == 0:
@@ -49,9 +49,13 @@ def share(correct: Sequence[bool], clusters: Sequence[Hashable] | None = None) -
 
 
 def _design_effect(values: np.ndarray, clusters: Sequence[Hashable] | None, p: float) -> float:
-    if clusters is None or p in (0.0, 1.0):
+    """Estimate how clustering inflates the variance; with few hits or misses a cluster counts as one item."""
+    if clusters is None:
         return 1.0
     _, index = np.unique([str(c) for c in clusters], return_inverse=True)
+    sizes = np.bincount(index)
+    if len(values) * min(p, 1 - p) < 10:
+        return len(values) / len(sizes)
     residuals = np.bincount(index, weights=values - p)
     return max(1.0, float((residuals**2).sum() / (len(values) * p * (1 - p))))
 

@@ -34,7 +34,7 @@ class EvalConfig:
     """What is evaluated, and how much of it.
 
     Args:
-        limit: at most this many questions a task (the first ones); 0 = all.
+        limit: at most this many questions a task, of images drawn by the seed; 0 = all.
         max_new_tokens: of a generated answer.
         gallery: images and names in the retrieval square; 0 leaves retrieval out.
         seed: of the wrong images and the random answers.
@@ -125,13 +125,12 @@ def evaluate(
             are scored by CIDEr-D and CHAIR; yes/no answers are parsed strictly; the rest is exact match.
         train: task -> training questions, for the majority answer and the closed sets.
         config: limits and seeds.
-        progress: called as (task, done, total) after each task.
+        progress: called as (task, done, total) before each round of questions.
     """
     report = Report()
-    tasks = {t: list(s)[: config.limit or None] for t, s in samples.items() if s}
-    for done, (task, items) in enumerate(tasks.items()):
-        if progress:
-            progress(task, done, len(tasks))
+    tasks = {t: controls.limited(s, config.limit, config.seed) for t, s in samples.items() if s}
+    responder = _Counted(responder, progress, 3 * len(tasks) + 1)  # model, blind, wrong image; retrieval
+    for task, items in tasks.items():
         known = list(train.get(task, ()))
         if task == "exists":
             _forced_choice(report, responder, items, known, config)
@@ -142,9 +141,27 @@ def evaluate(
     names = tasks.get("name")
     if names and config.gallery:
         _retrieval(report, responder, names, config)
-    if progress:
-        progress("done", len(tasks), len(tasks))
     return report
+
+
+class _Counted:
+    """Tell the progress before each round of questions."""
+
+    def __init__(self, inner: Responder, progress: Callable[[str, int, int], None] | None, total: int) -> None:
+        self.inner, self.progress, self.total, self.done = inner, progress, total, 0
+
+    def answer(self, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
+        self._tick(samples)
+        return self.inner.answer(samples, max_new_tokens)
+
+    def score(self, samples: Sequence[Sample]) -> list[list[float]]:
+        self._tick(samples)
+        return self.inner.score(samples)
+
+    def _tick(self, samples: Sequence[Sample]) -> None:
+        if self.progress is not None:
+            self.progress(samples[0].task, self.done, self.total)
+        self.done += 1
 
 
 def _variants(items: list[Sample], config: EvalConfig) -> dict[str, list[Sample]]:
@@ -233,7 +250,7 @@ def _captions(
 
 def _retrieval(report: Report, responder: Responder, items: list[Sample], config: EvalConfig) -> None:
     """Rank a square of images and names by log-probability, both ways (Flickr30k's protocol, small)."""
-    unique = list({s.answer: s for s in items if s.image is not None}.values())[: config.gallery]
+    unique = controls.limited(list({s.answer: s for s in items if s.image is not None}.values()), config.gallery)
     if len(unique) < 10:
         return
     names = tuple(s.answer for s in unique)

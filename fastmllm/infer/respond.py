@@ -1,14 +1,12 @@
-"""Answer and score questions about images with a vision-language model, in batches of similar length."""
+"""Answer and score questions about images with a vision-language model, in packed batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
-from fastmllm.data.packing import Batch, collate
+from fastmllm.data.packing import Batch, collate, pack, sequence_length
 from fastmllm.data.sample import Sample
-from fastmllm.data.text import ChatTemplate, answer_ids, end_token
+from fastmllm.data.text import ChatTemplate, answer_ids, end_token, tokenise
 from fastmllm.infer.generate import generate
 from fastmllm.infer.score import score_choices
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
@@ -42,15 +40,15 @@ class Responder:
 
     Args:
         model: the model; its `feature_cache`, when it knows an image at this size, spares the encoder.
-        batch_size: questions computed together.
+        max_tokens: tokens of the questions computed together.
         visual_tokens: K; the model's own by default.
         image_size: pixels on a side; the model's own by default.
     """
 
     def __init__(
-        self, model: VLM, batch_size: int = 32, visual_tokens: int | None = None, image_size: int | None = None
+        self, model: VLM, max_tokens: int = 1024, visual_tokens: int | None = None, image_size: int | None = None
     ) -> None:
-        self.model, self.batch_size = model, batch_size
+        self.model, self.max_tokens = model, max_tokens
         self.keep = visual_tokens or model.config.visual_tokens
         self.image_size = image_size or model.config.image_size
         self.template = template_of(model)
@@ -80,11 +78,14 @@ class Responder:
         return self.answer([sample], max_new_tokens)[0]
 
     def _batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
-        # questions with and without an image never share a batch: every image in it takes the same number of tokens
-        order = sorted(range(len(samples)), key=lambda i: (samples[i].image is None, len(samples[i].prompt)))
-        for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
+        """Pack questions into batches of at most `max_tokens`, the image's tokens counted."""
+        lengths = [self._length(s) for s in samples]
+        for places in pack(lengths, max([self.max_tokens, *lengths])):
             yield places, self._collate([samples[i] for i in places])
+
+    def _length(self, sample: Sample) -> int:
+        tokens = tokenise(sample, self.model.tokenizer, self.template)
+        return sequence_length(tokens, self.keep if sample.image is not None else 0, with_answer=False)
 
     def _ids(self, answer: str) -> list[int]:
         return [*answer_ids(answer, self.model.tokenizer, self.template), self.end]
@@ -101,9 +102,3 @@ class Responder:
             load_pixels=not cached,
             with_answers=False,
         )
-
-
-def answer_questions(model: VLM, samples: Sequence[Sample], max_new_tokens: int = 16) -> list[str]:
-    """Answer questions with a model's own settings; see `Responder` for the knobs."""
-    with torch.inference_mode():
-        return Responder(model).answer(samples, max_new_tokens)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class FeatureCache:
             return {}
         try:
             return load_file(self.path)
-        except Exception:  # a damaged cache is rebuilt
+        except (OSError, ValueError, SafetensorError):  # a damaged cache is rebuilt
             self.path.unlink(missing_ok=True)
             return {}
 
@@ -85,7 +86,7 @@ class FeatureCache:
         try:
             save_file({**self._stored, **entries}, temporary)
             os.replace(temporary, self.path)
-        except OSError as error:  # a cache that cannot be written costs time, not the run
+        except (OSError, SafetensorError) as error:  # a cache that cannot be written costs time, not the run
             temporary.unlink(missing_ok=True)
             print(f"feature cache {self.path}: not written ({error}); features stay in memory for this run")
         self._stored.update(entries)

@@ -137,7 +137,7 @@ class VLM(nn.Module):
         embeddings = self.language.embed(batch.input_ids.to(self.device))
         images = len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
         if images == 0:
-            # every rank runs the vision path once a step, image or not: sharded parameters are gathered in step
+            # every rank runs the connector once a step, image or not: sharded parameters are gathered in step
             features = embeddings.new_zeros(1, 1, self.vision.width)
             return embeddings + 0.0 * self.connector(features).sum() if self.training else embeddings
         if batch.image_index.numel() % images:

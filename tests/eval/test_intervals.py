@@ -40,3 +40,19 @@ def test_bootstrap_covers_the_mean_and_is_seeded():
 def test_above_needs_disjoint_intervals():
     assert share([True] * 90 + [False] * 10).above(share([True] * 50 + [False] * 50))
     assert not share([True] * 6 + [False] * 4).above(share([True] * 5 + [False] * 5))
+
+
+def test_certainty_counts_images_not_questions():
+    clustered = share([True] * 300, [i // 3 for i in range(300)])
+    assert clustered.low == pytest.approx(share([True] * 100).low)
+
+
+def test_clustered_intervals_cover():
+    """Fully correlated questions near 1: the interval must hold what it promises."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        verdicts = np.repeat(rng.random(50) < 0.97, 4)
+        got = share(list(verdicts), np.repeat(np.arange(50), 4))
+        covered += got.low <= 0.97 <= got.high
+    assert covered / 400 > 0.92

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 
 from fastmllm.data.sample import Sample
 from fastmllm.eval import controls
-from fastmllm.eval.runner import CONDITIONS, EvalConfig, evaluate
+from fastmllm.eval.intervals import share
+from fastmllm.eval.runner import CONDITIONS, EvalConfig, Report, Row, evaluate
 
 NAMES = [f"thing {i}" for i in range(40)]
 GROUPS = ["animal", "food", "tool", "place"]
@@ -95,12 +98,80 @@ def test_every_answer_is_kept_and_the_table_prints(seen):
 
 def test_wrong_images_never_show_the_right_subject():
     samples = _samples()["name"]
+    samples += [replace(s, id=s.id + "b", image=s.image + "b") for s in samples]  # two images of each subject
     for seed in range(3):
         for before, after in zip(samples, controls.with_wrong_image(samples, seed), strict=True):
             assert after.image is not None
-            assert after.image != before.image
+            assert after.image.removesuffix("b") != before.image.removesuffix("b")
+    scenes = [Sample(id=str(i), prompt="How many?", answer="one", task="count", image=f"{i}.png") for i in range(5)]
+    for before, after in zip(scenes, controls.with_wrong_image(scenes), strict=True):
+        assert after.image not in (None, before.image)  # the same answer may be right by chance, as any answer may
     lonely = controls.with_wrong_image(samples[:1])
     assert lonely[0].image is None
+
+
+def test_exact_match_is_of_the_whole_answer():
+    items = _samples()["name"]
+
+    class Wordy(Seeing):
+        def _say(self, sample, subject):
+            return f"a {subject} on a tree" if subject else ""
+
+    report = evaluate(Wordy(), {"name": items}, {"name": items}, EvalConfig(gallery=0))
+    assert report.get("name").estimate.value == 0.0
+    assert report.get("name").unparsed == 0.0  # it can be read, and is no exact match
+
+
+def test_controls_are_beaten_by_intervals_not_by_points():
+    def row(condition, right):
+        return Row("name", condition, "accuracy", share([i < right for i in range(20)]))
+
+    close = Report(rows=[row("model", 12), *(row(c, 8) for c in CONDITIONS[1:])])
+    assert not close.beats_controls("name")
+    apart = Report(rows=[row("model", 19), *(row(c, 3) for c in CONDITIONS[1:])])
+    assert apart.beats_controls("name")
+    one_left = Report(rows=[row("model", 19), *(row(c, 3) for c in CONDITIONS[1:-1]), row(CONDITIONS[-1], 18)])
+    assert not one_left.beats_controls("name")
+
+
+def test_majority_is_the_training_sets():
+    test = [Sample(id="1", prompt="?", answer="rare", task="name")] * 3
+    train = [Sample(id="2", prompt="?", answer=a, task="name") for a in ("common", "common", "rare")]
+    assert controls.majority_answer(test, train) == ["common"] * 3
+
+
+def test_random_answers_come_from_the_closed_set():
+    samples = _samples()["exists"]
+    drawn = controls.random_answer(samples, NAMES)
+    assert all(d in s.choices for d, s in zip(drawn, samples, strict=True))
+    assert 5 < sum(d == s.answer for d, s in zip(drawn, samples, strict=True)) < 35
+    assert set(controls.random_answer(_samples()["name"], NAMES)) <= set(NAMES)
+
+
+def test_retrieval_goes_both_ways():
+    """A model that scores the first name highest for every image still finds the right image for a name."""
+
+    class Lopsided(Seeing):
+        def score(self, samples):
+            return [[10.0 * (c == s.choices[0]) + (c == self._subject(s)) for c in s.choices] for s in samples]
+
+    items = {"name": _samples()["name"]}
+    report = evaluate(Lopsided(), items, items, EvalConfig(gallery=20))
+    assert report.get("retrieval", metric="R@1 image to text").estimate.value == 1 / 20
+    assert report.get("retrieval", metric="R@1 text to image").estimate.value == 1.0
+
+
+def test_a_limit_draws_images_not_the_first_classes():
+    samples = [
+        Sample(id=f"{name}{i}{q}", prompt="?", answer=name, task="name", image=f"{name}{i}.png")
+        for name in ("a", "b", "c", "d") for i in range(10) for q in range(2)
+    ]  # fmt: skip
+    chosen = controls.limited(samples, 24)
+    assert len(chosen) == 24
+    assert {s.answer for s in chosen} == {"a", "b", "c", "d"}
+    assert len({s.image for s in chosen}) == 12  # all questions of an image
+    assert controls.limited(samples, 0) == samples
+    assert chosen == controls.limited(samples, 24)
 
 
 def test_majority_respects_the_choices():

@@ -31,7 +31,7 @@ def tiny_tokenizer() -> Tokenizer:
     return made
 
 
-def tiny_vlm(seed: int = 0, train_vision: bool = False) -> VLM:
+def tiny_vlm(seed: int = 0, config: ModelConfig | None = None) -> VLM:
     """Build the model in fp32: 32 px images, 8 px patches (16 tokens), 4 visual tokens."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
@@ -49,9 +49,7 @@ def tiny_vlm(seed: int = 0, train_vision: bool = False) -> VLM:
     vision = VisionTransformer(
         VisionConfig(width=24, depth=1, num_heads=2, patch_size=8, image_size=32, cls_token=False)
     )
-    config = ModelConfig(
-        vision="tiny", language="tiny", image_size=32, visual_tokens=4, train_vision=train_vision, dtype="float32"
-    )
+    config = config or ModelConfig(image_size=32, visual_tokens=4, dtype="float32")
     return VLM(vision, Projector(24, 32, norm=True, out_std=0.5), language, config, tokenizer).eval()
 
 
