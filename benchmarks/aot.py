@@ -171,7 +171,7 @@ def _measure_hip(kernel: Any) -> Row:
     mfma = sum(opcode.startswith("v_mfma") for opcode in code)
     return {
         "registers": count("vgpr_count"),
-        "spill": 4 * (count("vgpr_spill_count") + count("sgpr_spill_count")),
+        "spill": count("private_segment_fixed_size"),  # scalar registers spill to vector lanes, not to memory
         "shared": kernel.metadata.shared,
         "instructions": len(code),
         "tensor": {"MFMA": mfma} if mfma else {},
@@ -254,7 +254,10 @@ def work(benches: list[str], shard: int, shards: int, fresh: bool) -> None:
         if isinstance(kernel, dict):
             return kernel
         if isinstance(kernel, Exception):
-            return {"error": f"{type(kernel).__name__}: {' '.join(str(kernel).split())[:300]}"}
+            cause = kernel
+            while cause.__cause__ is not None:  # a compiler wraps what went wrong in where it went wrong
+                cause = cause.__cause__
+            return {"error": f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}"}
         hip = "amdgcn" in kernel.asm
         code = kernel.asm["amdgcn"].encode() if hip else kernel.asm["cubin"]
         seen = store / hashlib.sha256(code + Path(__file__).read_bytes()).hexdigest()
