@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._triton import accumulator_dtype, cdiv, device_of, next_power_of_2, tl, triton
 
-MAX_WIDTH = 16384  # one row is held in registers
+MAX_WIDTH = 8192  # a row is held in registers, and the next power of two spills: wider rows go to the reference
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ def layer_norm_reference(
         h.to(acc), weight.shape, weight.to(acc), None if bias is None else bias.to(acc), eps
     )
     # an operator may not return its input: without a residual, h is not returned
-    return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean.squeeze(-1), rstd.squeeze(-1)
+    return y.to(x.dtype), x.new_empty(0) if residual is None else h.contiguous(), mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def layer_norm_bwd_reference(
@@ -108,21 +108,25 @@ def _bwd_kernel(
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
-def _config(n: int) -> dict[str, int]:
+def _config(n: int, dtype: torch.dtype) -> dict[str, int]:
     block_n = next_power_of_2(n)
     return {
         "BLOCK_M": max(1, 2048 // block_n),
         "BLOCK_N": block_n,
-        "num_warps": 4 if block_n <= 2048 else 8 if block_n <= 8192 else 16,
+        "num_warps": 4 if block_n <= 2048 else 8 if block_n * dtype.itemsize <= 8192 else 16,
     }
+
+
+def _has_kernel(dtype: torch.dtype, n: int) -> bool:
+    return dtype != torch.float64 and n <= MAX_WIDTH
 
 
 def layer_norm_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = weight.numel()
-    if n > MAX_WIDTH:
-        raise ValueError(f"fastmllm::layer_norm: width {n} exceeds the Triton kernel's {MAX_WIDTH}")
+    if not _has_kernel(x.dtype, n):
+        return layer_norm_reference(x, weight, bias, residual, eps)
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -131,7 +135,7 @@ def layer_norm_triton(
     h = x.new_empty(0) if residual is None else torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    config = _config(n)
+    config = _config(n, x.dtype)
     if m:
         with device_of(x):
             _fwd_kernel[(cdiv(m, config["BLOCK_M"]),)](
@@ -145,10 +149,12 @@ def layer_norm_bwd_triton(
     grad_y: Tensor, grad_h: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = weight.numel()
+    if not _has_kernel(h.dtype, n):
+        return layer_norm_bwd_reference(grad_y, grad_h, h, weight, mean, rstd, weight_grad)
     grad_y, h, weight = grad_y.contiguous(), h.contiguous(), weight.contiguous()
     grad_h = None if grad_h is None else grad_h.contiguous()
     m = h.numel() // n if n else 0
-    config = _config(n)
+    config = _config(n, h.dtype)
     groups = max(1, min(cdiv(m, config["BLOCK_M"] * 4), 264))  # two programs an SM of the largest part (132)
     dx = torch.empty_like(h)
     partial = h.new_empty((2, groups if weight_grad else 0, n), dtype=torch.float32)
@@ -253,12 +259,17 @@ def layer_norm(
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.numel():
         raise ValueError(f"fastmllm::layer_norm: weight {tuple(weight.shape)} must be (N,) with x (..., N), "
                          f"but x is {tuple(x.shape)}")  # fmt: skip
-    if bias is not None and bias.shape != weight.shape:
-        raise ValueError(f"fastmllm::layer_norm: bias {tuple(bias.shape)} and weight {tuple(weight.shape)} differ")
+    if bias is not None and (bias.shape != weight.shape or bias.dtype != weight.dtype):
+        raise ValueError(f"fastmllm::layer_norm: bias {tuple(bias.shape)} {bias.dtype} and weight "
+                         f"{tuple(weight.shape)} {weight.dtype} differ")  # fmt: skip
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"fastmllm::layer_norm: x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} "
                          f"{residual.dtype} differ")  # fmt: skip
-    if not x.is_floating_point():
-        raise ValueError(f"fastmllm::layer_norm: x must be floating point, got {x.dtype}")
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(f"fastmllm::layer_norm: x {x.dtype} and weight {weight.dtype} must be floating point")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"fastmllm::layer_norm: x {tuple(x.shape)} is on {x.device}, but {name} "
+                             f"{tuple(tensor.shape)} is on {tensor.device}: move one of them")  # fmt: skip
     y, h, _, _ = _layer_norm(x, weight, bias, residual, eps)
     return y if residual is None else (y, h)

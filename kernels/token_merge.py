@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _native  # noqa: F401 - its C++ implementation registers itself
-from ._triton import cdiv, device_of, dot, next_power_of_2, tl, triton
+from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
 
 CHUNK = 256  # rows of similarity that the reference holds at once
 
@@ -26,7 +26,7 @@ def token_merge_reference(x: Tensor, metric: Tensor, size: Tensor, r: int) -> tu
 
 def _match_reference(metric: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each even token its largest cosine (I, |A|) with an odd token, and which odd token that is."""
-    unit = torch.nn.functional.normalize(metric.to(_wide(metric)), dim=-1, eps=1e-12)
+    unit = torch.nn.functional.normalize(metric.to(accumulator_dtype(metric.dtype)), dim=-1, eps=1e-12)
     a, b = unit[:, ::2], unit[:, 1::2].transpose(1, 2)
     parts = [torch.bmm(a[:, i : i + CHUNK], b).max(-1) for i in range(0, a.shape[1], CHUNK)]
     return torch.cat([p.values for p in parts], 1), torch.cat([p.indices for p in parts], 1)
@@ -44,7 +44,7 @@ def _plan(best: Tensor, index: Tensor, n: int, r: int) -> Tensor:
 
 def _merge_reference(x: Tensor, size: Tensor, destination: Tensor, r: int) -> tuple[Tensor, Tensor]:
     images, n, width = x.shape
-    wide = size.to(_wide(x))
+    wide = size.to(accumulator_dtype(x.dtype))
     new_size = wide.new_zeros(images, n - r).scatter_add_(1, destination, wide)
     sums = wide.new_zeros(images, n - r, width)
     sums.scatter_add_(1, destination.unsqueeze(-1).expand(-1, -1, width), x.to(wide.dtype) * wide.unsqueeze(-1))
@@ -57,10 +57,6 @@ def token_merge_bwd_reference(grad: Tensor, size: Tensor, new_size: Tensor, dest
     return (rows.to(share.dtype) * share.unsqueeze(-1)).to(grad.dtype)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
 @triton.jit
 def _match_kernel(
@@ -71,6 +67,11 @@ def _match_kernel(
     image = tl.program_id(1).to(tl.int64)
     a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     rows = metric_ptr + image * N * M
+    # int64 up to the block, int32 inside it: tiles of int64 offsets spill
+    left_ptr = rows + tl.program_id(0).to(tl.int64) * (2 * BLOCK_A) * M
+    right_ptr = rows + M
+    even_a = 2 * tl.arange(0, BLOCK_A) * M
+    even_b = 2 * tl.arange(0, BLOCK_B) * M
     num_b = N // 2
     best = tl.full((BLOCK_A,), float("-inf"), tl.float32)
     index = tl.zeros((BLOCK_A,), tl.int32)
@@ -81,10 +82,12 @@ def _match_kernel(
         norm_b = tl.zeros((BLOCK_B,), tl.float32)
         for offset in range(0, M, BLOCK_M):
             m = offset + tl.arange(0, BLOCK_M)
-            left = tl.load(rows + (2 * a)[:, None] * M + m[None, :], mask=(a < NUM_A)[:, None] & (m < M)[None, :],
-                           other=0.0)  # fmt: skip
-            right = tl.load(rows + (2 * b + 1)[None, :] * M + m[:, None],
-                            mask=(b < num_b)[None, :] & (m < M)[:, None], other=0.0)  # fmt: skip
+            left = tl.load(
+                left_ptr + even_a[:, None] + m[None, :], mask=(a < NUM_A)[:, None] & (m < M)[None, :], other=0.0
+            )
+            right = tl.load(
+                right_ptr + even_b[None, :] + m[:, None], mask=(b < num_b)[None, :] & (m < M)[:, None], other=0.0
+            )
             products = dot(left, right, products)
             left = left.to(tl.float32)
             right = right.to(tl.float32)
@@ -97,6 +100,7 @@ def _match_kernel(
         value, where = tl.max(cosine, 1, return_indices=True)
         index = tl.where(value > best, start + where, index)
         best = tl.maximum(value, best)
+        right_ptr += 2 * BLOCK_B * M
     tl.store(best_ptr + image * NUM_A + a, best, mask=a < NUM_A)
     tl.store(index_ptr + image * NUM_A + a, index, mask=a < NUM_A)
 
@@ -141,9 +145,15 @@ def _bwd_kernel(
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
-def _config(width: int) -> dict[str, int]:
-    """Choose the tile of the match: 64 x 64 pairs over 64 channels fits every target without a spill."""
-    return {"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_M": max(16, min(64, next_power_of_2(width))), "num_warps": 4}
+def _config(kernel: str, width: int) -> dict[str, int]:
+    """Return the tile of the "match", "forward" or "backward" kernel: none spills on a target."""
+    block = next_power_of_2(width)
+    if kernel == "match":  # pairs, and the channels of one product
+        return {"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_M": max(16, min(64, block)), "num_warps": 8}
+    if kernel == "forward":
+        return {"BLOCK_D": min(1024, block), "num_warps": 4}
+    block = min(256, block)
+    return {"BLOCK_N": 2048 // block, "BLOCK_D": block, "num_warps": 4}
 
 
 def match_triton(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +162,7 @@ def match_triton(metric: Tensor) -> tuple[Tensor, Tensor]:
     num_a = cdiv(n, 2)
     best = metric.new_empty((images, num_a), dtype=torch.float32)
     index = metric.new_empty((images, num_a), dtype=torch.int32)
-    config = _config(width)
+    config = _config("match", width)
     if images and n > 1:
         with device_of(metric):
             _match_kernel[(cdiv(num_a, config["BLOCK_A"]), images)](metric, best, index, n, width, num_a, **config)
@@ -160,6 +170,8 @@ def match_triton(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_merge_triton(x: Tensor, metric: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.float64 in (x.dtype, metric.dtype, size.dtype):  # the kernels add up in fp32
+        return token_merge_reference(x, metric, size, r)
     best, index = match_triton(metric)
     destination = _plan(best, index.long(), x.shape[1], r)
     merged, new_size = merge_triton(x, size, destination, r)
@@ -175,27 +187,28 @@ def merge_triton(x: Tensor, size: Tensor, destination: Tensor, r: int) -> tuple[
     start = counts.scatter_add_(1, destination + 1, torch.ones_like(destination)).cumsum(1)
     merged = x.new_empty((images, kept, width))
     new_size = torch.empty_like(size[:, :kept], memory_format=torch.contiguous_format)
-    block = min(1024, next_power_of_2(width))
+    config = _config("forward", width)
     if images and kept:
         with device_of(x):
-            _fwd_kernel[(kept, images, cdiv(width, block))](
-                x, size, order, start, merged, new_size, n, kept, width, BLOCK_D=block, num_warps=4
+            _fwd_kernel[(kept, images, cdiv(width, config["BLOCK_D"]))](
+                x, size, order, start, merged, new_size, n, kept, width, **config
             )
     return merged, new_size
 
 
 def token_merge_bwd_triton(grad: Tensor, size: Tensor, new_size: Tensor, destination: Tensor) -> Tensor:
+    if torch.float64 in (grad.dtype, size.dtype):
+        return token_merge_bwd_reference(grad, size, new_size, destination)
     grad, size, new_size = grad.contiguous(), size.contiguous(), new_size.contiguous()
     destination = destination.contiguous()
     images, kept, width = grad.shape
     n = size.shape[1]
     dx = grad.new_empty((images, n, width))
-    block_d = min(256, next_power_of_2(width))
-    block_n = max(1, 2048 // block_d)
+    config = _config("backward", width)
     if dx.numel():
         with device_of(grad):
-            _bwd_kernel[(cdiv(n, block_n), images, cdiv(width, block_d))](
-                grad, size, new_size, destination, dx, n, kept, width, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4
+            _bwd_kernel[(cdiv(n, config["BLOCK_N"]), images, cdiv(width, config["BLOCK_D"]))](
+                grad, size, new_size, destination, dx, n, kept, width, **config
             )
     return dx
 
@@ -275,7 +288,7 @@ def token_merge(x: Tensor, metric: Tensor, size: Tensor | None, r: int) -> tuple
             f"fastmllm::token_merge: x {tuple(x.shape)}, metric {tuple(metric.shape)} must be (I, N, D) and (I, N, M)"
         )
     if size is None:
-        size = x.new_ones(x.shape[:2], dtype=_wide(x))
+        size = x.new_ones(x.shape[:2], dtype=accumulator_dtype(x.dtype))
     if size.shape != x.shape[:2] or not size.is_floating_point():
         raise ValueError(
             f"fastmllm::token_merge: size {tuple(size.shape)} {size.dtype} must be float {tuple(x.shape[:2])}"

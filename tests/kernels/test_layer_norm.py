@@ -90,6 +90,27 @@ def test_triton_backward_of_a_stride_0_gradient(device):
         torch.testing.assert_close(g, s, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 8), (torch.float32, op.MAX_WIDTH + 1)])
+def test_what_the_kernels_do_not_take_goes_to_the_reference(dtype, width, device):
+    x, w, b, r = _inputs((2, width), dtype, True, device)
+    got, want = op.layer_norm_triton(x, w, b, r, 1e-5), op.layer_norm_reference(x, w, b, r, 1e-5)
+    fake = torch.ops.fastmllm.layer_norm(*[t.to("meta") for t in (x, w, b, r)], 1e-5)
+    for g, s, f in zip(got, want, fake, strict=True):
+        torch.testing.assert_close(g, s, rtol=0, atol=0)
+        assert (g.dtype, g.shape) == (f.dtype, f.shape)
+    args = x, r, got[1], w, got[2], got[3], True
+    for g, s in zip(op.layer_norm_bwd_triton(*args), op.layer_norm_bwd_reference(*args), strict=True):
+        torch.testing.assert_close(g, s, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2), (1, 0, 2)])
+def test_outputs_have_the_layout_that_the_fake_promises(layout):
+    x, w, _, r = _inputs((3, 4, 8), torch.float32, True)
+    x, r = x.permute(layout), r.permute(layout)
+    torch.library.opcheck(torch.ops.fastmllm.layer_norm.default, (x, w, None, r, 1e-5), test_utils="test_faketensor")
+    assert all(t.is_contiguous() for t in torch.ops.fastmllm.layer_norm(x, w, None, r, 1e-5))
+
+
 def test_frozen_weights_cost_no_gradient():
     x, w, b, _ = _inputs((4, 8), torch.float32, False)
     x.requires_grad_()
@@ -129,5 +150,12 @@ def test_rejects_what_does_not_fit():
         layer_norm(x, w, torch.ones(3))
     with pytest.raises(ValueError, match=r"layer_norm: x \(2, 4\).*residual \(1, 4\)"):
         layer_norm(x, w, residual=torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="floating point"):
+    with pytest.raises(ValueError, match=r"layer_norm: bias \(4,\) torch.float64 and weight \(4,\) torch.float32"):
+        layer_norm(x, w, w.double())
+    with pytest.raises(ValueError, match=r"x torch.int32 .*floating point"):
         layer_norm(x.int(), w)
+    with pytest.raises(ValueError, match=r"weight torch.int32 must be floating point"):
+        layer_norm(x, w.int())
+    for name, others in (("weight", (w.to("meta"),)), ("bias", (w, w.to("meta"))), ("residual", (w, w, x.to("meta")))):
+        with pytest.raises(ValueError, match=rf"x \(2, 4\) is on cpu, but {name} \(.*4,?\) is on meta"):
+            layer_norm(x, *others)

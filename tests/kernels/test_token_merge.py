@@ -90,6 +90,28 @@ def test_triton_matches_reference(shape, dtype, device, guard):
     assert_as_accurate(got, want, wide, ulps=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_matches_across_blocks(dtype, device, guard):
+    _, metric, _, _ = _inputs((2, 201, 1, 70, 1), dtype, device)  # two blocks of A, of B and of channels
+    best, index = guard.run(op.match_triton, metric)
+    want, want_index = op._match_reference(metric)
+    torch.testing.assert_close(best, want, atol=1e-5, rtol=1e-5)
+    assert (index == want_index).float().mean() > 0.98  # sums in another order may swap equal pairs
+    unit = torch.nn.functional.normalize(metric.float(), dim=-1)
+    named = (unit[:, ::2] * unit[:, 1::2].gather(1, index.long().unsqueeze(-1).expand(-1, -1, 70))).sum(-1)
+    torch.testing.assert_close(named, want, atol=1e-5, rtol=1e-5)
+
+
+def test_fp64_goes_to_the_reference(device):
+    inputs = _inputs((2, 7, 5, 3, 2), torch.float64, device)
+    got, want = op.token_merge_triton(*inputs), op.token_merge_reference(*inputs)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+    grad, (_, _, size, _) = torch.randn_like(got[0]), inputs
+    got, want = (f(grad, size, *want[1:]) for f in (op.token_merge_bwd_triton, op.token_merge_bwd_reference))
+    assert torch.equal(got, want)
+
+
 def test_triton_backward_of_a_stride_0_gradient(device):
     x, metric, size, r = _inputs((2, 7, 5, 3, 2), device=device)
     _, new_size, destination = op.token_merge_reference(x, metric, size, r)
