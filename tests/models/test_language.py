@@ -179,8 +179,9 @@ def test_cache_continues_what_one_call_computes() -> None:
         kept = [place for place, count in enumerate(counts) if count]
         if len(kept) < 2:
             cache = cache.select(kept)
-        rows = torch.cat([torch.arange(begins[s] + b, begins[s] + b + n)
-                          for s, b, n in zip((2, 0), begin, counts, strict=True)])
+        rows = torch.cat(
+            [torch.arange(begins[s] + b, begins[s] + b + n) for s, b, n in zip((2, 0), begin, counts, strict=True)]
+        )
         bounds = torch.tensor([0, *(counts[place] for place in kept)]).cumsum(0).to(torch.int32)
         out = model(model.embed(ids[rows]), positions[rows], bounds, max(counts), cache)
         torch.testing.assert_close(out, whole[rows])
