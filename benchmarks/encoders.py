@@ -1,6 +1,6 @@
 """Train the demo's recipe with each candidate encoder on the same budget: python benchmarks/encoders.py [key=value ...]
 
-The budget is the recipe's: data, steps, batch, connector and language model are the same. Writes
+Data, steps, batch, connector and language model are the same; `BUDGET` shortens the recipe to half its steps. Writes
 benchmarks/results/<device>/encoders.json, which the demo's report and docs/results.md show.
 """
 
@@ -15,6 +15,8 @@ import torch
 
 from fastmllm.bench.meters import milliseconds
 from fastmllm.demo import Session, environment, write_atomically
+from fastmllm.eval.runner import evaluate
+from fastmllm.infer.respond import Responder
 from fastmllm.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -30,17 +32,20 @@ CANDIDATES = {
     ),
 }
 TASKS = ("name", "group", "exists")
+BUDGET = ("stages.0.steps=100", "stages.1.steps=100", "data.train_scenes=0", "data.eval_scenes=0", "eval.gallery=0")
 
 
 def run(name: str, overrides: tuple[str, ...], shared: tuple[str, ...]) -> dict:
     """Train and evaluate one candidate; returns its row."""
-    common = ("eval.gallery=0", "eval.limit=100", *shared)
-    recipe = Recipe.load(ROOT / "recipes" / "emoji.yaml", [*common, *overrides])
+    recipe = Recipe.load(ROOT / "recipes" / "emoji.yaml", [*BUDGET, *overrides, *shared])
     session = Session(recipe, ROOT / "out" / "encoders" / name.split(",")[0])
     started = time.process_time()
     session.train()
     cpu_s = time.process_time() - started
-    report = session.evaluate()
+    splits = session.splits
+    asked = {task: splits.eval[task] for task in TASKS}
+    with torch.inference_mode():
+        report = evaluate(Responder(session.model), asked, splits.train, recipe.eval)
     size = recipe.model.image_size
     pixels = torch.zeros(1, size, size, 3, dtype=torch.uint8)
     with torch.inference_mode():
