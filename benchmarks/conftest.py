@@ -57,7 +57,7 @@ def _circumstances() -> dict[str, Any]:
         info = Path("/proc/cpuinfo")
         match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
         device, driver = match[1] if match else platform.processor(), platform.release()
-    dirty = "+" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    dirty = "+" if _output("git", "status", "--porcelain") else ""
     return {
         "device": device,
         "driver": driver.split("\n")[0],
@@ -262,6 +262,8 @@ def compare(benchmark, request):
         Raises:
             AssertionError: a provider's results differ.
         """
+        # dynamo counts variants of a function over the session, and past its limit "torch.compile" would mean eager
+        torch._dynamo.reset()
         calls = {name: _bind(provider, inputs, mode) for name, provider in providers.items()}
         results = {name: [t.detach().clone() for t in call()] for name, call in calls.items()}
         ours, *others = results
