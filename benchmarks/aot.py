@@ -203,13 +203,31 @@ def _cases(bench: str) -> list[tuple[str, Any]]:
     return list(module["aot_cases"]()) if "aot_cases" in module else []
 
 
+def _source(function: Any, seen: set[str]) -> str:
+    """Return the source of a kernel and of its helpers; triton's own cache key depends on the order of calls."""
+    seen.add(function.__name__)
+    parts = [function.src]
+    for name in sorted(function.fn.__code__.co_names):
+        value = function.fn.__globals__.get(name)
+        if hasattr(value, "src") and name not in seen:
+            parts.append(_source(value, seen))
+        elif type(value).__name__ == "constexpr":
+            parts.append(f"{name} = {value}")
+    return "\n".join(parts)
+
+
 def _inputs_digest(function: Any, target: Any, signature: Any, constants: Any, options: Any, attributes: Any) -> str:
     """Digest everything that decides the machine code, apart from triton's version."""
-    values = {path: getattr(value, "cache_key", value) for path, value in constants.items()}
-    settings = {
-        name: value for name, value in options.__dict__.items() if name != "extern_libs"
-    }  # paths of this machine
-    given = (function.cache_key, str(target), signature, sorted(values.items()), sorted(settings.items()), attributes)
+    values = {path: _source(value, set()) if hasattr(value, "src") else value for path, value in constants.items()}
+    settings = {k: v for k, v in options.__dict__.items() if k != "extern_libs"}  # those are paths of this machine
+    given = (
+        _source(function, set()),
+        str(target),
+        signature,
+        sorted(values.items()),
+        sorted(settings.items()),
+        attributes,
+    )
     return hashlib.sha256(repr(given).encode()).hexdigest()[:16]
 
 
@@ -217,7 +235,7 @@ def work(benches: list[str], shard: int, shards: int, fresh: bool) -> None:
     """Compile every shards-th case of some benchmarks for every target; print one JSON line a case and target."""
     sys.path.insert(0, str(ROOT))
     import triton
-    from triton.runtime.jit import JITCallable, JITFunction
+    from triton.runtime.jit import JITFunction
 
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     store = CACHE / f"machine-code-{triton.__version__}"
@@ -225,11 +243,7 @@ def work(benches: list[str], shard: int, shards: int, fresh: bool) -> None:
     committed = read_table().get(triton.__version__, {}) if not fresh else {}
     known = {row["inputs"]: row for targets in committed.values() for row in targets.values()}
     launched: list[tuple[str, Any]] = []
-    original, originally_made, originally_compile = JITFunction.run, JITCallable.__init__, JITFunction._do_compile
-
-    def make_without_line(self: Any, fn: Any) -> None:
-        originally_made(self, fn)
-        self.starting_line_number = 1  # a kernel that only moves in its file stays the same
+    original, originally_compile = JITFunction.run, JITFunction._do_compile
 
     def compile_or_know(self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any,
                         warmup: bool) -> Any:  # fmt: skip
@@ -248,7 +262,7 @@ def work(benches: list[str], shard: int, shards: int, fresh: bool) -> None:
         except Exception as error:  # whatever the compiler throws: the other kernels are still of interest
             launched.append((self.fn.__name__, error))
 
-    JITFunction.run, JITCallable.__init__, JITFunction._do_compile = compile_instead, make_without_line, compile_or_know
+    JITFunction.run, JITFunction._do_compile = compile_instead, compile_or_know
 
     def measure(kernel: Any) -> Row:
         if isinstance(kernel, dict):

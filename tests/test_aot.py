@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -110,3 +111,42 @@ def test_kernels_fit_every_target_with_a_second_triton():
             "no second triton: pip install --target build/triton-3.6.0 --no-deps triton==3.6.0 (make test does)"
         )
     _check("--only-path", *(argument for path in SECOND for argument in ("--triton-path", str(path))))
+
+
+def test_a_digest_follows_helpers_and_not_lines(tmp_path):
+    """A row is taken from the table only while its kernel, what it calls and its settings are the same."""
+    pytest.importorskip("triton")
+    code = """
+import sys
+sys.path[:0] = [{root!r}, {folder!r}]
+import aot
+import kernel
+class Options: pass
+options = Options(); options.num_warps = 4; options.extern_libs = {folder!r}
+print(aot._inputs_digest(kernel.outer, "sm_90", {{"x": "*bf16"}}, {{(1,): 64}}, options, {{}}))
+"""
+    kernel = """
+import triton
+{blank}
+@triton.jit
+def inner(x):
+    return x + {one}
+@triton.jit
+def outer(x, N):
+    return inner(x)
+"""
+
+    def digest(name, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "kernel.py").write_text(kernel.format(**({"blank": "", "one": 1} | changes)))
+        script = code.format(root=str(ROOT / "benchmarks"), folder=str(folder))
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+        ).stdout
+
+    first = digest("first")
+    assert len(first.strip()) == 16
+    assert digest("moved", blank="\n\n") == first
+    assert digest("changed", one=2) != first
