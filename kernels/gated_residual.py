@@ -51,9 +51,11 @@ def _tanh(x):
 @triton.jit
 def _load_gate(gate_ptr, cols, N, SCALAR: tl.constexpr):
     """Return tanh of the gate: one number, or (1, BLOCK_N)."""
-    if SCALAR:
-        return _tanh(tl.load(gate_ptr).to(tl.float32))
-    return _tanh(tl.load(gate_ptr + cols, mask=cols < N, other=0.0).to(tl.float32))[None, :]
+    if SCALAR:  # one `return`: the older triton types both branches
+        opened = _tanh(tl.load(gate_ptr).to(tl.float32))
+    else:
+        opened = _tanh(tl.load(gate_ptr + cols, mask=cols < N, other=0.0).to(tl.float32))[None, :]
+    return opened
 
 
 @triton.jit
