@@ -522,7 +522,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
         or k.dim() != 3
         or k.shape != v.shape
         or q.shape[-1] != k.shape[-1]
-        or q.shape[1] % max(k.shape[1], 1)
+        or not k.shape[1]
+        or q.shape[1] % k.shape[1]
     ):
         raise ValueError(
             f"fastmllm::attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be (T, H, D), "

@@ -370,7 +370,8 @@ def cross_attention(
         or k.dim() != 3
         or k.shape != v.shape
         or q.shape[2] != k.shape[2]
-        or q.shape[1] % max(k.shape[1], 1)
+        or not k.shape[1]
+        or q.shape[1] % k.shape[1]
     ):
         raise ValueError(
             f"fastmllm::cross_attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be "

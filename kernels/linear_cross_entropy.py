@@ -379,6 +379,8 @@ def linear_cross_entropy(
                          "one floating point dtype")  # fmt: skip
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"fastmllm::linear_cross_entropy: labels must be integers, got {labels.dtype}")
+    if not weight.shape[0]:
+        raise ValueError(f"fastmllm::linear_cross_entropy: weight {tuple(weight.shape)} has no vocabulary")
     if not hidden.device == weight.device == labels.device:
         raise ValueError(f"fastmllm::linear_cross_entropy: hidden is on {hidden.device}, weight on {weight.device}, "
                          f"labels on {labels.device}")  # fmt: skip

@@ -367,6 +367,8 @@ def patch_embed(
         if t is not None and len(t) != pixels.shape[-1]:
             raise ValueError(f"fastmllm::patch_embed: {name} has {len(t)} values for pixels {tuple(pixels.shape)}")
     unit = 1 / 255 if pixels.dtype == torch.uint8 else 1.0
+    if std is not None and not all(std):
+        raise ValueError(f"fastmllm::patch_embed: std {list(std)} must not be zero")
     scale = [unit / s for s in (std or [1.0] * pixels.shape[-1])]
     shift = [-m / s for m, s in zip(mean or [0.0] * len(scale), std or [1.0] * len(scale), strict=True)]
     return _patch_embed(pixels, weight, bias, position, patch_size, scale, shift)
