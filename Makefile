@@ -8,7 +8,7 @@ READY := .venv/.ready-$(shell cat constraints.txt setup.py csrc/*.* csrc/ops/* M
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_WAIT_POLICY ?= PASSIVE
 # batches differ in size: without this glibc keeps the tensors of every size that it has seen
-export MALLOC_MMAP_THRESHOLD_ ?= 1000000
+export MALLOC_MMAP_THRESHOLD_ ?= 8000000
 
 .PHONY: demo test lint format bench gpu setup clean
 

@@ -23,10 +23,11 @@ ROOT = Path(__file__).parent.parent
 # 112 px keeps DINOv2's cost near the others'; the small ViT learns here, at a higher rate than the connector needs.
 CANDIDATES = {
     "efficientnet_lite0, frozen": (),
-    "dinov2_small, frozen": ("model.vision=dinov2_small", "model.image_size=112"),
+    "dinov2_small, frozen": ("model.vision=dinov2_small", "model.image_size=112", "bench.image_sizes=[112]"),
     "vit_tiny, trained here": (
         "model.vision=vit_tiny",
         "model.image_size=64",
+        "bench.image_sizes=[64]",
         "model.train_vision=true",
         'stages.0.trainable={"vision.*": 1e-3, "connector.*": 2e-3}',
     ),
