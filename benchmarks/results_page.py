@@ -87,8 +87,8 @@ def page() -> str:
                 "Photographs",
                 "clothing.json",
                 "The same recipe on 10 classes of clothing photographs (CC0, alexeygrigorev/clothing-dataset-small at "
-                "256 px), fewer steps: `fastmllm demo recipes/emoji.yaml data.path=… stages.0.steps=120 stages.1.steps=60 "
-                "eval.limit=250 eval.gallery=0` and one sweep cell → `clothing.json`.",
+                "256 px), fewer steps: `fastmllm demo recipes/emoji.yaml data.path=… stages.0.steps=120 "
+                "stages.1.steps=60 eval.limit=250 eval.gallery=0` and one sweep cell → `clothing.json`.",
             )
         )
     return "\n".join(parts)
