@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -40,9 +39,7 @@ def run(name: str, overrides: tuple[str, ...], shared: tuple[str, ...]) -> dict:
     """Train and evaluate one candidate; returns its row."""
     recipe = Recipe.load(ROOT / "recipes" / "emoji.yaml", [*BUDGET, *overrides, *shared])
     session = Session(recipe, ROOT / "out" / "encoders" / name.split(",")[0])
-    started = time.process_time()
     session.train()
-    cpu_s = time.process_time() - started
     splits = session.splits
     asked = {task: splits.eval[task] for task in TASKS}
     with torch.inference_mode():
@@ -57,7 +54,6 @@ def run(name: str, overrides: tuple[str, ...], shared: tuple[str, ...]) -> dict:
         "grid_tokens": session.model.grid(size) ** 2,
         "parameters": sum(p.numel() for p in session.model.vision.parameters()),
         "encoder_ms": encoder_ms,
-        "train_cpu_s": cpu_s,
         "train_s": sum(r.seconds for r in session.results),
         "steps": sum(r.steps for r in session.results),
         "loss_last": session.results[-1].loss_last,

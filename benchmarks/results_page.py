@@ -37,14 +37,14 @@ def encoders() -> str:
         "`python benchmarks/encoders.py` → `encoders.json`: the demo's data, connector, language model and batches, "
         f"{stored['rows'][0]['steps']} steps in all; % right on Twemoji with the 95 % interval, blind beside it.",
         "",
-        "| encoder | px | grid tokens | ms an image | training, CPU-s | " + " | ".join(TASKS.values()) + " |",
+        "| encoder | px | grid tokens | ms an image | training, s | " + " | ".join(TASKS.values()) + " |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in stored["rows"]:
         cells = [f"{_share(row[t])}, blind {100 * row[f'{t} blind']['estimate']['value']:.0f}" for t in TASKS]
         lines.append(
             f"| {row['encoder']} | {row['image_size']} | {row['grid_tokens']} | {row['encoder_ms']:.1f} | "
-            f"{row['train_cpu_s']:.0f} | {' | '.join(cells)} |"
+            f"{row['train_s']:.0f} | {' | '.join(cells)} |"
         )
     best = max(stored["rows"], key=lambda r: r["name"]["estimate"]["value"])
     return "\n".join([*lines, "", f"The best, {best['encoder'].split(',')[0]}, is the recipe's default."]) + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from oracle import Guard
@@ -14,10 +16,26 @@ def device() -> str:
     """Where Triton kernels run: a GPU, or CPU tensors in the interpreter."""
     pytest.importorskip("triton")
     if DEVICE == "cpu":
-        import bf16_interpreter
+        import triton_interpreter
 
-        bf16_interpreter.install()
+        triton_interpreter.install()
     return DEVICE
+
+
+MOST_ITERATIONS = 50
+
+
+@pytest.fixture(autouse=True)
+def few_iterations():
+    """Keep interpreted tests short: a program or a trip of its loop takes milliseconds."""
+    interpreter = sys.modules.get("triton_interpreter")
+    if interpreter is None:
+        yield
+        return
+    interpreter.iterations = 0
+    yield
+    count = interpreter.iterations
+    assert count <= MOST_ITERATIONS, f"{count} program iterations: use a smaller shape"
 
 
 @pytest.fixture

@@ -157,8 +157,8 @@ def test_rejects_what_does_not_fit():
 
 
 TRITON = {
-    "equal": ([5, 5], None, 4, 2, 16),
-    "tails": ([33, 0, 40], None, 2, 1, 24),
+    "equal": ([5, 5], None, 2, 1, 16),
+    "tails": ([33, 0, 40], None, 1, 1, 24),
     "cross": ([3, 35], [40, 5], 2, 2, 8),
     "blind": ([34, 2, 3], [2, 0, 3], 1, 1, 20),
 }

@@ -92,7 +92,7 @@ def test_plain_mathematics_equals_the_fused_cpu_kernel(monkeypatch):
 
 
 TRITON = {
-    "latest": ([(0, 0)] * 3 + [(0, 40)] * 34 + [(40, 59)] * 5, 59, 2, 1, 24),
+    "latest": ([(0, 0)] * 3 + [(0, 20)] * 30 + [(20, 37)] * 5, 37, 2, 1, 24),
     "all previous": ([(0, 20)] * 2 + [(0, 37)] * 3, 37, 2, 2, 8),
     "overlapping": CASES["overlapping"],
     "beyond the keys": CASES["beyond the keys"],

@@ -66,7 +66,10 @@ def test_empty(shape, uint8):
         torch.testing.assert_close(g, torch.zeros_like(t))
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 14, 14, 14, 70), (0, 8, 8, 4, 16)])
+TRITON = [(2, 12, 18, 6, 33), (1, 16, 16, 8, 40), (2, 12, 14, 2, 5), (1, 6, 6, 6, 70), (0, 8, 8, 4, 16)]
+
+
+@pytest.mark.parametrize("shape", TRITON)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("uint8", [True, False])
 def test_triton_matches_reference(shape, dtype, uint8, device, guard):
