@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastmllm.bench.sweep import setting
+
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "demo.json"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
@@ -80,8 +82,7 @@ def _prose(metrics: Mapping[str, Any], found: Mapping[tuple[str, str, str], Any]
 
 
 def _setting(cell: Mapping[str, Any]) -> str:
-    names = {"bipartite_merge": "token merging", "pool": "pooling", "none": "whole grid"}
-    return f"{cell['image_size']} px, {cell['visual_tokens']} tokens, {names.get(cell['method'], cell['method'])}"
+    return setting(cell["image_size"], cell["visual_tokens"], cell["method"])
 
 
 def updated(readme: str, metrics: Mapping[str, Any]) -> str:

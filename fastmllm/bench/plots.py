@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastmllm.bench.sweep import Cell, pareto
+from fastmllm.bench.sweep import LABELS, Cell, pareto
 from fastmllm.eval.runner import CONDITIONS, MODEL, Report
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 INK, MUTED = "#1f2933", "#8a94a0"
 COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#7d5ba6")
 MARKERS = {"none": "o", "pool": "s", "bipartite_merge": "^"}
-LABELS = {"bipartite_merge": "token merging", "pool": "pooling", "none": "whole grid"}
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastmllm.bench import plots
-from fastmllm.bench.sweep import Cell, pareto
+from fastmllm.bench.sweep import LABELS, Cell, pareto
 from fastmllm.eval.intervals import Estimate
 from fastmllm.eval.runner import CONDITIONS, MODEL, Report
 
@@ -141,9 +141,8 @@ def _sweep_text(cells: Sequence[Cell]) -> str:
     cheap = next((c for c in front if c.accuracy.value >= best.accuracy.low), best)
     text = (
         f"The weights are those trained above; only resolution, token count and compressor change. The best cell "
-        f"names {100 * best.accuracy.value:.0f} % right ({best.image_size} px, {best.visual_tokens} tokens, "
-        f"{best.method}); the fastest cell within its interval takes {cheap.prefill_ms:.0f} ms instead of "
-        f"{best.prefill_ms:.0f} ({cheap.image_size} px, {cheap.visual_tokens} tokens, {cheap.method})."
+        f"names {100 * best.accuracy.value:.0f} % right ({best}); the fastest cell within its "
+        f"interval takes {cheap.prefill_ms:.0f} ms instead of {best.prefill_ms:.0f} ({cheap})."
     )
     return f"<p>{html.escape(text)}</p>"
 
@@ -154,7 +153,7 @@ def _sweep(cells: Sequence[Cell]) -> str:
         {
             "resolution": f"{c.image_size} px",
             "visual tokens": f"{c.visual_tokens} of {c.grid_tokens}",
-            "method": plots.LABELS.get(c.method, c.method),
+            "method": LABELS.get(c.method, c.method),
             "named right": f"{100 * c.accuracy.value:.0f} % [{100 * c.accuracy.low:.0f}, {100 * c.accuracy.high:.0f}]",
             "encoder, ms": f"{c.encoder_ms:.1f}",
             "prefill, ms": f"{c.prefill_ms:.1f}",

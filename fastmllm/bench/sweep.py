@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from fastmllm.infer.respond import Responder, collate_for
 from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM
 
-LABELS = {"bipartite_merge": "merge", "none": "whole"}
+LABELS = {"bipartite_merge": "token merging", "pool": "pooling", "none": "whole grid"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,7 @@ class SweepConfig:
         methods: compressors; where K is the whole grid there is nothing to compress and one row stands for all.
         limit: questions a cell is scored on.
         train_batch: samples in the timed training step.
-        repeats: timed repetitions, the median counts.
+        repeats: rounds of timing (a training step, three prefills, three encodings of each cell); medians count.
     """
 
     image_sizes: tuple[int, ...] = (128, 160, 224)
@@ -43,7 +45,7 @@ class SweepConfig:
     methods: tuple[str, ...] = ("pool", "bipartite_merge")
     limit: int = 60
     train_batch: int = 8
-    repeats: int = 3
+    repeats: int = 4
 
     def __post_init__(self) -> None:
         for name in ("image_sizes", "visual_tokens", "methods"):
@@ -73,6 +75,14 @@ class Cell:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        return setting(self.image_size, self.visual_tokens, self.method)
+
+
+def setting(image_size: int, visual_tokens: int, method: str) -> str:
+    """Name a cell's setting in words."""
+    return f"{image_size} px, {visual_tokens} token{'s'[: visual_tokens != 1]}, {LABELS.get(method, method)}"
+
 
 def cells(config: SweepConfig, stride: int) -> Iterator[tuple[int, int, str]]:
     """List (image size, K, method), the uncompressed grid once a size."""
@@ -100,82 +110,99 @@ def sweep(
         questions: held-out samples of one task.
         train: samples for the timed training step.
         config: the grid.
-        progress: called as (what, done, total) before each cell.
+        progress: called as (what, done, total) before each cell and each round of timing.
     """
     asked = limited(questions, config.limit)
     planned = list(cells(config, model.vision.stride))
     before = model.feature_cache
-    results: list[Cell] = []
+    trials: list[_Trial] = []
+    connector = list(model.connector.parameters())
+    flags = [p.requires_grad for p in connector]
+    model.connector.requires_grad_(True)
     try:
         for done, (size, keep, method) in enumerate(planned):
             if progress:
-                progress(f"{size} px, {keep} tokens, {method}", done, len(planned))
+                progress(setting(size, keep, method), done, len(planned) + config.repeats)
             if model.feature_cache is None or model.feature_cache.image_size != size:
                 model.feature_cache = before if before is not None and before.image_size == size else FeatureCache(
                     model.vision, size, load_image
                 )  # fmt: skip
                 model.feature_cache.add(s.image for s in asked if s.image)
-            results.append(_measure(model, asked, list(train)[: config.train_batch], size, keep, method, config))
+            trials.append(_Trial(model, asked, list(train)[: config.train_batch], size, keep, method))
+        for done in range(config.repeats):
+            if progress:
+                progress("timing", len(planned) + done, len(planned) + config.repeats)
+            for trial in trials:
+                trial.time()
+        results = [trial.cell() for trial in trials]
     finally:
         model.feature_cache = before
+        model.zero_grad(set_to_none=True)
+        for parameter, flag in zip(connector, flags, strict=True):
+            parameter.requires_grad_(flag)
     if progress:
-        progress("done", len(planned), len(planned))
+        progress("done", len(planned) + config.repeats, len(planned) + config.repeats)
     return results
 
 
-def _measure(
-    model: VLM, asked: list[Sample], train: list[Sample], size: int, keep: int, method: str, config: SweepConfig
-) -> Cell:
-    chosen = method if method != "none" else "pool"
-    original = model.config
-    model.config = replace(original, compress=chosen)
-    try:
-        responder = Responder(model, visual_tokens=keep, image_size=size)
-        with torch.inference_mode():
-            said = responder.answer(asked)
-        correct = [normalise(t) == normalise(s.answer) for t, s in zip(said, asked, strict=True)]
-        one = collate_for(model, asked[:1], keep=keep, image_size=size, load_pixels=True, with_answers=False)
-        many = collate_for(model, train, keep=keep, image_size=size, load_pixels=True, with_answers=True)
+class _Trial:
+    """One cell in the making: scored at once, timed in turns with the others, so that a busy moment meets them all."""
 
-        pixels = one.pixels
-        assert pixels is not None  # load_pixels=True
-
-        def encode() -> None:
+    def __init__(self, model: VLM, asked: list[Sample], train: list[Sample], size: int, keep: int, method: str) -> None:
+        self.model, self.size, self.keep, self.method = model, size, keep, method
+        self.times: dict[str, list[float]] = {"encoder": [], "prefill": [], "step": []}
+        with self._setting():
             with torch.inference_mode():
-                model.encode_images(pixels)
+                said = Responder(model, visual_tokens=keep, image_size=size).answer(asked)
+            correct = [normalise(t) == normalise(s.answer) for t, s in zip(said, asked, strict=True)]
+            self.accuracy = share(correct, [s.image for s in asked])
+            self.one = collate_for(model, asked[:1], keep=keep, image_size=size, load_pixels=True, with_answers=False)
+            self.many = collate_for(model, train, keep=keep, image_size=size, load_pixels=True, with_answers=True)
+            self._step()  # the first of a shape is slow
+            self.peak_mib = peak_bytes(self._step) / 2**20
+            self.gflops = count_flops(self._prefill) / 1e9
 
-        def run_prefill() -> None:
-            with torch.inference_mode():
-                length = int(one.max_seqlen)
-                prefill(model, one, model.language.new_cache(1, length))
+    def time(self) -> None:
+        """Add one round to the times of encoder, prefill and training step."""
+        with self._setting():
+            for name, call, repeats in (
+                ("encoder", self._encode, 3), ("prefill", self._prefill, 3), ("step", self._step, 1),
+            ):  # fmt: skip
+                self.times[name] += [milliseconds(call, 1, warmup=0) for _ in range(repeats)]
 
-        def step() -> None:
-            model.zero_grad(set_to_none=True)
-            (model(many) / many.num_targets).backward()
+    def cell(self) -> Cell:
+        return Cell(
+            image_size=self.size,
+            visual_tokens=self.keep,
+            grid_tokens=self.model.grid(self.size) ** 2,
+            method=self.method,
+            accuracy=self.accuracy,
+            **{f"{name}_ms": median(times) for name, times in self.times.items()},
+            peak_mib=self.peak_mib,
+            gflops=self.gflops,
+        )
 
-        connector = list(model.connector.parameters())
-        flags = [p.requires_grad for p in connector]
-        model.connector.requires_grad_(True)
+    @contextmanager
+    def _setting(self) -> Iterator[None]:
+        before = self.model.config
+        self.model.config = replace(before, compress="pool" if self.method == "none" else self.method)
         try:
-            cell = Cell(
-                image_size=size,
-                visual_tokens=keep,
-                grid_tokens=model.grid(size) ** 2,
-                method=method,
-                accuracy=share(correct, [s.image for s in asked]),
-                encoder_ms=milliseconds(encode, config.repeats),
-                prefill_ms=milliseconds(run_prefill, config.repeats),
-                step_ms=milliseconds(step, config.repeats),
-                peak_mib=peak_bytes(step) / 2**20,
-                gflops=count_flops(run_prefill) / 1e9,
-            )
+            yield
         finally:
-            model.zero_grad(set_to_none=True)
-            for parameter, flag in zip(connector, flags, strict=True):
-                parameter.requires_grad_(flag)
-        return cell
-    finally:
-        model.config = original
+            self.model.config = before
+
+    def _encode(self) -> None:
+        assert self.one.pixels is not None  # load_pixels=True
+        with torch.inference_mode():
+            self.model.encode_images(self.one.pixels)
+
+    def _prefill(self) -> None:
+        with torch.inference_mode():
+            prefill(self.model, self.one, self.model.language.new_cache(1, int(self.one.max_seqlen)))
+
+    def _step(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        (self.model(self.many) / self.many.num_targets).backward()
 
 
 def pareto(points: Sequence[Cell]) -> list[Cell]:
