@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, gradients, strided
 
-from fastmllm.kernels import _dense
+from fastmllm.kernels import _dense, _flash_attn
 from fastmllm.kernels import attention as op
 from fastmllm.kernels.attention import attention
 
@@ -150,8 +150,8 @@ def test_rejects_what_does_not_fit():
         attention(q, k, k, cu, _cu([4]))
     with pytest.raises(ValueError, match="have different rows: give cu_seqlens_k"):
         attention(q, k[:3], k[:3], cu)
-    with pytest.raises(ValueError, match=r"cu_seqlens end at 3, 3 .*q and k have 4, 4 rows"):
-        attention(q, k, k, _cu([1, 2]))
+    with pytest.raises(ValueError, match=r"ascend from 0, and end at 5, 5 .*q and k have 4, 4 rows"):
+        attention(q, k, k, _cu([1, 4]))
     with pytest.raises(ValueError, match=r"segments of up to 3, 3 rows.*max_seqlen is 2, 2"):
         attention(q, k, k, cu, max_seqlen_q=2)
 
@@ -264,9 +264,9 @@ def install(tmp_path, monkeypatch):
             sys.modules[module].flash_attn_varlen_func = function
 
     monkeypatch.syspath_prepend(str(tmp_path))
-    op._load_flash_attn.cache_clear()
+    _flash_attn.load.cache_clear()
     yield add
-    op._load_flash_attn.cache_clear()
+    _flash_attn.load.cache_clear()
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -274,7 +274,7 @@ def test_flash_attn_is_called_as_it_documents_itself(name, install, monkeypatch)
     distribution, module, function, capability = STAND_INS[name]
     calls = []
     install(distribution, module, lambda *a, **k: calls.append(name) or function(*a, **k))
-    monkeypatch.setattr(op, "_capability", lambda q: capability)
+    monkeypatch.setattr(_flash_attn, "_capability", lambda q: capability)
     inputs, cu_q, cu_k = _inputs(([3, 4], [5, 4], 4, 2, 32), torch.bfloat16)
     got = attention(*inputs, cu_q, cu_k, causal=True)
     assert calls == [name]
@@ -283,13 +283,13 @@ def test_flash_attn_is_called_as_it_documents_itself(name, install, monkeypatch)
     assert calls == [name], "float32 goes to our own kernels"
     attention(*[t[..., :6] for t in inputs], cu_q, cu_k)
     assert calls == [name], "flash_attn takes head dimensions that are multiples of 8"
-    assert "9.9" in op.flash_attn_status()[name]
+    assert "9.9" in _flash_attn.flash_attn_status()[name]
 
 
 def test_a_broken_flash_attn_is_named_once_and_passed_over(install, monkeypatch):
     """A build without a GPU leaves an installed distribution that cannot be imported."""
     install("flash_attn", "flash_attn")
-    monkeypatch.setattr(op, "_capability", lambda q: 8)
+    monkeypatch.setattr(_flash_attn, "_capability", lambda q: 8)
     inputs, cu_q, cu_k = _inputs("ragged", torch.bfloat16)
     inputs = [F.pad(t, (0, 4)) for t in inputs]  # 24 columns
     with pytest.warns(UserWarning, match="flash-attn 9.9 is installed but does not work"):
@@ -297,5 +297,5 @@ def test_a_broken_flash_attn_is_named_once_and_passed_over(install, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(got, attention(*inputs, cu_q, cu_k))
-    assert "does not work" in op.flash_attn_status()["FA2"]
-    assert op.flash_attn_status()["FA3"] == "flash-attn-3 is not installed"
+    assert "does not work" in _flash_attn.flash_attn_status()["FA2"]
+    assert _flash_attn.flash_attn_status()["FA3"] == "flash-attn-3 is not installed"
