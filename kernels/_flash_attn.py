@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -83,19 +84,22 @@ def flash_attention(
 
     Returns:
         out (T, H, D) and, if wanted, the natural log-sum-exp (H, T), which carries no gradient; None where no
-        installed generation takes these tensors.
+        installed generation takes these tensors, or it cannot return the log-sum-exp.
 
     Raises:
         RuntimeError: the package returns its log-sum-exp padded, as flash-attn before 2.7 does.
     """
     if (name := _choose(q, k)) is None or cu_seqlens_q.numel() < 2 or not (max_seqlen_q and max_seqlen_k):
         return None
+    function, ask = load()[1][name], _FLASH[name][2]
+    if return_lse and ask not in inspect.signature(function).parameters:  # FA3 before its commit 203b9b3
+        return None
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         q, k, v = _ClearGradients.apply(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    found = load()[1][name](
+    found = function(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal, **{_FLASH[name][2]: return_lse},
+        max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal, **({ask: True} if return_lse else {}),
     )  # fmt: skip
     out, lse = found[:2] if isinstance(found, tuple) else (found, None)  # some always return a tuple
     clear_rows(out.data, cu_seqlens_q)  # .data: the backward saved `out`, and does not read these rows
