@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmllm.kernels._flash_attn import clear_rows_triton
 from fastmllm.kernels.attention import attention, attention_bwd_triton, attention_triton
 
 CUDA = torch.cuda.is_available()
@@ -30,19 +31,24 @@ DTYPES = (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16)
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield each shape, and a head of 32 (CogAgent's cross-attention) and 96 (Phi-3-Vision)."""
+    """Yield each shape, a head of 32 (CogAgent's cross-attention) and 96 (Phi-3-Vision), and a bias of keys (ToMe)."""
     for name, shape in {**SHAPES, "D32": (8, 256, 32, 32, 32, False), "D96": (2, 2048, 32, 32, 96, True)}.items():
         yield name, lambda shape=shape: _launch(*shape)
+    for name in ("CLIP ViT-L/14 336", "SigLIP so400m 384", "Gemma-2B"):
+        yield f"{name} bias", lambda shape=SHAPES[name]: _launch(*shape, biased=True)
+    yield "rows behind", lambda: clear_rows_triton(_empty(4096, 16, 80), _empty(5, dtype=torch.int32))
 
 
-def _launch(segments: int, length: int, heads: int, heads_k: int, d: int, causal: bool) -> None:
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    total, cu = segments * length, empty(segments + 1, dtype=torch.int32)
-    q, k, lse = empty(total, heads, d), empty(total, heads_k, d), empty(heads, total, dtype=torch.float32)
-    attention_triton(q, k, k, cu, cu, length, length, causal, d**-0.5)
-    attention_bwd_triton(q, q, k, k, q, lse, cu, cu, length, length, causal, d**-0.5)
+
+def _launch(segments: int, length: int, heads: int, heads_k: int, d: int, causal: bool, biased: bool = False) -> None:
+    total, cu = segments * length, _empty(segments + 1, dtype=torch.int32)
+    q, k, lse = _empty(total, heads, d), _empty(total, heads_k, d), _empty(heads, total, dtype=torch.float32)
+    options = (cu, cu, length, length, causal, d**-0.5, _empty(total, dtype=torch.float32) if biased else None)
+    attention_triton(q, k, k, *options)
+    attention_bwd_triton(q, q, k, k, q, lse, *options)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "full"])

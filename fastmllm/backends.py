@@ -8,7 +8,7 @@ import importlib.metadata
 import torch
 
 from fastmllm.kernels import _native
-from fastmllm.kernels.attention import flash_attn_status
+from fastmllm.kernels._flash_attn import flash_attn_status
 
 
 def backends() -> dict[str, str]:

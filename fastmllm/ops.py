@@ -1,6 +1,7 @@
 """The index: every public operator, one line each."""
 
 from fastmllm.kernels.attention import attention
+from fastmllm.kernels.attention_scores import attention_scores
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.gated_residual import gated_residual
 from fastmllm.kernels.insert_features import insert_features
@@ -11,6 +12,7 @@ from fastmllm.kernels.token_merge import token_merge
 
 __all__ = [
     "attention",
+    "attention_scores",
     "cross_attention",
     "gated_residual",
     "insert_features",

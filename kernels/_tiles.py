@@ -50,3 +50,38 @@ def softmax_end(acc, peak, total):
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
     return acc / total[:, None], tl.where(blind, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
+
+
+@triton.jit
+def locate(cu_q_ptr, cu_k_ptr, segments, blocks, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the first row of this program's block, its head, and where its segment lies; behind the last: nowhere."""
+    program = tl.program_id(0)
+    pair = program // blocks
+    segment = tl.minimum(pair // HEADS, segments)
+    after = tl.minimum(segment + 1, segments)
+    start_q = tl.load(cu_q_ptr + segment).to(tl.int64)
+    start_k = tl.load(cu_k_ptr + segment).to(tl.int64)
+    len_q = (tl.load(cu_q_ptr + after) - start_q).to(tl.int32)
+    len_k = (tl.load(cu_k_ptr + after) - start_k).to(tl.int32)
+    return (program % blocks) * BLOCK, (pair % HEADS).to(tl.int64), start_q, start_k, len_q, len_k
+
+
+@triton.jit
+def clear_behind(
+    ptr, lse_ptr, cu_ptr, segments, total, blocks,
+    HAS_LSE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write zeros, and -inf as log-sum-exp, to the rows behind the last segment: the work of the last programs."""
+    mine = tl.program_id(0) - segments * HEADS * blocks
+    if mine >= 0:
+        end = tl.load(cu_ptr + segments)
+        for start in range(end + mine * BLOCK, total, blocks * BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            for h in range(HEADS):
+                zeros = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+                store_tile(ptr + h * D, zeros, rows, total, HEADS * D, D, BLOCK_D)
+            if HAS_LSE:
+                at = lse_ptr + rows
+                for _ in range(HEADS):
+                    tl.store(at, tl.full((BLOCK,), float("-inf"), tl.float32), mask=rows < total)
+                    at += total

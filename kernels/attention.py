@@ -2,25 +2,22 @@
 
 Shapes: T query rows of S segments, H query heads, Hkv key/value heads (Hkv divides H), D head dimension.
 `causal` is aligned to the bottom right, as in flash_attn: the last query row of a segment sees all its keys.
-A row that sees no key gives zeros. On CUDA the package flash_attn is used where it is installed and works.
+A row that sees no key gives zeros, and so do rows behind the last segment (padding), forward and backward, whatever
+they hold. On CUDA the package flash_attn is used where it is installed and works.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.metadata
 import math
-import warnings
-from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ._dense import dense_bwd, dense_fwd, rows_contiguous
-from ._tiles import load_lse, load_tile, softmax_end, softmax_step, store_tile
+from ._flash_attn import flash_attention
+from ._tiles import clear_behind, load_lse, load_tile, locate, softmax_end, softmax_step, store_tile
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
@@ -46,13 +43,16 @@ class _Piece(NamedTuple):
     def others(self, t: Tensor) -> Tensor:
         return t[self.keys].unflatten(0, (self.segments, self.len_k)).transpose(1, 2)
 
-    def mask(self, q: Tensor, causal: bool) -> tuple[bool, Tensor | None]:
-        """Return whether the rows form a causal square, and else the additive mask."""
+    def mask(self, q: Tensor, causal: bool, key_bias: Tensor | None) -> tuple[bool, Tensor | None]:
+        """Return whether the rows form a causal square, and what else is added to the scores."""
+        bias = None if key_bias is None else key_bias[self.keys].view(self.segments, 1, 1, self.len_k)
         square = self.len_q - self.blind == self.len_k
         if not causal or square or self.len_q == 1:
-            return causal and square, None
-        mask = torch.full((self.len_q, self.len_k), -math.inf, dtype=q.dtype, device=q.device)
-        return False, mask.triu_(self.len_k - self.len_q + 1)[None, None]
+            return causal and square, bias
+        dtype = q.dtype if bias is None else bias.dtype
+        mask = torch.full((self.len_q, self.len_k), -math.inf, dtype=dtype, device=q.device)
+        mask = mask.triu_(self.len_k - self.len_q + 1)[None, None]
+        return False, mask if bias is None else mask + bias
 
 
 def _pieces(
@@ -64,17 +64,20 @@ def _pieces(
     """
     ends = [cu_seqlens_q.tolist(), cu_seqlens_k.tolist()]
     longest = [max((b - a for a, b in pairwise(e)), default=0) for e in ends]
+    shortest = [min((b - a for a, b in pairwise(e)), default=0) for e in ends]
+    last = [e[-1] for e in ends]
     rows = [q.shape[0], k.shape[0]]
-    if [e[-1] for e in ends] != rows or longest[0] > max_seqlen_q or longest[1] > max_seqlen_k:
+    fit = last[0] <= rows[0] and last[1] <= rows[1] and longest[0] <= max_seqlen_q and longest[1] <= max_seqlen_k
+    if not fit or min(shortest) < 0 or ends[0][0] or ends[1][0]:
         raise ValueError(
-            f"fastmllm::attention: cu_seqlens end at {ends[0][-1]}, {ends[1][-1]} with segments of up to {longest[0]}, "
-            f"{longest[1]} rows, but q and k have {rows[0]}, {rows[1]} rows and max_seqlen is {max_seqlen_q}, "
-            f"{max_seqlen_k}"
+            f"fastmllm::attention: cu_seqlens must ascend from 0, and end at {last[0]}, {last[1]} with segments of up "
+            f"to {longest[0]}, {longest[1]} rows, but q and k have {rows[0]}, {rows[1]} rows and max_seqlen is "
+            f"{max_seqlen_q}, {max_seqlen_k}"
         )
     segments = len(ends[0]) - 1
     bounds = [(a, b, c, d, 1) for (a, b), (c, d) in zip(pairwise(ends[0]), pairwise(ends[1]), strict=True)]
-    if [segments * n for n in longest] == rows and segments:
-        bounds = [(0, rows[0], 0, rows[1], segments)]
+    if longest == shortest and segments:
+        bounds = [(0, last[0], 0, last[1], segments)]
     pieces = []
     for a, b, c, d, count in bounds:
         len_q, len_k = (b - a) // count, (d - c) // count
@@ -86,7 +89,7 @@ def _pieces(
 
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float, key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     shape = (q.shape[1], q.shape[0])
@@ -97,7 +100,7 @@ def attention_reference(
         lse = q.new_full(shape, -math.inf, dtype=accumulator_dtype(q.dtype))
     for piece in pieces:
         q4 = piece.queries(q)
-        o4, lse4 = dense_fwd(q4, piece.others(k), piece.others(v), *piece.mask(q, causal), softmax_scale)
+        o4, lse4 = dense_fwd(q4, piece.others(k), piece.others(v), *piece.mask(q, causal, key_bias), softmax_scale)
         if whole:  # the usual case: nothing to assemble
             return o4.transpose(1, 2).reshape(q.shape), lse4.transpose(0, 1).reshape(shape).contiguous()
         piece.queries(out).copy_(o4)
@@ -107,7 +110,7 @@ def attention_reference(
 
 def attention_bwd_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float, key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad, out = (rows_contiguous(t) for t in (q, k, v, grad, out))
     pieces = _pieces(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
@@ -118,7 +121,7 @@ def attention_bwd_reference(
     for piece in pieces:
         dq4, dk4, dv4 = dense_bwd(
             piece.queries(grad), piece.queries(q), piece.others(k), piece.others(v), piece.queries(out),
-            piece.row_stats(lse), *piece.mask(q, causal), softmax_scale,
+            piece.row_stats(lse), *piece.mask(q, causal, key_bias), softmax_scale,
         )  # fmt: skip
         if whole:
             dk4, dv4 = (t.transpose(1, 2).reshape(k.shape) for t in (dk4, dv4))
@@ -131,18 +134,8 @@ def attention_bwd_reference(
 
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
 # One program owns one block of one segment of one head; blocks behind the end of a short segment leave at once.
+# The last `blocks` programs find an empty segment: they share the rows behind the end, for all heads, to clear them.
 # `scale2` is the scale times log2(e). Columns up to `whole` need no mask: every row of the block sees them.
-@triton.jit
-def _locate(cu_q_ptr, cu_k_ptr, blocks, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the first row of this program's block, its head, and where its segment lies."""
-    program = tl.program_id(0)
-    pair = program // blocks
-    segment = pair // HEADS
-    start_q = tl.load(cu_q_ptr + segment).to(tl.int64)
-    start_k = tl.load(cu_k_ptr + segment).to(tl.int64)
-    len_q = (tl.load(cu_q_ptr + segment + 1) - start_q).to(tl.int32)
-    len_k = (tl.load(cu_k_ptr + segment + 1) - start_k).to(tl.int32)
-    return (program % blocks) * BLOCK, (pair % HEADS).to(tl.int64), start_q, start_k, len_q, len_k
 
 
 @triton.jit
@@ -156,8 +149,13 @@ def _key_range(first, len_q, len_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
-def _scores(q, k, cols, rows, len_q, len_k, scale2, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+def _scores(
+    q, k, bias_ptr, near, cols, rows, len_q, len_k, scale2,
+    HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale2
+    if HAS_BIAS:
+        s += (tl.load(bias_ptr + near) * 1.4426950408889634)[None, :]
     if MASKED and CAUSAL:
         s = tl.where(cols[None, :] <= tl.minimum(rows + (len_k - len_q), len_k - 1)[:, None], s, float("-inf"))
     elif MASKED:
@@ -165,19 +163,21 @@ def _scores(q, k, cols, rows, len_q, len_k, scale2, CAUSAL: tl.constexpr, MASKED
     return s
 
 
-@triton.jit(do_not_specialize=["T", "blocks"])
+@triton.jit(do_not_specialize=["T", "N", "segments", "blocks"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, T, blocks, scale,
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, T, N, segments, blocks, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
-    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    first, head, start_q, start_k, len_q, len_k = _locate(cu_q_ptr, cu_k_ptr, blocks, HEADS, BLOCK_M)
+    first, head, start_q, start_k, len_q, len_k = locate(cu_q_ptr, cu_k_ptr, segments, blocks, HEADS, BLOCK_M)
     if first < len_q:
         rows = first + tl.arange(0, BLOCK_M)
         q = load_tile(q_ptr + start_q * Q_ROW + head * Q_HEAD, rows, len_q, Q_ROW, D, BLOCK_D, True)
         k_ptr += start_k * K_ROW + head // GROUP * K_HEAD
         v_ptr += start_k * V_ROW + head // GROUP * V_HEAD
+        if HAS_BIAS:
+            bias_ptr += start_k
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -188,23 +188,27 @@ def _fwd_kernel(
                 cols = start + tl.arange(0, BLOCK_N)
                 near = tl.minimum(cols, len_k - 1) if TAIL else cols  # the mask of the scores drops what is repeated
                 k = load_tile(k_ptr, near, len_k, K_ROW, D, BLOCK_D, False)
-                s = _scores(q, k, cols, rows, len_q, len_k, scale2, CAUSAL, TAIL == 1, BLOCK_N)
+                s = _scores(
+                    q, k, bias_ptr, near, cols, rows, len_q, len_k, scale2, HAS_BIAS, CAUSAL, TAIL == 1, BLOCK_N
+                )
                 v = load_tile(v_ptr, near, len_k, V_ROW, D, BLOCK_D, False)
                 acc, peak, total = softmax_step(acc, peak, total, s, v)
         out, lse = softmax_end(acc, peak, total)
         store_tile(out_ptr + (start_q * HEADS + head) * D, out, rows, len_q, HEADS * D, D, BLOCK_D)
         tl.store(lse_ptr + head * T + start_q + rows, lse, mask=rows < len_q)
+    clear_behind(out_ptr, lse_ptr, cu_q_ptr, segments, T, blocks, True, HEADS, D, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["T", "blocks"])
+@triton.jit(do_not_specialize=["T", "N", "segments", "blocks"])
 def _dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, T, blocks, scale,
+    do_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
+    T, N, segments, blocks, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
-    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Give dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
-    first, head, start_q, start_k, len_q, len_k = _locate(cu_q_ptr, cu_k_ptr, blocks, HEADS, BLOCK_M)
+    first, head, start_q, start_k, len_q, len_k = locate(cu_q_ptr, cu_k_ptr, segments, blocks, HEADS, BLOCK_M)
     if first < len_q:
         rows = first + tl.arange(0, BLOCK_M)
         packed = (start_q * HEADS + head) * D
@@ -217,6 +221,8 @@ def _dq_kernel(
         q = load_tile(q_ptr + start_q * Q_ROW + head * Q_HEAD, rows, len_q, Q_ROW, D, BLOCK_D, True)
         k_ptr += start_k * K_ROW + head // GROUP * K_HEAD
         v_ptr += start_k * V_ROW + head // GROUP * V_HEAD
+        if HAS_BIAS:
+            bias_ptr += start_k
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         scale2 = scale * 1.4426950408889634
@@ -227,21 +233,26 @@ def _dq_kernel(
                 near = tl.minimum(cols, len_k - 1) if TAIL else cols  # the mask of the scores drops what is repeated
                 k = load_tile(k_ptr, near, len_k, K_ROW, D, BLOCK_D, False)
                 v = load_tile(v_ptr, near, len_k, V_ROW, D, BLOCK_D, False)
-                s = _scores(q, k, cols, rows, len_q, len_k, scale2, CAUSAL, TAIL == 1, BLOCK_N)
+                s = _scores(
+                    q, k, bias_ptr, near, cols, rows, len_q, len_k, scale2, HAS_BIAS, CAUSAL, TAIL == 1, BLOCK_N
+                )
                 ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
                 dq = dot(ds.to(k.dtype), k, dq)
         store_tile(dq_ptr + packed, dq * scale, rows, len_q, HEADS * D, D, BLOCK_D)
+    clear_behind(dq_ptr, lse_ptr, cu_q_ptr, segments, T, blocks, False, HEADS, D, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["T", "blocks"])
+@triton.jit(do_not_specialize=["T", "N", "segments", "blocks"])
 def _dkv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, T, blocks, scale,
+    do_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
+    T, N, segments, blocks, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
-    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Give dk and dv of one block of keys: walk the query heads of its group and their rows, so nothing is atomic."""
-    first, head, start_q, start_k, len_q, len_k = _locate(cu_q_ptr, cu_k_ptr, blocks, HEADS // GROUP, BLOCK_N)
+    KEY_HEADS: tl.constexpr = HEADS // GROUP
+    first, head, start_q, start_k, len_q, len_k = locate(cu_q_ptr, cu_k_ptr, segments, blocks, KEY_HEADS, BLOCK_N)
     if first < len_k:
         cols = first + tl.arange(0, BLOCK_N)
         shift = len_k - len_q
@@ -250,6 +261,8 @@ def _dkv_kernel(
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + start_k + cols, mask=cols < len_k, other=0.0) * 1.4426950408889634
         begin = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
         for h in range(GROUP):
             one = head * GROUP + h
@@ -261,15 +274,19 @@ def _dkv_kernel(
                 lse = tl.load(lse2_ptr + one * T + start_q + rows, mask=rows < len_q, other=float("inf"))
                 delta = tl.load(delta_ptr + one * T + start_q + near)
                 s = dot(k, tl.trans(q), zeros) * (scale * 1.4426950408889634) - lse[None, :]  # (BLOCK_N, BLOCK_M)
+                if HAS_BIAS:
+                    s += bias[:, None]
                 if CAUSAL:
                     s = tl.where(cols[:, None] <= rows[None, :] + shift, s, float("-inf"))
                 p = tl.exp2(s)
                 dv = dot(p.to(do.dtype), do, dv)
                 ds = p * (dot(v, tl.trans(do), zeros) - delta[None, :])
                 dk = dot(ds.to(q.dtype), q, dk)
-        packed = (start_k * (HEADS // GROUP) + head) * D
-        store_tile(dk_ptr + packed, dk * scale, cols, len_k, HEADS // GROUP * D, D, BLOCK_D)
-        store_tile(dv_ptr + packed, dv, cols, len_k, HEADS // GROUP * D, D, BLOCK_D)
+        packed = (start_k * KEY_HEADS + head) * D
+        store_tile(dk_ptr + packed, dk * scale, cols, len_k, KEY_HEADS * D, D, BLOCK_D)
+        store_tile(dv_ptr + packed, dv, cols, len_k, KEY_HEADS * D, D, BLOCK_D)
+    clear_behind(dk_ptr, lse2_ptr, cu_k_ptr, segments, N, blocks, False, KEY_HEADS, D, BLOCK_N, BLOCK_D)
+    clear_behind(dv_ptr, lse2_ptr, cu_k_ptr, segments, N, blocks, False, KEY_HEADS, D, BLOCK_N, BLOCK_D)
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
@@ -291,120 +308,72 @@ def _config(kind: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
-def _constants(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, int | bool]:
+def _constants(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_bias: Tensor | None) -> dict[str, int | bool]:
     """Return what a model fixes; strides among it, so that the compiler sees how wide it may load."""
     names = ("Q_ROW", "Q_HEAD", "K_ROW", "K_HEAD", "V_ROW", "V_HEAD")
     strides = dict(zip(names, (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]), strict=True))
-    return {**strides, "HEADS": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "CAUSAL": causal, "D": q.shape[2]}
+    heads = {"HEADS": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "D": q.shape[2]}
+    return {**strides, **heads, "CAUSAL": causal, "HAS_BIAS": key_bias is not None}
 
 
 def attention_triton(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float, key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _reject_double(q)
+    if q.dtype == torch.float64:
+        return attention_reference(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, key_bias
+        )
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     total, heads, d = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((heads, total), dtype=torch.float32)
     config = _config(0, d, q.dtype)
-    blocks, segments = cdiv(max_seqlen_q, config["BLOCK_M"]), cu_seqlens_q.numel() - 1
-    if total and blocks * segments:
+    blocks, segments = max(cdiv(max_seqlen_q, config["BLOCK_M"]), 1), cu_seqlens_q.numel() - 1
+    if total:
         with device_of(q):
-            _fwd_kernel[(blocks * segments * heads,)](
-                q, k, v, out, lse, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), total, blocks, softmax_scale,
-                **_constants(q, k, v, causal), **config,
+            _fwd_kernel[(blocks * (segments * heads + 1),)](
+                q, k, v, q if key_bias is None else key_bias.contiguous(), out, lse, cu_seqlens_q.contiguous(),
+                cu_seqlens_k.contiguous(), total, k.shape[0], segments, blocks, softmax_scale,
+                **_constants(q, k, v, causal, key_bias), **config,
             )  # fmt: skip
     return out, lse
 
 
 def attention_bwd_triton(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float, key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _reject_double(q)
+    if q.dtype == torch.float64:
+        return attention_bwd_reference(
+            grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
+            key_bias,
+        )  # fmt: skip
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    total, heads, d = q.shape
+    bias = q if key_bias is None else key_bias.contiguous()
+    (total, heads, d), (keys, heads_k, _) = q.shape, k.shape
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     segments = cu_seqlens_q.numel() - 1
-    constants = _constants(q, k, v, causal)
+    constants = _constants(q, k, v, causal, key_bias)
     config = _config(1, d, q.dtype)
-    blocks = cdiv(max_seqlen_q, config["BLOCK_M"])
+    blocks = max(cdiv(max_seqlen_q, config["BLOCK_M"]), 1)
     with device_of(q):
-        if total and blocks * segments:
-            _dq_kernel[(blocks * segments * heads,)](
-                grad, q, k, v, out, lse, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k, total, blocks, softmax_scale,
-                **constants, **config,
+        if total:
+            _dq_kernel[(blocks * (segments * heads + 1),)](
+                grad, q, k, v, bias, out, lse, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k, total, keys, segments,
+                blocks, softmax_scale, **constants, **config,
             )  # fmt: skip
         config = _config(2, d, q.dtype)
-        blocks = cdiv(max_seqlen_k, config["BLOCK_N"])
-        if k.shape[0] and blocks * segments:
-            _dkv_kernel[(blocks * segments * k.shape[1],)](
-                grad, q, k, v, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, total, blocks, softmax_scale,
-                **constants, **config,
+        blocks = max(cdiv(max_seqlen_k, config["BLOCK_N"]), 1)
+        if keys:
+            _dkv_kernel[(blocks * (segments * heads_k + 1),)](
+                grad, q, k, v, bias, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, total, keys, segments, blocks,
+                softmax_scale, **constants, **config,
             )  # fmt: skip
     return dq, dk, dv
-
-
-def _reject_double(q: Tensor) -> None:
-    if q.dtype == torch.float64:
-        raise ValueError("fastmllm::attention: the Triton kernels compute in float32; move float64 tensors to the CPU")
-
-
-# flash_attn: generation -> (distribution, module). Installed is not enough: a build without a GPU leaves a shell.
-_FLASH = {
-    "FA2": ("flash-attn", "flash_attn"),
-    "FA3": ("flash-attn-3", "flash_attn_interface"),
-    "FA4": ("flash-attn-4", "flash_attn.cute"),
-}
-_PREFERENCE = {9: ("FA3", "FA4", "FA2"), 10: ("FA4", "FA2"), 11: ("FA4", "FA2")}  # by compute capability, else FA2
-
-
-@functools.cache
-def _load_flash_attn() -> tuple[dict[str, str], dict[str, Callable[..., Tensor | tuple]]]:
-    """Return the status of each generation, and the functions of those that can be imported."""
-    status, functions = {}, {}
-    for name, (distribution, module) in _FLASH.items():
-        try:
-            version = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            status[name] = f"{distribution} is not installed"
-            continue
-        try:
-            functions[name] = importlib.import_module(module).flash_attn_varlen_func
-            status[name] = f"{distribution} {version}"
-        except Exception as error:  # a broken build raises anything
-            status[name] = f"{distribution} {version} is installed but does not work: {error}; Triton is used instead"
-            warnings.warn(f"fastmllm::attention: {status[name]}", stacklevel=3)
-    return status, functions
-
-
-def flash_attn_status() -> dict[str, str]:
-    """Return, for each generation of flash_attn (FA2, FA3, FA4), its version or why it is not used."""
-    return dict(_load_flash_attn()[0])
-
-
-def _capability(q: Tensor) -> int | None:
-    """Return the major compute capability of an NVIDIA GPU, None elsewhere."""
-    return torch.cuda.get_device_capability(q.device)[0] if q.is_cuda and not torch.version.hip else None
-
-
-def _choose_flash_attn(q: Tensor, k: Tensor) -> Callable[..., Tensor | tuple] | None:
-    """Return the installed varlen function that takes these tensors, or None for our own kernels."""
-    capability = _capability(q)
-    if capability is None or capability < 8 or q.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    d = q.shape[2]
-    if d % 8 or not (q.numel() and k.numel()):
-        return None
-    functions = _load_flash_attn()[1]
-    for name in _PREFERENCE.get(capability, ("FA2",)):
-        if name in functions and (name != "FA4" or (d % 32 == 0 and d <= 128)):
-            return functions[name]
-    return None
 
 
 # 4. operator ----------------------------------------------------------------------------------------------------------
@@ -413,7 +382,7 @@ _attention = torch.library.custom_op(
     attention_reference,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
-    " SymInt max_seqlen_k, bool causal, float softmax_scale) -> (Tensor, Tensor)",
+    " SymInt max_seqlen_k, bool causal, float softmax_scale, Tensor? key_bias=None) -> (Tensor, Tensor)",
 )
 _attention.register_kernel("cuda")(attention_triton)
 
@@ -422,44 +391,61 @@ _attention_bwd = torch.library.custom_op(
     attention_bwd_reference,
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q,"
-    " Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float softmax_scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    " Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float softmax_scale,"
+    " Tensor? key_bias=None) -> (Tensor, Tensor, Tensor)",
 )
 _attention_bwd.register_kernel("cuda")(attention_bwd_triton)
 
 
 # 5. fake --------------------------------------------------------------------------------------------------------------
 @_attention.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, key_bias=None):
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulator_dtype(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
 @_attention_bwd.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale):
+def _(
+    grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
+    key_bias=None,
+):  # fmt: skip
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 # 6. autograd ----------------------------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options, key_bias = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _grad_lse):
     if grad is None:
-        return (None,) * 9
-    grads = _attention_bwd(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None, None, None)
+        return (None,) * 10
+    *saved, key_bias = ctx.saved_tensors
+    return *_attention_bwd(grad.contiguous(), *saved, *ctx.options, key_bias), *(None,) * 7
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 # 7. public function ---------------------------------------------------------------------------------------------------
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None,
+              max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = False,
+              softmax_scale: float | None = None, key_bias: Tensor | None = None, *,
+              return_lse: Literal[False] = False) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None,
+              max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = False,
+              softmax_scale: float | None = None, key_bias: Tensor | None = None, *,
+              return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -470,31 +456,43 @@ def attention(
     max_seqlen_k: int | None = None,
     causal: bool = False,
     softmax_scale: float | None = None,
-) -> Tensor:
+    key_bias: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend within each segment of a packed batch.
+
+    A window of a two-dimensional window attention (Qwen2.5-VL) is a segment: order the rows by window.
 
     Args:
         q: (T, H, D) queries; rows of one head may be strided (a slice of a packed QKV).
         k: (N, Hkv, D) keys; Hkv divides H, and query head h reads key head h // (H / Hkv).
         v: (N, Hkv, D) values.
-        cu_seqlens_q: (S + 1,) int32 boundaries of the segments in `q`, from 0 to T.
+        cu_seqlens_q: (S + 1,) int32 boundaries of the segments in `q`, ascending from 0. Rows behind the last one are
+            padding: they are never read, and their results and gradients are zeros.
         cu_seqlens_k: (S + 1,) int32 boundaries in `k` and `v`; None when they are those of `q`.
         max_seqlen_q: rows of the longest query segment, or an upper bound. None reads it off `cu_seqlens_q`, which
             makes the host wait for the device.
         max_seqlen_k: the same for the keys.
         causal: let query row i of a segment see its keys up to i + (keys - queries): bottom-right aligned.
         softmax_scale: multiplies q k^T; None for D ** -0.5.
+        key_bias: (N,) fp32 (fp64 with fp64), finite, added to the scores of a key in every row and head: ToMe's
+            proportional attention adds the log of a merged token's size. It gets no gradient. flash_attn does not
+            take it: our kernels run.
+        return_lse: return the log-sum-exp of the scores too, which `attention_scores` reads.
 
     Returns:
-        (T, H, D) in the dtype of `q`; a row that sees no key is zero.
+        (T, H, D) in the dtype of `q`; a row that sees no key is zero. With `return_lse` also (H, T) fp32 (fp64 for
+        fp64), the natural log-sum-exp, without gradient; -inf for rows that see no key.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or boundaries do not fit the rows (CPU only: on a
-            GPU that check would make the host wait).
+        ValueError: shapes, dtypes or devices do not fit together, `key_bias` requires a gradient, or boundaries do
+            not fit the rows (CPU only: on a GPU that check would make the host wait).
 
-    Equal to flash_attn.flash_attn_varlen_func (FlashAttention-2, arXiv 2307.08691).
+    Equal to flash_attn.flash_attn_varlen_func (FlashAttention-2, arXiv 2307.08691); with `key_bias` to proportional
+    attention (Token Merging, arXiv 2210.09461).
     """
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias)
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     if max_seqlen_q is None:
@@ -503,20 +501,22 @@ def attention(
         max_seqlen_k = max_seqlen_q if cu_seqlens_k is cu_seqlens_q else _longest(cu_seqlens_k)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    if torch.compiler.is_compiling() or (flash := _choose_flash_attn(q, k)) is None:
-        return _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale)[0]
-    out = flash(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal,
-    )  # fmt: skip
-    return out[0] if isinstance(out, tuple) else out  # some generations always return the log-sum-exp
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale)
+    result = None
+    if key_bias is None and not torch.compiler.is_compiling():
+        result = flash_attention(*args, return_lse)
+    if result is None:
+        result = _attention(*args, key_bias)
+    return result if return_lse else result[0]
 
 
 def _longest(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, key_bias: Tensor | None
+) -> None:
     if (
         q.dim() != 3
         or k.dim() != 3
@@ -544,3 +544,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
     if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"fastmllm::attention: q {tuple(q.shape)} and k {tuple(k.shape)} have different rows: give "
                          "cu_seqlens_k")  # fmt: skip
+    if key_bias is not None:
+        acc = accumulator_dtype(q.dtype)
+        if key_bias.shape != k.shape[:1] or key_bias.dtype != acc or key_bias.device != q.device:
+            raise ValueError(f"fastmllm::attention: key_bias {tuple(key_bias.shape)} {key_bias.dtype} on "
+                             f"{key_bias.device} must be ({k.shape[0]},) {acc} on {q.device}")  # fmt: skip
+        if key_bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"fastmllm::attention: key_bias {tuple(key_bias.shape)} gets no gradient: detach it")

@@ -23,8 +23,8 @@ ROOMS = {
     "bench": {"infer", "eval", "compression", "data", "models"},
 }
 OWNERS = {
-    "flash_attn": {"kernels/attention.py"},
-    "flash_attn_interface": {"kernels/attention.py"},
+    "flash_attn": {"kernels/_flash_attn.py"},
+    "flash_attn_interface": {"kernels/_flash_attn.py"},
     "deepspeed": {"fastmllm/train/engine.py"},
     "transformers": set(),
     "gguf": {"fastmllm/models/weights/gguf_file.py"},
