@@ -1,5 +1,6 @@
 """The index: every public operator, one line each."""
 
+from fastmllm.kernels._rope_tables import axial_rope_tables, grid_positions, mrope_tables
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.gated_residual import gated_residual
@@ -8,14 +9,19 @@ from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastmllm.kernels.patch_embed import patch_embed
 from fastmllm.kernels.token_merge import token_merge
+from fastmllm.kernels.vision_rope import vision_rope
 
 __all__ = [
     "attention",
+    "axial_rope_tables",
     "cross_attention",
     "gated_residual",
+    "grid_positions",
     "insert_features",
     "layer_norm",
     "linear_cross_entropy",
+    "mrope_tables",
     "patch_embed",
     "token_merge",
+    "vision_rope",
 ]
