@@ -6,26 +6,32 @@ namespace fastmllm {
 
 namespace {
 
-template <typename T, typename S>
-FASTMLLM_INLINE void turn_halves(const T *__restrict__ x, T *__restrict__ y, const S *__restrict__ cos,
-                                 const S *__restrict__ sin, int64_t half, S sign) {
+// Turn `count` pairs from pair i on.
+template <bool INTERLEAVED, typename T, typename S>
+FASTMLLM_INLINE void turn_pairs(const T *__restrict__ x, T *__restrict__ y, const S *__restrict__ cos,
+                                const S *__restrict__ sin, int64_t i, int64_t count, int64_t half, S sign) {
+  const int64_t step = INTERLEAVED ? 2 : 1, other = INTERLEAVED ? 1 : half;
+  x += step * i, y += step * i, cos += i, sin += i;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < half; ++i) {
-    const S a = widen(x[i]), b = widen(x[i + half]), s = sign * sin[i];
-    narrow(a * cos[i] - b * s, y[i]);
-    narrow(b * cos[i] + a * s, y[i + half]);
+  for (int64_t n = 0; n < count; ++n) {
+    const S a = widen(x[step * n]), b = widen(x[step * n + other]), s = sign * sin[n];
+    narrow(a * cos[n] - b * s, y[step * n]);
+    narrow(b * cos[n] + a * s, y[step * n + other]);
   }
 }
 
-template <typename T, typename S>
-FASTMLLM_INLINE void turn_pairs(const T *__restrict__ x, T *__restrict__ y, const S *__restrict__ cos,
-                                const S *__restrict__ sin, int64_t half, S sign) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < half; ++i) {
-    const S a = widen(x[2 * i]), b = widen(x[2 * i + 1]), s = sign * sin[i];
-    narrow(a * cos[i] - b * s, y[2 * i]);
-    narrow(b * cos[i] + a * s, y[2 * i + 1]);
+template <bool INTERLEAVED, typename T, typename S>
+FASTMLLM_INLINE void turn_head(const T *x, T *y, const S *cos, const S *sin, int64_t half, S sign) {
+  constexpr int64_t block = 32;
+  if (sizeof(T) > 2 || half < block) {
+    turn_pairs<INTERLEAVED>(x, y, cos, sin, 0, half, half, sign);
+    return;
   }
+  // The compiler turns 32 pairs of bf16 at once and the remainder one by one: rather turn some twice, to the same
+  // values.
+  for (int64_t i = 0; i + block < half; i += block)
+    turn_pairs<INTERLEAVED>(x, y, cos, sin, i, block, half, sign);
+  turn_pairs<INTERLEAVED>(x, y, cos, sin, half - block, block, half, sign);
 }
 
 template <typename T, typename S>
@@ -36,16 +42,16 @@ FASTMLLM_INLINE void turn_tokens(const Heads<T> &x, const S *cos, const S *sin, 
     T *target = x.target + t * x.target_stride;
     for (int64_t h = 0; h < x.heads; ++h, source += head_dim, target += head_dim) {
       if (interleaved)
-        turn_pairs(source, target, cos + t * half, sin + t * half, half, sign);
+        turn_head<true>(source, target, cos + t * half, sin + t * half, half, sign);
       else
-        turn_halves(source, target, cos + t * half, sin + t * half, half, sign);
+        turn_head<false>(source, target, cos + t * half, sin + t * half, half, sign);
       if (2 * half < head_dim)
         std::copy(source + 2 * half, source + head_dim, target + 2 * half);
     }
   }
 }
 
-// The usual sizes as constants: their loops have no remainder that depends on the run.
+// The usual sizes as constants: the compiler lays their loops out in full.
 template <typename T, typename S>
 FASTMLLM_INLINE void turn_sizes(const Heads<T> &x, const S *cos, const S *sin, int64_t first, int64_t last,
                                 int64_t head_dim, int64_t half, S sign, bool interleaved) {

@@ -4,6 +4,7 @@ from fastmllm.kernels._rope_tables import axial_rope_tables, grid_positions, mro
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.gated_residual import gated_residual
+from fastmllm.kernels.gelu_mlp import gelu_mlp
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "axial_rope_tables",
     "cross_attention",
     "gated_residual",
+    "gelu_mlp",
     "grid_positions",
     "insert_features",
     "layer_norm",
