@@ -89,8 +89,13 @@ def _gradients(bias_gelu, bias_gelu_bwd, grad, x, hidden, weight1, bias1, weight
 def _gate(z, ACT: tl.constexpr):
     """Return g(z), where act(z) = z g(z), and g'(z)."""
     if ACT == "none":
-        gate = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-        slope = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        # Abramowitz and Stegun, 7.1.26: cheaper than erf, no cancellation, and it shares the exponential with the slope
+        bell = tl.exp(-0.5 * z * z)
+        t = 1.0 / (1.0 + 0.23164189 * tl.abs(z))
+        series = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+        tail = 0.5 * t * series * bell
+        gate = tl.where(z < 0, tail, 1.0 - tail)
+        slope = 0.3989422804014327 * bell
     else:  # tanh(u) = 2 sigmoid(2 u) - 1, so both are sigmoids
         if ACT == "tanh":
             inner = z * (1.5957691216057308 + 0.07135481627260025 * z * z)
