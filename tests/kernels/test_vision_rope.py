@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from oracle import assert_as_accurate, gradients, strided
@@ -128,6 +133,35 @@ def test_native_matches_reference(shape, dtype, interleaved):
     got = torch.ops.fastmllm.vision_rope_bwd(*map(strided, grads), cos, sin, interleaved)
     want = op.vision_rope_bwd_reference(*grads, cos, sin, interleaved)
     assert_as_accurate(got, want, op.vision_rope_bwd_reference(*[g.double() for g in grads], cos, sin, interleaved))
+
+
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_every_clone_turns_alike(level, tmp_path):
+    """Compile the loops for one level alone; sizes below, at and between whole vectors."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if shutil.which("g++") is None or {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}.get(level, "sse2") not in flags:
+        pytest.skip(f"needs g++ and a machine with {level}")
+    csrc = Path(__file__).parents[2] / "csrc"
+    (tmp_path / "shim.cpp").write_text("".join(f"""
+        #include "vision_rope.h"
+        using namespace fastmllm;
+        extern "C" void turn_{name}(const {name} *x, {name} *y, const float *c, const float *s, int64_t d, int64_t half,
+                                    bool pairs) {{
+          turn(Heads<{name}>{{x, y, 2 * d, 2 * d, 2}}, c, s, 0, 3, d, half, -1.0f, pairs);
+        }}""" for name in ("float", "bfloat16")))  # fmt: skip
+    command = ["g++", "-O3", "-std=c++17", "-shared", "-fPIC", f"-march={level}", "-DFASTMLLM_ONE_LEVEL", f"-I{csrc}"]
+    files = [tmp_path / "shim.cpp", csrc / "vision_rope.cpp", "-o", tmp_path / "loops.so"]
+    subprocess.run([*command, *files], check=True, capture_output=True)
+    loops = ctypes.CDLL(str(tmp_path / "loops.so"))
+    for half in (1, 5, 31, 32, 36, 40, 44, 64):
+        for turn, dtype in ((loops.turn_float, torch.float32), (loops.turn_bfloat16, torch.bfloat16)):
+            for pairs in (False, True):
+                x, cos, sin = _inputs((3, 2, 0, 0, 2 * half + 6, 2 * half), dtype)
+                got = torch.full_like(x, float("nan"))
+                pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, got, cos, sin)]
+                turn(*pointers, ctypes.c_int64(x.shape[2]), ctypes.c_int64(half), ctypes.c_bool(pairs))
+                want, wide = (op._turn(t, cos, -sin, pairs) for t in (x, x.double()))
+                assert_as_accurate(got, want, wide)
 
 
 def test_values_are_copied_for_a_backward_only():
