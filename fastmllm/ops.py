@@ -1,23 +1,31 @@
 """The index: every public operator, one line each."""
 
+from fastmllm.kernels._rope_tables import axial_rope_tables, grid_positions, mrope_tables
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.attention_scores import attention_scores
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.gated_residual import gated_residual
+from fastmllm.kernels.gelu_mlp import gelu_mlp
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastmllm.kernels.patch_embed import patch_embed
 from fastmllm.kernels.token_merge import token_merge
+from fastmllm.kernels.vision_rope import vision_rope
 
 __all__ = [
     "attention",
     "attention_scores",
+    "axial_rope_tables",
     "cross_attention",
     "gated_residual",
+    "gelu_mlp",
+    "grid_positions",
     "insert_features",
     "layer_norm",
     "linear_cross_entropy",
+    "mrope_tables",
     "patch_embed",
     "token_merge",
+    "vision_rope",
 ]
