@@ -5,8 +5,9 @@ from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.gated_residual import gated_residual
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
-from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy, sequence_log_probs
 from fastmllm.kernels.patch_embed import patch_embed
+from fastmllm.kernels.splice_tokens import splice_plan, splice_tokens
 from fastmllm.kernels.token_merge import token_merge
 
 __all__ = [
@@ -17,5 +18,8 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "patch_embed",
+    "sequence_log_probs",
+    "splice_plan",
+    "splice_tokens",
     "token_merge",
 ]
