@@ -1,6 +1,7 @@
-"""linear_cross_entropy against F.linear + F.cross_entropy, torch's chunked operator and Liger; sequence log-probabilities.
+"""linear_cross_entropy against F.linear + F.cross_entropy, torch's chunked operator and Liger.
 
-"torch" is what transformers' ForCausalLMLoss does: all logits, widened to fp32. In instruction tuning most rows are image and prompt tokens: the share of scored rows is part of every case.
+In instruction tuning most rows are image and prompt tokens: the share of scored rows is part of every case. "torch" is
+what transformers' ForCausalLMLoss does: all logits, widened to fp32.
 """
 
 from __future__ import annotations
