@@ -1,4 +1,4 @@
-"""splice_tokens: plans equal a loop and transformers, rows equal masked_scatter, Triton equals the operator."""
+"""splice_tokens: plans equal a loop and transformers, rows equal masked_scatter, Triton and C++ equal the reference."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from oracle import gradients, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmllm.kernels import _native
 from fastmllm.kernels import splice_tokens as op
 from fastmllm.kernels.splice_tokens import splice_plan, splice_tokens
 
@@ -223,6 +224,28 @@ def test_triton_matches_reference(samples, counts, dtype, device, guard, monkeyp
         expected = op.splice_tokens_bwd_reference(grad, *rows, *wanted)
         for g, w in zip(got, expected, strict=True):
             torch.testing.assert_close(g, w, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("samples, counts", [(SAMPLES, COUNTS), ([[]], [[]]), ([[IMAGE]], [[0]]), ([[1, 2]], [[]])])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_native_matches_reference(samples, counts, dtype):
+    if _native.EXTENSION_MISSING:
+        pytest.skip(f"the C++ operators are {_native.EXTENSION_MISSING}")
+    text, visual = _inputs(dtype, 3000, samples, counts)  # rows of several tasks
+    plan = _plan(samples, counts)
+    rows = plan.text_rows, plan.visual_rows
+    got = torch.ops.fastmllm.splice_tokens(strided(text), strided(visual), plan.source, *rows)
+    torch.testing.assert_close(got, op.splice_tokens_reference(text, visual, plan.source, *rows), rtol=0, atol=0)
+    grad = torch.randn(got.shape).to(dtype)
+    for wanted in [(True, True), (False, True), (True, False)]:
+        back = torch.ops.fastmllm.splice_tokens_bwd(strided(grad), *rows, *wanted)
+        torch.testing.assert_close(back, op.splice_tokens_bwd_reference(grad, *rows, *wanted), rtol=0, atol=0)
+    for wrong in (-2, len(text) + len(visual)):
+        source = plan.source.clone()
+        source[-1:] = wrong
+        if source.numel():
+            with pytest.raises(RuntimeError, match=r"splice_tokens: row \d+ comes from outside of the \d+ rows given"):
+                torch.ops.fastmllm.splice_tokens(text, visual, source, *rows)
 
 
 class _Operators(TorchDispatchMode):
