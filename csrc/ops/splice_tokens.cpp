@@ -1,4 +1,5 @@
-// fastmllm::splice_tokens and its backward on the CPU: every row is read once and written once.
+// fastmllm::splice_tokens and insert_features on the CPU, forward and backward: every row is read once and written
+// once.
 #include "../splice_tokens.h"
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <tuple>
 
 namespace {
@@ -35,6 +37,8 @@ Tensor gather(const Tensor &a, const Tensor &b, int64_t b_rows, const Tensor &ro
 }
 
 Tensor splice_tokens(const Tensor &text, const Tensor &visual, const Tensor &source, const Tensor &, const Tensor &) {
+  STD_TORCH_CHECK(text.size(1) == visual.size(1) && text.scalar_type() == visual.scalar_type(),
+                  "fastmllm::splice_tokens: text and visual differ in width or dtype");
   return gather(torch::stable::contiguous(text), torch::stable::contiguous(visual), visual.size(0), source,
                 "fastmllm::splice_tokens");
 }
@@ -49,9 +53,36 @@ std::tuple<Tensor, Tensor> splice_tokens_bwd(const Tensor &grad_in, const Tensor
   return {part(text_grad, text_rows), part(visual_grad, visual_rows)};
 }
 
+// The splice whose output has as many rows as the text: row index[f] is feature f, or, without features, missing (-1).
+Tensor replaced_rows(const Tensor &index_in, int64_t tokens, bool features, const char *op) {
+  const Tensor index = torch::stable::contiguous(torch::stable::to(index_in, ScalarType::Long));
+  Tensor rows = torch::stable::new_empty(index, {tokens});
+  auto *row = static_cast<int64_t *>(rows.data_ptr());
+  std::iota(row, row + tokens, int64_t(0));
+  for (int64_t f = 0; f < index.numel(); ++f) {
+    const int64_t i = static_cast<const int64_t *>(index.data_ptr())[f];
+    STD_TORCH_CHECK(i >= 0 && i < tokens, op, ": index ", i, " is outside of the ", tokens, " rows");
+    row[i] = features ? tokens + f : -1;
+  }
+  return rows;
+}
+
+Tensor insert_features(const Tensor &embeddings, const Tensor &features, const Tensor &index) {
+  const Tensor source = replaced_rows(index, embeddings.size(0), true, "fastmllm::insert_features");
+  return splice_tokens(embeddings, features, source, index, index);
+}
+
+std::tuple<Tensor, Tensor> insert_features_bwd(const Tensor &grad, const Tensor &index, bool embedding_grad) {
+  const Tensor text_rows =
+      embedding_grad ? replaced_rows(index, grad.size(0), false, "fastmllm::insert_features_bwd") : index;
+  return splice_tokens_bwd(grad, text_rows, index, embedding_grad, true);
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmllm, CPU, m) {
+  m.impl("insert_features", TORCH_BOX(&insert_features));
+  m.impl("insert_features_bwd", TORCH_BOX(&insert_features_bwd));
   m.impl("splice_tokens", TORCH_BOX(&splice_tokens));
   m.impl("splice_tokens_bwd", TORCH_BOX(&splice_tokens_bwd));
 }
