@@ -35,6 +35,7 @@ def bench_insert_features(compare, tokens, count, width, dtype, mode):
             "fastmllm": lambda e, f: insert_features(e, f, index),
             "masked_scatter": masked_scatter,
             "index_copy": lambda e, f: e.index_copy(0, index, f),
+            "torch.compile": torch.compile(lambda e, f: e.index_copy(0, index, f)),
         },
         inputs=[embeddings, features],
         bytes=width

@@ -1,6 +1,7 @@
 """linear_cross_entropy against F.linear + F.cross_entropy, torch's chunked operator and Liger.
 
-In instruction tuning most rows are image and prompt tokens: the share of scored rows is part of every case.
+In instruction tuning most rows are image and prompt tokens: the share of scored rows is part of every case. "torch" is
+what transformers' ForCausalLMLoss does: all logits, widened to fp32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastmllm.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_bwd_triton,
     linear_cross_entropy_triton,
+    sequence_log_probs,
 )
 
 CUDA = torch.cuda.is_available()
@@ -101,6 +103,43 @@ def bench_linear_cross_entropy(compare, head, dtype, frozen, mode):
         providers=providers,
         inputs=[hidden, weight],
         oracle=None if CUDA else providers["torch"],
+        bytes=(n * d + v * d * products) * hidden.element_size(),
+        flops=2 * n * d * v * products,
+    )
+
+
+@pytest.mark.parametrize("mode", ["forward", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if CUDA else [torch.float32], ids=str)
+@pytest.mark.parametrize("head", ["Qwen2.5-0.5B", "Qwen2.5-7B"] if CUDA else CPU_HEADS)
+def bench_sequence_log_probs(compare, head, dtype, mode):
+    """DPO with a trained head: 8 packed sequences, of which the answers' rows are scored."""
+    t, n, d, v = (HEADS if CUDA else CPU_HEADS)[head]
+    torch.manual_seed(0)
+    device = "cuda" if CUDA else "cpu"
+    hidden = torch.randn(t, d, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, device=device) / d**0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, v, (t,), device=device)
+    labels.view(8, -1)[:, : (t - n) // 8] = -100
+    bounds = torch.arange(0, t + 1, t // 8, device=device)
+
+    def all_logits(hidden, weight):  # as TRL's log-probabilities: log_softmax of all rows, gather, mask
+        logits = F.linear(hidden, weight)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        kept = labels != -100
+        picked = logits.log_softmax(-1).gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+        return (picked * kept).view(8, -1).sum(1)
+
+    products = 1 if mode == "forward" else 3
+    compare(
+        op="linear_cross_entropy",
+        case=f"DPO {head} {n}/{t} rows {str(dtype)[6:]}",
+        mode=mode,
+        providers={
+            "fastmllm": lambda h, w: sequence_log_probs(h, w, labels, bounds, num_targets=n),
+            "torch": all_logits,
+        },
+        inputs=[hidden, weight],
+        oracle=None if CUDA else all_logits,
         bytes=(n * d + v * d * products) * hidden.element_size(),
         flops=2 * n * d * v * products,
     )

@@ -8,8 +8,9 @@ from fastmllm.kernels.gated_residual import gated_residual
 from fastmllm.kernels.gelu_mlp import gelu_mlp
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
-from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy, sequence_log_probs
 from fastmllm.kernels.patch_embed import patch_embed
+from fastmllm.kernels.splice_tokens import splice_plan, splice_tokens
 from fastmllm.kernels.token_merge import token_merge
 from fastmllm.kernels.vision_rope import vision_rope
 
@@ -26,6 +27,9 @@ __all__ = [
     "linear_cross_entropy",
     "mrope_tables",
     "patch_embed",
+    "sequence_log_probs",
+    "splice_plan",
+    "splice_tokens",
     "token_merge",
     "vision_rope",
 ]

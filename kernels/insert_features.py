@@ -2,7 +2,8 @@
 
 Shapes: T tokens of the packed batch, F features (all images' visual tokens), D width. It moves rows and computes
 nothing, so the CUDA implementation is CUDA C++ (csrc/insert_features.cu), which moves every row once, and there is no
-Triton kernel. Without that library the reference runs on the GPU, which moves the images' rows twice.
+Triton kernel. Without that library the reference runs on the GPU, which moves the images' rows twice. It is the splice
+whose placeholders are already repeated and whose rows the device knows: on the CPU it runs `splice_tokens`'s C++.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native  # noqa: F401 - registers the CUDA operator
+from . import _native  # noqa: F401 - registers the CPU and the CUDA operator
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Shapes: T rows, n of them kept (label != ignore_index), width D, vocabulary V. In instruction tuning of multimodal
 models most rows are image and prompt: the cost here is proportional to n, not to T. The log-sum-exp over the
-vocabulary is taken online (Milakov and Gimelshein, arXiv 1805.02867); cf. Wijmans et al., arXiv 2411.09009.
+vocabulary is taken online (Milakov and Gimelshein, arXiv 1805.02867); cf. Wijmans et al., arXiv 2411.09009. Weights,
+divisors and the log-probabilities of sequences are arithmetic on the (T,) losses of the one operator.
 """
 
 from __future__ import annotations
@@ -43,6 +44,13 @@ def _kept_rows(labels: Tensor, vocabulary: int, ignore_index: int, num_targets: 
     return rows, torch.ones((), device=labels.device)
 
 
+def _targets(labels: Tensor, rows: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Return labels (R, 1) that can be gathered, and what their loss gets on top: NaN for a wrong one, else 0."""
+    label = labels[rows].long().unsqueeze(1)
+    target = label.clamp(0, vocabulary - 1)
+    return target, torch.where(label == target, 0.0, float("nan"))
+
+
 # 1. reference ---------------------------------------------------------------------------------------------------------
 def linear_cross_entropy_reference(
     hidden: Tensor,
@@ -59,12 +67,12 @@ def linear_cross_entropy_reference(
     lse = torch.zeros_like(loss)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
     for part in rows.split(max(1, CHUNK // weight.shape[0])):
-        target = labels[part].long().unsqueeze(1)
+        target, wrong = _targets(labels, part, weight.shape[0])
         logits = (hidden[part] @ weight.t()).to(acc)  # (R, V)
-        picked = logits.gather(1, target)
+        picked = logits.gather(1, target) + wrong
         logits = logits.log_softmax(1)
-        part_loss = -logits.gather(1, target)
-        loss[part], lse[part] = part_loss.squeeze(1), (picked + part_loss).squeeze(1)
+        part_loss = wrong - logits.gather(1, target)
+        loss[part], lse[part] = part_loss.squeeze(1).to(acc), (picked + part_loss).squeeze(1).to(acc)
         if hidden_grad:  # of the sum of the losses: a frozen head needs no second look at the logits
             logits.exp_().scatter_add_(1, target, logits.new_full((), -1.0).expand_as(target))
             d_hidden[part] = logits.to(hidden.dtype) @ weight
@@ -90,7 +98,7 @@ def linear_cross_entropy_bwd_reference(
     total = weight.new_zeros(weight.shape, dtype=acc) if weight_grad and len(parts) != 1 else None
     d_weight = weight.new_empty(0)
     for part in parts:
-        target = labels[part].long().unsqueeze(1)
+        target, _ = _targets(labels, part, weight.shape[0])
         h = hidden[part]
         p = (h @ weight.t()).to(acc).sub_(lse[part].unsqueeze(1)).exp_()
         p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
@@ -210,10 +218,8 @@ def linear_cross_entropy_triton(
     reduce: bool,
     hidden_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if hidden.dtype == torch.float64:
-        raise ValueError(
-            "fastmllm::linear_cross_entropy: the Triton kernel accumulates in fp32; fp64 runs on the CPU only"
-        )
+    if hidden.dtype == torch.float64:  # the kernels accumulate in fp32
+        return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, num_targets, reduce, hidden_grad)
     (vocabulary, d), weight = weight.shape, weight.contiguous()
     rows, valid = _kept_rows(labels, vocabulary, ignore_index, num_targets)
     n = rows.numel()
@@ -254,6 +260,10 @@ def linear_cross_entropy_bwd_triton(
     hidden_grad: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    if hidden.dtype == torch.float64:
+        return linear_cross_entropy_bwd_reference(
+            grad, hidden, weight, labels, lse, ignore_index, num_targets, hidden_grad, weight_grad
+        )
     (vocabulary, d), weight = weight.shape, weight.contiguous()
     rows, _ = _kept_rows(labels, vocabulary, ignore_index, num_targets)
     n = rows.numel()
@@ -321,15 +331,16 @@ def _(grad, hidden, weight, labels, lse, ignore_index, num_targets, hidden_grad,
 def _setup_context(ctx, inputs, output):
     hidden, weight, labels, ctx.ignore_index, ctx.num_targets, ctx.reduce, ctx.hidden_grad = inputs
     _, lse, d_hidden = output
-    ctx.save_for_backward(*((d_hidden,) if ctx.hidden_grad else (hidden, weight, labels, lse)))
+    ctx.save_for_backward(*((d_hidden, labels) if ctx.hidden_grad else (hidden, weight, labels, lse)))
     ctx.mark_non_differentiable(lse, d_hidden)
 
 
 def _backward(ctx, grad, _grad_lse, _grad_d_hidden):
     d_hidden = d_weight = None
     if ctx.hidden_grad:
-        (d_hidden,) = ctx.saved_tensors
-        d_hidden = (d_hidden * grad).to(d_hidden.dtype)
+        d_hidden, labels = ctx.saved_tensors  # of a loss with gradient 1; ignored rows keep their zeros
+        scale = grad.masked_fill(labels == ctx.ignore_index, 0).unsqueeze(1) if grad.dim() else grad
+        d_hidden = (d_hidden * scale).to(d_hidden.dtype)
     else:
         d_hidden, d_weight = _linear_cross_entropy_bwd(
             grad.contiguous(), *ctx.saved_tensors, ctx.ignore_index, ctx.num_targets, *ctx.needs_input_grad[:2]
@@ -350,6 +361,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_targets: int | None = None,
+    weights: Tensor | None = None,
+    divisor: float | Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of `hidden @ weight^T` against `labels`, at the cost of the rows that have a label.
 
@@ -360,6 +373,10 @@ def linear_cross_entropy(
         ignore_index: the label of rows that are not scored; no logits are computed for them.
         reduction: "mean" over the scored rows, "sum", or "none".
         num_targets: the number of scored rows, where the host knows it: then a GPU is not waited for.
+        weights: (T,) float factor of each row's loss, differentiable; not read in ignored rows.
+        divisor: what "mean" divides by, in place of these rows' number (or sum of weights): the total over
+            micro-batches and ranks, a host number or a scalar tensor, so that every token counts alike. Where gradients
+            are averaged over ranks (DDP, ZeRO), give the total divided by the number of ranks.
 
     Returns:
         Loss in fp32 (fp64 for fp64): a scalar, or (T,) with zeros in ignored rows for "none". With nothing to score
@@ -369,8 +386,94 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a label is outside of the vocabulary; `num_targets` is wrong.
 
-    Equal to torch.nn.functional.cross_entropy(hidden @ weight.T, labels) except for the empty mean, which is 0 here.
+    Equal to torch.nn.functional.cross_entropy(hidden @ weight.T, labels) except for the empty mean, which is 0 here;
+    with `divisor`, to transformers' `ForCausalLMLoss(..., num_items_in_batch)` on shifted labels.
     """
+    _check(hidden, weight, labels)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"fastmllm::linear_cross_entropy: reduction {reduction!r} is none of 'mean', 'sum', 'none'")
+    if weights is not None and (
+        weights.shape != labels.shape or not weights.is_floating_point() or weights.device != labels.device
+    ):
+        raise ValueError(f"fastmllm::linear_cross_entropy: weights {tuple(weights.shape)} {weights.dtype} on "
+                         f"{weights.device} must be floats, one for each of labels {tuple(labels.shape)} on "
+                         f"{labels.device}")  # fmt: skip
+    if divisor is not None:
+        bad = divisor.numel() != 1 if isinstance(divisor, Tensor) else divisor < 0
+        if bad or reduction != "mean":
+            raise ValueError(f"fastmllm::linear_cross_entropy: divisor {divisor} must be one number >= 0, and is for "
+                             f"reduction 'mean', not {reduction!r}")  # fmt: skip
+    # a frozen head on the CPU: the gradient comes with the loss (2 products instead of 3)
+    early = hidden.device.type == "cpu" and hidden.requires_grad and not weight.requires_grad
+    reduce = reduction != "none" and weights is None
+    loss, _, _ = _linear_cross_entropy(
+        hidden, weight, labels, ignore_index, num_targets, reduce, early and torch.is_grad_enabled()
+    )
+    scored = labels != ignore_index
+    if weights is not None:
+        weights = torch.where(scored, weights.to(loss.dtype), 0.0)
+        loss = loss * weights
+        loss = loss if reduction == "none" else loss.sum()
+    if reduction != "mean":
+        return loss
+    if divisor is None:
+        divisor = weights.sum() if weights is not None else scored.sum() if num_targets is None else num_targets
+    if isinstance(divisor, Tensor):
+        return loss / torch.where(divisor == 0, 1, divisor).to(loss).reshape(())
+    return loss / (divisor or 1)
+
+
+def sequence_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    average: bool = False,
+    ignore_index: int = -100,
+    num_targets: int | None = None,
+) -> Tensor:
+    """Sum the log-probabilities of each packed sequence's labels under the head, without its logits.
+
+    Args:
+        hidden: (T, D) float tensor, the rows after the model's final norm.
+        weight: (V, D) head in the dtype of `hidden`.
+        labels: (T,) integer ids, already aligned with the rows; `ignore_index` where a row is not scored.
+        cu_seqlens: (S + 1,) rising integers, boundaries of the sequences; rows behind the last belong to none.
+        average: divide by the scored rows of each sequence (SimPO, arXiv 2405.14734; ORPO) instead of the sum (DPO).
+        ignore_index: as `linear_cross_entropy`.
+        num_targets: as `linear_cross_entropy`.
+
+    Returns:
+        (S,) in fp32 (fp64 for fp64), differentiable; 0 for a sequence without scored rows.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`; `cu_seqlens` is not a row of integers on the same device.
+
+    Equal to the sum of log_softmax(hidden @ weight.T) at the labels, the log pi(y | x) of DPO (arXiv 2305.18290).
+    """
+    if cu_seqlens.dim() != 1 or not cu_seqlens.numel() or cu_seqlens.is_floating_point():
+        raise ValueError(f"fastmllm::linear_cross_entropy: cu_seqlens {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} "
+                         "must be (S + 1,) integers")  # fmt: skip
+    if cu_seqlens.device != labels.device:
+        raise ValueError(f"fastmllm::linear_cross_entropy: cu_seqlens is on {cu_seqlens.device}, labels on "
+                         f"{labels.device}")  # fmt: skip
+    losses = linear_cross_entropy(
+        hidden, weight, labels, ignore_index=ignore_index, reduction="none", num_targets=num_targets
+    )
+    total = _sum_segments(losses, cu_seqlens)
+    if average:
+        total = total / _sum_segments(labels != ignore_index, cu_seqlens).clamp(min=1)
+    return -total.to(losses.dtype)
+
+
+def _sum_segments(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum (T,) to (S,) in fp64: the order of the summands, which depends on the neighbours, does not show."""
+    offsets = cu_seqlens.long().clamp(0, values.shape[0])  # unsafe: a GPU is not waited for to look at them
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         raise ValueError(f"fastmllm::linear_cross_entropy: expected hidden (T, D), weight (V, D), labels (T,), but "
                          f"they are {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(labels.shape)}")  # fmt: skip
@@ -384,14 +487,3 @@ def linear_cross_entropy(
     if not hidden.device == weight.device == labels.device:
         raise ValueError(f"fastmllm::linear_cross_entropy: hidden is on {hidden.device}, weight on {weight.device}, "
                          f"labels on {labels.device}")  # fmt: skip
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"fastmllm::linear_cross_entropy: reduction {reduction!r} is none of 'mean', 'sum', 'none'")
-    reduce = reduction != "none"
-    # a frozen head on the CPU: the gradient comes with the loss (2 products instead of 3)
-    early = reduce and hidden.device.type == "cpu" and hidden.requires_grad and not weight.requires_grad
-    loss, _, _ = _linear_cross_entropy(
-        hidden, weight, labels, ignore_index, num_targets, reduce, early and torch.is_grad_enabled()
-    )
-    if reduction != "mean":
-        return loss
-    return loss / ((labels != ignore_index).sum().clamp(min=1) if num_targets is None else max(num_targets, 1))

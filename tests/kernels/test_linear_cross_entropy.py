@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, gradients, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmllm.bench.meters import peak_bytes
 from fastmllm.kernels import linear_cross_entropy as op
-from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy, sequence_log_probs
 
 SHAPES = [(7, 24, 37), (1, 16, 64), (0, 8, 16)]  # T, D, V
 
@@ -23,10 +26,14 @@ def _inputs(shape, dtype, device="cpu", ignored=3):
     return hidden.to(device, dtype), weight.to(device, dtype), labels.to(device)
 
 
+def _logits(hidden, weight):
+    logits = F.linear(hidden, weight)
+    return logits.double() if logits.dtype == torch.float64 else logits.float()
+
+
 def _torch(hidden, weight, labels, reduction):
     """F.cross_entropy in fp32 on logits of the input dtype; the empty mean is 0."""
-    logits = F.linear(hidden, weight)
-    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
+    logits = _logits(hidden, weight)
     total = F.cross_entropy(logits, labels, reduction="none" if reduction == "none" else "sum")
     return total / (labels >= 0).sum().clamp(min=1) if reduction == "mean" else total
 
@@ -179,6 +186,204 @@ def test_a_device_that_is_not_waited_for_answers_nan(device, monkeypatch):
     assert launch(hidden, weight, labels, -100, 3, True, False)[0].isnan()
 
 
+# Weights, divisors, sequences -----------------------------------------------------------------------------------------
+def _weighted(hidden, weight, labels, weights, reduction):
+    losses = F.cross_entropy(_logits(hidden, weight), labels, reduction="none") * weights
+    if reduction == "none":
+        return losses
+    kept = weights[labels >= 0]
+    return losses.sum() / (kept.sum() if reduction == "mean" and kept.numel() else 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_match_torch(shape, dtype, reduction, frozen):
+    hidden, weight, labels = _inputs(shape, dtype)
+    weights = torch.rand(shape[0]) + 0.1
+    seed = torch.randn(labels.shape if reduction == "none" else ())
+
+    def run(function, *tensors):
+        leaves = [t.detach().requires_grad_(not (frozen and i == 1)) for i, t in enumerate(tensors)]
+        out = function(*leaves)
+        wanted = [t for t in leaves if t.requires_grad]
+        return [out.detach(), *(g for g in gradients([out], wanted, [seed]) if g is not None)]
+
+    poisoned = torch.where(labels >= 0, weights, float("nan"))  # never read
+    got = run(
+        lambda h, w, x: linear_cross_entropy(h, w, labels, reduction=reduction, weights=x), hidden, weight, poisoned
+    )
+    same = run(lambda h, w, x: _weighted(h, w, labels, x, reduction), hidden, weight, weights)
+    wide = run(
+        lambda h, w, x: _weighted(h, w, labels, x, reduction), hidden.double(), weight.double(), weights.double()
+    )
+    for g, s, o in zip(got, same, wide, strict=True):
+        assert_as_accurate(g, s, o, ulps=8)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_token_counts_alike_in_micro_batches_and_ranks(as_tensor, weighted):
+    """Unequal shares of a batch: the sum of their losses, or the mean of ranks' gradients, is the whole batch's."""
+    hidden, weight, labels = _inputs((12, 8, 16), torch.float64)
+    weights = torch.rand(12, dtype=torch.float64) if weighted else None
+    weight.requires_grad_()
+
+    def loss(part, divisor):
+        w = None if weights is None else weights[part]
+        divisor = torch.as_tensor(divisor) if as_tensor and divisor is not None else divisor
+        return linear_cross_entropy(hidden[part], weight, labels[part], weights=w, divisor=divisor)
+
+    whole = loss(slice(None), None)
+    (want,) = torch.autograd.grad(whole, weight)
+    total = float((labels >= 0).sum() if weights is None else weights[labels >= 0].sum())
+    parts = [slice(0, 1), slice(1, 9), slice(9, 12), slice(1, 2)]  # the last has no target
+    torch.testing.assert_close(sum(loss(p, total) for p in parts), whole)
+    ranks = [torch.autograd.grad(loss(p, total / len(parts)), weight)[0] for p in parts]
+    torch.testing.assert_close(torch.stack(ranks).mean(0), want)
+    assert loss(parts[-1], 0) == 0
+
+
+def _sequence_torch(hidden, weight, labels, bounds, average):
+    logp = -F.cross_entropy(_logits(hidden, weight), labels, reduction="none")
+    sums = torch.stack([logp[a:b].sum() for a, b in pairwise(bounds)])
+    counts = torch.stack([(labels[a:b] >= 0).sum() for a, b in pairwise(bounds)])
+    return sums / counts.clamp(min=1) if average else sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_sequence_log_probs_match_torch(dtype, average, frozen):
+    hidden, weight, labels = _inputs((13, 24, 37), dtype)
+    labels[5:7] = -100
+    bounds = [0, 4, 4, 5, 7, 13]  # one empty, one without targets
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    seed = torch.randn(5)
+
+    def ours(h, w, labels, _):
+        return sequence_log_probs(h, w, labels, cu_seqlens, average=average)
+
+    def reference(h, w, labels, _):
+        return _sequence_torch(h, w, labels, bounds, average)
+
+    got = _loss_and_gradients(ours, strided(hidden), strided(weight), labels, None, seed, frozen)
+    same = _loss_and_gradients(reference, hidden, weight, labels, None, seed, frozen)
+    wide = _loss_and_gradients(reference, hidden.double(), weight.double(), labels, None, seed, frozen)
+    assert got[0].dtype == torch.float32
+    for g, s, o in zip(got, same, wide, strict=True):
+        assert_as_accurate(g, s, o, ulps=8)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours():
+    hidden, weight, labels = _inputs((13, 24, 37), torch.float32)
+    bounds = [0, 4, 4, 5, 7, 13]
+    got = sequence_log_probs(hidden, weight, labels, torch.tensor(bounds))
+    poisoned = hidden.clone()
+    poisoned[:7] = float("nan")
+    last = sequence_log_probs(poisoned, weight, labels, torch.tensor(bounds))[-1]
+    torch.testing.assert_close(last, got[-1], rtol=0, atol=0)
+    for s, (a, b) in enumerate(pairwise(bounds)):
+        alone = sequence_log_probs(hidden[a:b], weight, labels[a:b], torch.tensor([0, b - a]))
+        torch.testing.assert_close(alone[0], got[s], rtol=2e-7, atol=0)  # torch's own products depend on the batch
+    assert torch.equal(got, sequence_log_probs(hidden, weight, labels, torch.tensor(bounds)))
+
+
+def test_sequence_log_probs_gradcheck_and_compile():
+    hidden, weight, labels = _inputs((6, 3, 5), torch.float64)
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: sequence_log_probs(h, w, labels, cu_seqlens, average=True), leaves)
+
+    def dpo(h, w):
+        chosen, rejected = sequence_log_probs(h, w, labels, cu_seqlens)
+        return -F.logsigmoid(0.1 * (chosen - rejected))
+
+    compiled = torch.compile(dpo, fullgraph=True, backend="aot_eager")
+    got, want = compiled(*leaves), dpo(*leaves)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+        torch.testing.assert_close(g, w)
+
+
+# What it costs --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_full_logits_are_never_held(frozen, monkeypatch):
+    kept, vocabulary = 64, 4096
+    hidden, weight, labels = _inputs((kept, 8, vocabulary), torch.float32, ignored=kept)
+    monkeypatch.setattr(op, "CHUNK", 4 * vocabulary)
+    full = kept * vocabulary * 4
+    leaves = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    assert peak_bytes(lambda: linear_cross_entropy(*leaves, labels, reduction="sum").backward()) < full / 2
+    bounds = torch.tensor([0, 10, kept])
+    assert peak_bytes(lambda: sequence_log_probs(*leaves, labels, bounds).sum().backward()) < full / 2
+
+
+def test_the_launchers_wait_for_nothing_and_work_in_proportion_to_kept_rows(device, monkeypatch):
+    """With num_targets: no read-back, as many operators for any batch, programs by kept rows, never the full logits."""
+    programs = 0
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                nonlocal programs
+                programs += grid[0] * grid[1]
+
+            return launch
+
+    monkeypatch.setattr(op, "_fwd_kernel", Kernel())
+    monkeypatch.setattr(op, "_bwd_kernel", Kernel())
+    monkeypatch.setattr(op, "GRADIENT_CHUNK", 1)  # 1024 columns at a time
+    if device == "cpu":  # the branch that a GPU takes
+        monkeypatch.setattr(op, "_kept_rows", lambda labels, v, *rest: op._rows_without_sync(labels, *rest))
+    hidden, weight, labels = _inputs((512, 16, 8192), torch.float32, device)
+    waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select", "aten::_unique2"}
+    work = []
+    for kept in (128, 256):
+        labels[:] = -100
+        labels[:kept] = 1
+        programs = 0
+
+        def step(kept=kept):
+            _, lse, _ = op.linear_cross_entropy_triton(hidden, weight, labels, -100, kept, True, False)
+            grad = torch.ones((), device=device)
+            op.linear_cross_entropy_bwd_triton(grad, hidden, weight, labels, lse, -100, kept, True, True)
+
+        assert peak_bytes(step) < kept * 8192 * 4 / 2
+        with _Names() as seen:
+            step()
+        assert not waits & set(seen.names)
+        work.append((programs, len(seen.names)))
+    assert work[1] == (2 * work[0][0], work[0][1])
+    assert work[0][1] <= 39 + 7 * 8  # eight parts of the vocabulary
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_fp64_goes_to_the_reference(monkeypatch):
+    """The kernels accumulate in fp32; not waited for, wrong labels are NaN here too."""
+    hidden, weight, labels = _inputs((4, 16, 32), torch.float64, ignored=9)
+    options = (-100, 3, True, False)
+    got = op.linear_cross_entropy_triton(hidden, weight, labels, *options)
+    want = op.linear_cross_entropy_reference(hidden, weight, labels, *options)
+    torch.testing.assert_close(got[:2], want[:2], rtol=0, atol=0)
+    tail = (torch.ones((), dtype=torch.float64), hidden, weight, labels, want[1], -100, 3, True, True)
+    got, want = op.linear_cross_entropy_bwd_triton(*tail), op.linear_cross_entropy_bwd_reference(*tail)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    monkeypatch.setattr(op, "_kept_rows", lambda labels, v, *rest: op._rows_without_sync(labels, *rest))
+    labels[2] = 32
+    assert op.linear_cross_entropy_triton(hidden, weight, labels, *options)[0].isnan()
+
+
 def test_stride_0_gradient():
     """`.sum().backward()` hands the backward an expanded scalar."""
     hidden, weight, labels = _inputs((7, 24, 37), torch.float32)
@@ -248,6 +453,19 @@ def test_rejects_what_does_not_fit():
         linear_cross_entropy(hidden, weight, labels, reduction="max")
     with pytest.raises(ValueError, match="num_targets is 4, but 3 of the labels"):
         linear_cross_entropy(hidden, weight, labels, num_targets=4)
+    for bad in (torch.ones(3), torch.ones(4, dtype=torch.int64), torch.ones(4, device="meta")):
+        with pytest.raises(ValueError, match=r"linear_cross_entropy: weights .*labels \(4,\)"):
+            linear_cross_entropy(hidden, weight, labels, weights=bad)
+    for bad in (-1, torch.ones(2)):
+        with pytest.raises(ValueError, match=r"divisor .* must be one number >= 0"):
+            linear_cross_entropy(hidden, weight, labels, divisor=bad)
+    with pytest.raises(ValueError, match="reduction 'mean', not 'sum'"):
+        linear_cross_entropy(hidden, weight, labels, reduction="sum", divisor=3)
+    for bad in (torch.ones(2), torch.ones(1, 2, dtype=torch.int32), torch.empty(0, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"cu_seqlens .* must be \(S \+ 1,\) integers"):
+            sequence_log_probs(hidden, weight, labels, bad)
+    with pytest.raises(ValueError, match="cu_seqlens is on meta"):
+        sequence_log_probs(hidden, weight, labels, torch.zeros(2, dtype=torch.int32, device="meta"))
     for bad in (16, -1):
         labels[0] = bad
         with pytest.raises(ValueError, match=rf"label {bad} is outside of the vocabulary \[0, 16\)"):
