@@ -3,19 +3,23 @@
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.gated_residual import gated_residual
+from fastmllm.kernels.greedy_diverse import greedy_diverse
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastmllm.kernels.patch_embed import patch_embed
 from fastmllm.kernels.token_merge import token_merge
+from fastmllm.kernels.token_select import token_select
 
 __all__ = [
     "attention",
     "cross_attention",
     "gated_residual",
+    "greedy_diverse",
     "insert_features",
     "layer_norm",
     "linear_cross_entropy",
     "patch_embed",
     "token_merge",
+    "token_select",
 ]
