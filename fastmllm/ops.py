@@ -6,6 +6,7 @@ from fastmllm.kernels.attention_scores import attention_scores
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.gated_residual import gated_residual
 from fastmllm.kernels.gelu_mlp import gelu_mlp
+from fastmllm.kernels.greedy_diverse import greedy_diverse
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy, sequence_log_probs
@@ -13,6 +14,7 @@ from fastmllm.kernels.patch_embed import patch_embed
 from fastmllm.kernels.splice_tokens import splice_plan, splice_tokens
 from fastmllm.kernels.token_merge import token_merge
 from fastmllm.kernels.vision_rope import vision_rope
+from fastmllm.kernels.token_select import token_select
 
 __all__ = [
     "attention",
@@ -22,6 +24,7 @@ __all__ = [
     "gated_residual",
     "gelu_mlp",
     "grid_positions",
+    "greedy_diverse",
     "insert_features",
     "layer_norm",
     "linear_cross_entropy",
@@ -32,4 +35,5 @@ __all__ = [
     "splice_tokens",
     "token_merge",
     "vision_rope",
+    "token_select",
 ]
