@@ -7,7 +7,9 @@ from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastmllm.kernels.patch_embed import patch_embed
+from fastmllm.kernels.pixel_shuffle import pixel_shuffle
 from fastmllm.kernels.token_merge import token_merge
+from fastmllm.kernels.token_pool import token_pool
 
 __all__ = [
     "attention",
@@ -17,5 +19,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "patch_embed",
+    "pixel_shuffle",
     "token_merge",
+    "token_pool",
 ]
