@@ -48,9 +48,9 @@ def _launch(width: int, factor: int, norm: str, ragged: bool, dtype: torch.dtype
         pixel_shuffle_bwd_triton(empty(tokens // factor**2, factor**2 * width), *saved, grid, factor, ragged, *kept)
 
 
-@pytest.mark.parametrize("mode", ["forward", "backward", "full"])
+@pytest.mark.parametrize("mode", ["forward", "backward", "full"] if CUDA else ["forward", "full"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if CUDA or "26B" not in case])
 def bench_pixel_shuffle(compare, case, dtype, mode):
     grid, factor, width, norm = CASES[case]
     device = "cuda" if CUDA else "cpu"

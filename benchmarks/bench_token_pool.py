@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastmllm.kernels.token_pool import token_pool, token_pool_bwd_triton, token_pool_triton
 
 CUDA = torch.cuda.is_available()
-FRAMES = 32 if CUDA else 2
+FRAMES = 32 if CUDA else 1
 PACKED = [(24, 40), (36, 28), (20, 48), (32, 32), (16, 60), (44, 24)]
 # grids (t, h, w), targets, D, mode: SigLIP-so400m video, CLIP-L/336 video, the same tokens projected, packed images
 CASES = {
@@ -45,9 +45,9 @@ def _launch(bilinear: bool, ragged: bool, dtype: torch.dtype) -> None:
     token_pool_bwd_triton(torch.empty(pooled, 1152, dtype=dtype, device="meta"), runs, bilinear, 0)
 
 
-@pytest.mark.parametrize("mode", ["forward", "backward", "full"])
+@pytest.mark.parametrize("mode", ["forward", "backward", "full"] if CUDA else ["forward", "full"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES if CUDA else ("LLaVA-OneVision", "LLaVA-NeXT-Video", "packed"))
 def bench_token_pool(compare, case, dtype, mode):
     grid, sizes, width, pooling = CASES[case]
     torch.manual_seed(0)

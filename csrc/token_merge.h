@@ -18,7 +18,8 @@ void match(const double *a, const double *b, int64_t first, int64_t last, int64_
            int64_t padded, double *best, int64_t *index);
 
 // destination[n] for n in [0, tokens): the r best pairs merge, the earlier of equals first; order is kept. The first
-// `fixed` even tokens do not merge; index counts odd tokens from `skip`; the first row of the segment's output is `row`.
+// `fixed` even tokens do not merge; index counts odd tokens from `skip`; the first row of the segment's output is
+// `row`.
 void plan(const float *best, const int64_t *index, int64_t tokens, int64_t r, int64_t fixed, int64_t skip, int64_t row,
           int64_t *destination);
 void plan(const double *best, const int64_t *index, int64_t tokens, int64_t r, int64_t fixed, int64_t skip, int64_t row,

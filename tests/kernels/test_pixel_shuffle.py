@@ -155,6 +155,26 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(dtype, width, device
     )
 
 
+def _count_launches(monkeypatch, *kernels):
+    """Record launches instead of making them."""
+    launched = []
+    for name in kernels:
+        record = {"__getitem__": lambda self, grid, name=name: lambda *args, **options: launched.append(name)}
+        monkeypatch.setattr(op, name, type("Kernel", (), record)())
+    return launched
+
+
+@pytest.mark.parametrize("norm", ["none", "token", "output"])
+def test_one_launch_each_way_and_no_wait(norm, monkeypatch):
+    """Meta tensors cannot be read: a launcher that waits for the device fails here."""
+    launched = _count_launches(monkeypatch, "_copy_kernel", "_fwd_kernel", "_bwd_kernel")
+    x, weight, bias = _inputs(CASES[0], norm, device="meta")
+    y, mean, rstd = op.pixel_shuffle_triton(x, _flat(RAGGED), 2, True, weight, bias, 1e-5)
+    saved = (x, weight, mean, rstd) if norm != "none" else (None,) * 4
+    op.pixel_shuffle_bwd_triton(y, *saved, _flat(RAGGED), 2, True, True, True)
+    assert launched == (["_copy_kernel"] * 2 if norm == "none" else ["_fwd_kernel", "_bwd_kernel"])
+
+
 def test_an_image_does_not_depend_on_its_neighbours():
     x, weight, bias = _inputs(CASES[0], "output", torch.bfloat16)
     whole = pixel_shuffle(x, RAGGED, 2, "columns", weight, bias)

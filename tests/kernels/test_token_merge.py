@@ -117,6 +117,25 @@ def test_a_segment_does_not_depend_on_its_neighbours(native):
         assert torch.equal(one, other)
 
 
+def _count_launches(monkeypatch, *kernels):
+    """Record launches instead of making them."""
+    launched = []
+    for name in kernels:
+        record = {"__getitem__": lambda self, grid, name=name: lambda *args, **options: launched.append(name)}
+        monkeypatch.setattr(op, name, type("Kernel", (), record)())
+    return launched
+
+
+def test_four_launches_forward_one_backward_and_no_wait(monkeypatch):
+    """Meta tensors cannot be read: a launcher that waits for the device fails here."""
+    kernels = ["_match_kernel", "_choose_kernel", "_place_kernel", "_fwd_kernel", "_bwd_kernel"]
+    launched = _count_launches(monkeypatch, *kernels)
+    x, metric, size, cu, *rest = _inputs(CASES[1], device="meta")
+    y, new_size, _, destination = op.token_merge_triton(x, metric, size, cu, *rest)
+    op.token_merge_bwd_triton(y, size, new_size, destination)
+    assert launched == kernels
+
+
 def _plan_of(destination, cu, removed, partner):
     """Return the lists that the merge kernel reads, made from destinations in plain loops."""
     order, start, count = (torch.zeros_like(partner) for _ in range(3))

@@ -147,6 +147,23 @@ def test_fp64_goes_to_the_reference(device):
     assert torch.equal(op.token_pool_bwd_triton(y, runs, True, 0), op.token_pool_bwd_reference(y, runs, True, 0))
 
 
+def _count_launches(monkeypatch, *kernels):
+    """Record launches instead of making them."""
+    launched = []
+    for name in kernels:
+        record = {"__getitem__": lambda self, grid, name=name: lambda *args, **options: launched.append(name)}
+        monkeypatch.setattr(op, name, type("Kernel", (), record)())
+    return launched
+
+
+def test_one_launch_each_way_and_no_wait(monkeypatch):
+    """Meta tensors cannot be read: a launcher that waits for the device fails here."""
+    launched, runs = _count_launches(monkeypatch, "_pool_kernel"), _flat(GRIDS, SIZES)
+    y = op.token_pool_triton(_inputs(device="meta"), runs, True, 0)
+    op.token_pool_bwd_triton(y, runs, True, 0)
+    assert launched == ["_pool_kernel"] * 2
+
+
 def test_an_image_does_not_depend_on_its_neighbours():
     x = _inputs(dtype=torch.bfloat16)
     whole = token_pool(x, GRIDS, size=SIZES)
