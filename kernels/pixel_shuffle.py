@@ -90,6 +90,7 @@ def _source(
     """Return the token that a row starts with and the tokens from there to its next part: a line of the image."""
     PER: tl.constexpr = FACTOR * FACTOR // (PARTS * TOKENS)
     ACROSS: tl.constexpr = FACTOR // TOKENS
+    rows = rows.to(tl.int32)  # tokens are fewer than 2^31, and a division of int64 is a call
     out = rows // PER
     run = find_run(table_ptr, out, runs, STEPS)
     start = tl.load(table_ptr + run)
@@ -103,10 +104,10 @@ def _source(
     else:
         i = place // w
         j = place % w
-    line = (w * FACTOR).to(tl.int64)
+    line = w * FACTOR
     inside = rows % PER
     first = (start + image * h * w) * FACTOR * FACTOR + (i * FACTOR + inside // ACROSS) * line + j * FACTOR
-    return first + inside % ACROSS, line
+    return (first + inside % ACROSS).to(tl.int64), line.to(tl.int64)
 
 
 @triton.jit

@@ -118,15 +118,16 @@ def _pool_kernel(
     """Each token that is written gathers the tokens that it takes of: pooled tokens forward, input tokens backward."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    run = find_run(table_ptr, rows, runs, STEPS)
-    local = rows - tl.load(table_ptr + run)
+    token = rows.to(tl.int32)  # tokens are fewer than 2^31, and a division of int64 is a call
+    run = find_run(table_ptr, token, runs, STEPS)
+    local = token - tl.load(table_ptr + run)
     field_ptr = table_ptr + runs + 1 + run
     source = tl.load(field_ptr).to(tl.int64)
     to_h, to_w = tl.load(field_ptr + runs), tl.load(field_ptr + 2 * runs)
     from_h, from_w = tl.load(field_ptr + 3 * runs), tl.load(field_ptr + 4 * runs)
     extent_h, extent_w = tl.load(field_ptr + 5 * runs), tl.load(field_ptr + 6 * runs)
     source += local // (to_h * to_w) * (from_h * from_w)
-    place = (local % (to_h * to_w)).to(tl.int32)
+    place = local % (to_h * to_w)
     y = place // to_w
     x = place % to_w
     if BACKWARD:
@@ -145,8 +146,8 @@ def _pool_kernel(
         else:
             share = _weight(y, from_y, extent_h, to_h, BILINEAR) * _weight(x, from_x, extent_w, to_w, BILINEAR)
         mask = ((rows < M) & (share > 0.0))[:, None] & (d < D)[None, :]
-        token = source + from_y * from_w + from_x
-        value = tl.load(from_ptr + token[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        taken = source + from_y * from_w + from_x
+        value = tl.load(from_ptr + taken[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
         total += share[:, None] * value
     mask = (rows < M)[:, None] & (d < D)[None, :]
     tl.store(to_ptr + rows[:, None] * D + d[None, :], total.to(to_ptr.dtype.element_ty), mask=mask)
