@@ -70,10 +70,11 @@ def token_merge_bwd_reference(grad: Tensor, size: Tensor, new_size: Tensor, dest
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
 @triton.jit
 def _match_kernel(
-    metric_ptr, cu_ptr, best_ptr, partner_ptr, M, protected,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr,
+    metric_ptr, cu_ptr, best_ptr, partner_ptr, units, protected,
+    UNIT: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A block of even tokens walks over all odd tokens and keeps a running maximum; norms come from the same loads."""
+    M = units * UNIT  # Triton knows 16 as a divisor of an argument, but heads have 72, 80 or 88 channels
     segment = tl.program_id(1)
     first = tl.load(cu_ptr + segment).to(tl.int64)
     n = (tl.load(cu_ptr + segment + 1) - first).to(tl.int32)
@@ -230,7 +231,13 @@ def _config(kernel: str, width: int) -> dict[str, int]:
     """Return the tile of the "match", "plan", "forward" or "backward" kernels: none spills on a target."""
     block = next_power_of_2(width)
     if kernel == "match":  # pairs, and the channels of one product
-        return {"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_M": max(16, min(64, block)), "num_warps": 8}
+        return {
+            "UNIT": 8 if width % 8 == 0 else 1,
+            "BLOCK_A": 64,
+            "BLOCK_B": 64,
+            "BLOCK_M": max(16, min(64, block)),
+            "num_warps": 8,
+        }
     if kernel == "plan":  # tokens, and those that they are compared with
         return {"BLOCK": 32, "BLOCK_C": 128, "num_warps": 4}
     if kernel == "forward":
@@ -248,7 +255,7 @@ def match_triton(metric: Tensor, cu_seqlens: Tensor, max_seqlen: int, protected:
     if metric.shape[0] and max_seqlen:
         with device_of(metric):
             _match_kernel[(cdiv(cdiv(max_seqlen, 2), config["BLOCK_A"]), cu_seqlens.numel() - 1)](
-                metric, cu_seqlens, best, partner, metric.shape[1], protected, **config
+                metric, cu_seqlens, best, partner, metric.shape[1] // config["UNIT"], protected, **config
             )
     return best, partner
 
