@@ -1,4 +1,4 @@
-"""token_merge against ToMe written in plain torch with the N x N similarity, as the published code does it."""
+"""token_merge against ToMe in plain torch with the N x N similarity, as the published code does it; also packed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmllm.kernels.token_merge import match_triton, merge_triton, token_merge, token_merge_bwd_triton
+from fastmllm.kernels.token_merge import token_merge, token_merge_bwd_triton, token_merge_triton
 
 CUDA = torch.cuda.is_available()
 # I, N, D, M, r: a ViT-L block, a tile of it at 672 px, a connector grid
@@ -28,10 +28,11 @@ def _launch(n: int, width: int, metric: int) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     r = n // 4
-    size, destination = empty(8, n, dtype=torch.float32), empty(8, n, dtype=torch.int64)
-    match_triton(empty(8, n, metric))
-    merge_triton(empty(8, n, width), size, destination, r)
-    token_merge_bwd_triton(empty(8, n - r, width), size, size[:, r:], destination)
+    cu_seqlens = empty(9, dtype=torch.int32)
+    size, new_size = (empty(8 * k, dtype=torch.float32) for k in (n, n - r))
+    removed = [r * i for i in range(9)]
+    token_merge_triton(empty(8 * n, width), empty(8 * n, metric), size, cu_seqlens, removed, n, 1)
+    token_merge_bwd_triton(empty(8 * (n - r), width), size, new_size, empty(8 * n, dtype=torch.int64))
 
 
 def _published(x: Tensor, metric: Tensor, r: int) -> Tensor:
@@ -69,11 +70,45 @@ def bench_token_merge(compare, case, dtype, mode):
         case=f"I{images} N{n} D{width} M{metric_width} r{r} {str(dtype)[6:]}",
         mode=mode,
         providers={
-            "fastmllm": lambda x: token_merge(x, metric, None, r)[0],
+            "fastmllm": lambda x: token_merge(x, metric, None, r).tokens,
             "torch": lambda x: _published(x, metric, r),
             "torch.compile": torch.compile(lambda x: _published(x, metric, r)),
         },
         inputs=[x],
         bytes=forward if mode == "forward" else forward + 2 * tensor,
         flops=images * n * n * metric_width // 2,
+    )
+
+
+@pytest.mark.parametrize("mode", ["forward", "full"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def bench_token_merge_varlen(compare, dtype, mode):
+    """Packed images of native resolution, a quarter of each merged, against the published code on one after another."""
+    lengths = [1024, 576, 1296, 784] * (4 if CUDA else 1)
+    width, device = 1280, "cuda" if CUDA else "cpu"
+    counts, ends = [n // 4 for n in lengths], [0]
+    for n in lengths:
+        ends.append(ends[-1] + n)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+    torch.manual_seed(0)
+    x = torch.randn(ends[-1], width, device=device, dtype=dtype).requires_grad_()
+    metric = torch.randint(-8, 8, (ends[-1], 80), device=device).to(dtype)
+
+    def published(x):
+        parts = zip(x.split(lengths), metric.split(lengths), counts, strict=True)
+        return torch.cat([_published(a[None], b[None], r)[0] for a, b, r in parts])
+
+    forward = x.numel() * x.element_size() * 7 // 4 + metric.numel() * metric.element_size()
+    compare(
+        op="token_merge",
+        case=f"packed {len(lengths)} images of {min(lengths)} to {max(lengths)} D{width} M80 {str(dtype)[6:]}",
+        mode=mode,
+        providers={
+            "fastmllm": lambda x: token_merge(x, metric, None, counts, cu_seqlens=cu_seqlens, max_seqlen=1296).tokens,
+            "torch": published,
+            "torch.compile": torch.compile(published),
+        },
+        inputs=[x],
+        bytes=forward if mode == "forward" else forward + x.numel() * x.element_size() * 7 // 4,
+        flops=sum(n * n for n in lengths) * 80 // 2,
     )

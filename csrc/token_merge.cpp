@@ -61,31 +61,33 @@ FASTMLLM_INLINE void match_rows(const S *__restrict__ a, const S *__restrict__ b
 }
 
 template <typename S>
-void plan_image(const S *best, const int64_t *index, int64_t tokens, int64_t r, int64_t *destination) {
+void plan_segment(const S *best, const int64_t *index, int64_t tokens, int64_t r, int64_t fixed, int64_t skip,
+                  int64_t row, int64_t *destination) {
   const int64_t evens = (tokens + 1) / 2;
-  std::vector<int64_t> order(evens);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order(std::max<int64_t>(evens - fixed, 0));
+  std::iota(order.begin(), order.end(), fixed);
   std::nth_element(order.begin(), order.begin() + r, order.end(),
                    [&](int64_t x, int64_t y) { return best[x] > best[y] || (best[x] == best[y] && x < y); });
   std::vector<char> merged(evens, 0);
   for (int64_t i = 0; i < r; ++i)
     merged[order[i]] = 1;
-  int64_t place = 0;
+  int64_t place = row;
   for (int64_t n = 0; n < tokens; ++n)
     if (n % 2 == 1 || !merged[n / 2])
       destination[n] = place++;
   for (int64_t i = 0; i < evens; ++i)
     if (merged[i])
-      destination[2 * i] = destination[2 * index[i] + 1];
+      destination[2 * i] = destination[2 * (index[i] + skip) + 1];
 }
 
 template <typename T, typename S>
-FASTMLLM_INLINE void merge_image(const T *__restrict__ x, const S *__restrict__ size,
-                                 const int64_t *__restrict__ destination, T *__restrict__ out, S *__restrict__ new_size,
-                                 S *__restrict__ sums, int64_t tokens, int64_t kept, int64_t width) {
+FASTMLLM_INLINE void merge_segment(const T *__restrict__ x, const S *__restrict__ size,
+                                   const int64_t *__restrict__ destination, int64_t first, T *__restrict__ out,
+                                   S *__restrict__ new_size, S *__restrict__ log_size, S *__restrict__ sums,
+                                   int64_t tokens, int64_t kept, int64_t width) {
   std::fill(new_size, new_size + kept, S(0));
   for (int64_t n = 0; n < tokens; ++n) {
-    const int64_t to = destination[n];
+    const int64_t to = destination[n] - first;
     const S weight = size[n];
     S *__restrict__ row = sums + to * width;
     const T *__restrict__ source = x + n * width;
@@ -95,6 +97,7 @@ FASTMLLM_INLINE void merge_image(const T *__restrict__ x, const S *__restrict__ 
       row[d] += weight * S(widen(source[d]));
   }
   for (int64_t k = 0; k < kept; ++k) {
+    log_size[k] = std::log(new_size[k]);
     const S inverse = S(1) / new_size[k];
 #pragma GCC ivdep
     for (int64_t d = 0; d < width; ++d)
@@ -123,24 +126,27 @@ FASTMLLM_CLONES void match(const double *a, const double *b, int64_t first, int6
   match_rows(a, b, first, last, width, columns, padded, best, index);
 }
 
-void plan(const float *best, const int64_t *index, int64_t tokens, int64_t r, int64_t *destination) {
-  plan_image(best, index, tokens, r, destination);
+void plan(const float *best, const int64_t *index, int64_t tokens, int64_t r, int64_t fixed, int64_t skip, int64_t row,
+          int64_t *destination) {
+  plan_segment(best, index, tokens, r, fixed, skip, row, destination);
 }
-void plan(const double *best, const int64_t *index, int64_t tokens, int64_t r, int64_t *destination) {
-  plan_image(best, index, tokens, r, destination);
+void plan(const double *best, const int64_t *index, int64_t tokens, int64_t r, int64_t fixed, int64_t skip, int64_t row,
+          int64_t *destination) {
+  plan_segment(best, index, tokens, r, fixed, skip, row, destination);
 }
 
-FASTMLLM_CLONES void merge(const float *x, const float *size, const int64_t *destination, float *out, float *new_size,
-                           float *sums, int64_t tokens, int64_t kept, int64_t width) {
-  merge_image(x, size, destination, out, new_size, sums, tokens, kept, width);
+FASTMLLM_CLONES void merge(const float *x, const float *size, const int64_t *destination, int64_t row, float *out,
+                           float *new_size, float *log_size, float *sums, int64_t tokens, int64_t kept, int64_t width) {
+  merge_segment(x, size, destination, row, out, new_size, log_size, sums, tokens, kept, width);
 }
-FASTMLLM_CLONES void merge(const bfloat16 *x, const float *size, const int64_t *destination, bfloat16 *out,
-                           float *new_size, float *sums, int64_t tokens, int64_t kept, int64_t width) {
-  merge_image(x, size, destination, out, new_size, sums, tokens, kept, width);
+FASTMLLM_CLONES void merge(const bfloat16 *x, const float *size, const int64_t *destination, int64_t row, bfloat16 *out,
+                           float *new_size, float *log_size, float *sums, int64_t tokens, int64_t kept, int64_t width) {
+  merge_segment(x, size, destination, row, out, new_size, log_size, sums, tokens, kept, width);
 }
-FASTMLLM_CLONES void merge(const double *x, const double *size, const int64_t *destination, double *out,
-                           double *new_size, double *sums, int64_t tokens, int64_t kept, int64_t width) {
-  merge_image(x, size, destination, out, new_size, sums, tokens, kept, width);
+FASTMLLM_CLONES void merge(const double *x, const double *size, const int64_t *destination, int64_t row, double *out,
+                           double *new_size, double *log_size, double *sums, int64_t tokens, int64_t kept,
+                           int64_t width) {
+  merge_segment(x, size, destination, row, out, new_size, log_size, sums, tokens, kept, width);
 }
 
 } // namespace fastmllm

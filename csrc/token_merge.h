@@ -17,16 +17,21 @@ void match(const float *a, const float *b, int64_t first, int64_t last, int64_t 
 void match(const double *a, const double *b, int64_t first, int64_t last, int64_t width, int64_t columns,
            int64_t padded, double *best, int64_t *index);
 
-// destination[n] for n in [0, tokens): the r best pairs merge, the earlier of equals first; order is kept.
-void plan(const float *best, const int64_t *index, int64_t tokens, int64_t r, int64_t *destination);
-void plan(const double *best, const int64_t *index, int64_t tokens, int64_t r, int64_t *destination);
+// destination[n] for n in [0, tokens): the r best pairs merge, the earlier of equals first; order is kept. The first
+// `fixed` even tokens do not merge; index counts odd tokens from `skip`; the first row of the segment's output is
+// `row`.
+void plan(const float *best, const int64_t *index, int64_t tokens, int64_t r, int64_t fixed, int64_t skip, int64_t row,
+          int64_t *destination);
+void plan(const double *best, const int64_t *index, int64_t tokens, int64_t r, int64_t fixed, int64_t skip, int64_t row,
+          int64_t *destination);
 
-// out[k] = sum(size * x) / sum(size) over the tokens that went to k; sums is zeroed scratch of (kept, width).
-void merge(const float *x, const float *size, const int64_t *destination, float *out, float *new_size, float *sums,
-           int64_t tokens, int64_t kept, int64_t width);
-void merge(const bfloat16 *x, const float *size, const int64_t *destination, bfloat16 *out, float *new_size,
-           float *sums, int64_t tokens, int64_t kept, int64_t width);
-void merge(const double *x, const double *size, const int64_t *destination, double *out, double *new_size, double *sums,
-           int64_t tokens, int64_t kept, int64_t width);
+// out[k] = sum(size * x) / sum(size) over the tokens of a segment that went to k, counted from `row`, and the logarithm
+// of that sum of sizes; sums is zeroed scratch of (kept, width).
+void merge(const float *x, const float *size, const int64_t *destination, int64_t row, float *out, float *new_size,
+           float *log_size, float *sums, int64_t tokens, int64_t kept, int64_t width);
+void merge(const bfloat16 *x, const float *size, const int64_t *destination, int64_t row, bfloat16 *out,
+           float *new_size, float *log_size, float *sums, int64_t tokens, int64_t kept, int64_t width);
+void merge(const double *x, const double *size, const int64_t *destination, int64_t row, double *out, double *new_size,
+           double *log_size, double *sums, int64_t tokens, int64_t kept, int64_t width);
 
 } // namespace fastmllm

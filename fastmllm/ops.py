@@ -15,6 +15,9 @@ from fastmllm.kernels.splice_tokens import splice_plan, splice_tokens
 from fastmllm.kernels.token_merge import token_merge
 from fastmllm.kernels.vision_rope import vision_rope
 from fastmllm.kernels.token_select import token_select
+from fastmllm.kernels.pixel_shuffle import pixel_shuffle
+from fastmllm.kernels.token_merge import token_merge
+from fastmllm.kernels.token_pool import token_pool
 
 __all__ = [
     "attention",
@@ -36,4 +39,7 @@ __all__ = [
     "token_merge",
     "vision_rope",
     "token_select",
+    "pixel_shuffle",
+    "token_merge",
+    "token_pool",
 ]

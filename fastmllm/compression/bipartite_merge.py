@@ -22,5 +22,5 @@ def bipartite_merge(tokens: Tensor, keep: int) -> Tensor:
     size = None
     while tokens.shape[1] > keep:
         merged = min(tokens.shape[1] - keep, tokens.shape[1] // 2)
-        tokens, size = token_merge(tokens, tokens, size, merged)
+        tokens, size, *_ = token_merge(tokens, tokens, size, merged)
     return tokens

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from fastmllm.kernels.token_pool import token_pool
 
 
 def pool(tokens: Tensor, keep: int) -> Tensor:
@@ -21,7 +22,7 @@ def pool(tokens: Tensor, keep: int) -> Tensor:
     Raises:
         ValueError: N is no square, or K has no such factors.
     """
-    images, num_tokens, width = tokens.shape
+    num_tokens = tokens.shape[1]
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"pool: {num_tokens} tokens are no square grid")
@@ -31,5 +32,4 @@ def pool(tokens: Tensor, keep: int) -> Tensor:
         raise ValueError(
             f"pool: {keep} tokens do not form a grid within {side} x {side}; take a product of two numbers"
         )
-    grid = tokens.transpose(1, 2).reshape(images, width, side, side)
-    return F.adaptive_avg_pool2d(grid, (rows, columns)).flatten(2).transpose(1, 2)
+    return token_pool(tokens, size=(rows, columns))
