@@ -7,6 +7,7 @@ from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastmllm.kernels.patch_embed import patch_embed
+from fastmllm.kernels.rms_norm import rms_norm
 from fastmllm.kernels.token_merge import token_merge
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "patch_embed",
+    "rms_norm",
     "token_merge",
 ]
