@@ -12,6 +12,7 @@ from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy, sequence_log_probs
 from fastmllm.kernels.patch_embed import patch_embed
 from fastmllm.kernels.splice_tokens import splice_plan, splice_tokens
+from fastmllm.kernels.rms_norm import rms_norm
 from fastmllm.kernels.token_merge import token_merge
 from fastmllm.kernels.vision_rope import vision_rope
 from fastmllm.kernels.token_select import token_select
@@ -36,6 +37,7 @@ __all__ = [
     "sequence_log_probs",
     "splice_plan",
     "splice_tokens",
+    "rms_norm",
     "token_merge",
     "vision_rope",
     "token_select",
