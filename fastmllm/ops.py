@@ -1,7 +1,7 @@
 """The index: every public operator, one line each."""
 
 from fastmllm.kernels.attention import attention
-from fastmllm.kernels.cross_attention import cross_attention
+from fastmllm.kernels.cross_attention import cross_attention, mask_ranges, media_ranges, segment_ranges
 from fastmllm.kernels.gated_residual import gated_residual
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.kernels.layer_norm import layer_norm
@@ -16,6 +16,9 @@ __all__ = [
     "insert_features",
     "layer_norm",
     "linear_cross_entropy",
+    "mask_ranges",
+    "media_ranges",
     "patch_embed",
+    "segment_ranges",
     "token_merge",
 ]
