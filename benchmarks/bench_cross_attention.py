@@ -35,7 +35,8 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield each model's shape; few queries have low tiles and split keys."""
     for name, shape in SHAPES.items():
         yield name, lambda shape=shape: _launch(*shape)
-    yield "fp32", lambda: _launch(4, 32, 257, 12, 12, 64, torch.float32)
+    for d in (64, 128):
+        yield f"fp32 D{d}", lambda d=d: _launch(4, 32, 257, 12, 12, d, torch.float32)
     yield "no gradient of queries", lambda: _launch(4, 512, 1601, 32, 8, 128, query_grad=False)
 
 
@@ -50,7 +51,7 @@ def _launch(
     lse = empty(heads, images * rows, dtype=torch.float32)
     if query_grad:
         cross_attention_triton(q, k, k, bounds, bounds, rows, media, d**-0.5)
-    cross_attention_bwd_triton(q, q, k, k, q, lse, bounds, bounds, rows, media, d**-0.5, query_grad, query_grad)
+    cross_attention_bwd_triton(q, q, k, k, q, lse, bounds, bounds, rows, media, d**-0.5, query_grad, True)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "full"])

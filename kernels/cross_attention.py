@@ -195,25 +195,26 @@ def _dq_kernel(
     once = rows < tl.where(part == 0, T, 0)
     tl.store(delta_ptr + heads * T + rows, delta, mask=once)
     tl.store(lse2_ptr + heads * T + rows, lse, mask=once)
-    q = _load(q_ptr, wide * Q_ROW + heads * Q_HEAD, rows, T, D, BLOCK_D)
-    k_ptr += head // GROUP * K_HEAD
-    v_ptr += head // GROUP * V_HEAD
-    dq_ptr += part.to(tl.int64) * T * (HEADS * D)
-    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first = tl.min(low, 0) if QUERY_GRAD else N + 1
-    while first <= N:
-        begin, masked, end = _share(first, low, high, part, parts, N, BLOCK_N)
-        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for TAIL in tl.static_range(2):
-            for start in range(masked if TAIL else begin, end if TAIL else masked, BLOCK_N):
-                cols = start + tl.arange(0, BLOCK_N)
-                k = load_tile(k_ptr, cols, end, K_ROW, D, BLOCK_D, TAIL == 1)
-                v = load_tile(v_ptr, cols, end, V_ROW, D, BLOCK_D, TAIL == 1)
-                s = _scores(q, k, cols, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
-                ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
-                dq = dot(ds.to(k.dtype), k, dq)
-        _store(dq_ptr, dq * scale, packed, (low == first) & (rows < T), D, BLOCK_D)
-        first = tl.min(tl.where(low > first, low, N + 1), 0)
+    if QUERY_GRAD:
+        q = _load(q_ptr, wide * Q_ROW + heads * Q_HEAD, rows, T, D, BLOCK_D)
+        k_ptr += head // GROUP * K_HEAD
+        v_ptr += head // GROUP * V_HEAD
+        dq_ptr += part.to(tl.int64) * T * (HEADS * D)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        first = tl.min(low, 0)
+        while first <= N:
+            begin, masked, end = _share(first, low, high, part, parts, N, BLOCK_N)
+            dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            for TAIL in tl.static_range(2):
+                for start in range(masked if TAIL else begin, end if TAIL else masked, BLOCK_N):
+                    cols = start + tl.arange(0, BLOCK_N)
+                    k = load_tile(k_ptr, cols, end, K_ROW, D, BLOCK_D, TAIL == 1)
+                    v = load_tile(v_ptr, cols, end, V_ROW, D, BLOCK_D, TAIL == 1)
+                    s = _scores(q, k, cols, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
+                    ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
+                    dq = dot(ds.to(k.dtype), k, dq)
+            _store(dq_ptr, dq * scale, packed, (low == first) & (rows < T), D, BLOCK_D)
+            first = tl.min(tl.where(low > first, low, N + 1), 0)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -272,7 +273,10 @@ _TILES = {
     64: ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
     128: ((64, 32, 4, 3), (64, 32, 4, 2), (16, 64, 8, 2)),
 }
-_FP32_TILE = (32, 32, 4, 1)  # no tensor cores here
+_FP32_TILES = {  # no tensor cores here
+    False: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+    True: ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
 
 
 def _config(kind: int, dtype: torch.dtype, head_dim: int, group: int, rows: int) -> dict[str, int]:
@@ -281,7 +285,7 @@ def _config(kind: int, dtype: torch.dtype, head_dim: int, group: int, rows: int)
     Few of them get a low tile, which holds several heads of a group, so that their keys are read once.
     """
     block_d = max(16, next_power_of_2(head_dim))
-    m, n, warps, stages = _FP32_TILE if dtype == torch.float32 else _TILES[block_d][kind]
+    m, n, warps, stages = _FP32_TILES[block_d > 64][kind] if dtype == torch.float32 else _TILES[block_d][kind]
     config = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
     if kind == 2:
         return config

@@ -151,7 +151,7 @@ def test_triton_splits_the_keys_of_few_queries(case, dtype, device, guard, monke
     monkeypatch.setattr(_split, "PART_BLOCKS", 1)
     spec, rows, keys, parts = SPLIT[case]
     if device == "cpu":
-        monkeypatch.setattr(op, "_FP32_TILE", (32, 16, 4, 1))
+        monkeypatch.setitem(op._FP32_TILES, False, ((32, 16, 4, 1),) * 3)
         inputs, *_ = _inputs(spec, dtype)
         assert op._plan(0, inputs[0], inputs[1], rows, keys)[2] == parts
     inputs, *ranges = _inputs(spec, dtype, device)
