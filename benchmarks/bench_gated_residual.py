@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastmllm.kernels.gated_residual import (
     MAX_WIDTH,
+    MAX_WIDTH_CHANNELS,
     gated_residual,
     gated_residual_bwd_triton,
     gated_residual_norm_bwd_triton,
@@ -27,12 +28,14 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for width in (1024, 2048, 4096, MAX_WIDTH):
         for scalar in (True, False):
             yield f"{width} {'scalar' if scalar else 'channels'}", lambda w=width, s=scalar: _launch(w, s)
-    for width in (2048, 4096, MAX_WIDTH):
-        for scalar in (True, False):
-            for kind in ("rms", "layer"):
-                name = f"{width} {'scalar' if scalar else 'channels'} {kind}"
-                yield name, lambda w=width, s=scalar, k=kind: _launch_norm(w, s, k == "layer")
-    yield f"{MAX_WIDTH} channels layer fp32", lambda: _launch_norm(MAX_WIDTH, False, True, torch.float32)
+    for width, scalar in ((2048, True), (4096, True), (MAX_WIDTH, True), (MAX_WIDTH_CHANNELS, False)):
+        for kind in ("rms", "layer"):
+            name = f"{width} {'scalar' if scalar else 'channels'} {kind}"
+            yield name, lambda w=width, s=scalar, k=kind: _launch_norm(w, s, k == "layer")
+        yield (
+            f"{width} {'scalar' if scalar else 'channels'} layer fp32",
+            lambda w=width, s=scalar: _launch_norm(w, s, True, torch.float32),
+        )
 
 
 def _launch(width: int, scalar: bool) -> None:
@@ -46,7 +49,7 @@ def _launch_norm(width: int, scalar: bool, layer: bool, dtype: torch.dtype = tor
     x, weight = torch.empty((4096, width), dtype=dtype, device="meta"), torch.empty(width, dtype=dtype, device="meta")
     gate = torch.empty(1 if scalar else width, dtype=dtype, device="meta")
     _, _, mean, rstd = gated_residual_norm_triton(x, x, gate, weight, weight if layer else None, layer, 1e-5)
-    gated_residual_norm_bwd_triton(x, x, x, x, gate, weight, mean, rstd, layer, True, True, True, True)
+    gated_residual_norm_bwd_triton(x, x, x, x, gate, weight, mean, rstd, layer, True, True, True, True, layer)
 
 
 def _inputs(width: int, dtype: torch.dtype, scalar: bool) -> list[torch.Tensor]:

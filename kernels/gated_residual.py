@@ -14,6 +14,7 @@ from torch import Tensor
 from ._triton import accumulator_dtype, cdiv, device_of, next_power_of_2, tl, triton
 
 MAX_WIDTH = 8192  # a row is held in registers, and the next power of two spills: wider rows go to the reference
+MAX_WIDTH_CHANNELS = 4096  # the same for the norm's backward with a gate a channel, which holds a third sum of columns
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def gated_residual_norm_reference(
 
 def gated_residual_norm_bwd_reference(
     grad_y: Tensor, grad_h: Tensor | None, h: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, centred: bool, x_grad: bool, branch_grad: bool, gate_grad: bool, weight_grad: bool,
+    rstd: Tensor, centred: bool, x_grad: bool, branch_grad: bool, gate_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     acc = rstd.dtype
     grad = grad_y.to(acc)
@@ -66,13 +67,13 @@ def gated_residual_norm_bwd_reference(
     dh = dh * rstd[..., None]
     if grad_h is not None:
         dh = dh + grad_h.to(acc)
-    dw = db = weight.new_empty(0)
-    if weight_grad:
-        dw = (grad * normed).reshape(-1, weight.numel()).sum(0).to(weight.dtype)
-        db = grad.reshape(-1, weight.numel()).sum(0).to(weight.dtype)
+    dw, db = (
+        t().reshape(-1, weight.numel()).sum(0).to(weight.dtype) if wanted else weight.new_empty(0)
+        for t, wanted in ((lambda: grad * normed, weight_grad), (lambda: grad, bias_grad))
+    )
     dbranch, dgate = gated_residual_bwd_reference(dh, branch.to(acc), gate, branch_grad, gate_grad)
     dbranch = dbranch.to(branch.dtype) if branch_grad else branch.new_empty(0)
-    return dh.to(h.dtype) if x_grad else h.new_empty(0), dbranch, dgate, dw, db if weight_grad else dw.new_empty(0)
+    return dh.to(h.dtype) if x_grad else h.new_empty(0), dbranch, dgate, dw, db
 
 
 def _opened(gate: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,16 +102,6 @@ def _load_gate(gate_ptr, cols, N, SCALAR: tl.constexpr):
 
 
 @triton.jit
-def _store_gate(dgate_ptr, dgate, opened, group, cols, N, SCALAR: tl.constexpr):
-    """Store a program's part of dgate, (1,) or (BLOCK_N,)."""
-    if SCALAR:
-        tl.store(dgate_ptr + group + tl.arange(0, 1), dgate * (1.0 - opened * opened))
-    else:
-        mask = (cols < N)[None, :]
-        tl.store(dgate_ptr + group * N + cols[None, :], dgate[None, :] * (1.0 - opened * opened), mask=mask)
-
-
-@triton.jit
 def _fwd_kernel(
     x_ptr, b_ptr, gate_ptr, y_ptr, M, N, SCALAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -133,7 +124,7 @@ def _bwd_kernel(
     group = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
     opened = _load_gate(gate_ptr, cols, N, SCALAR)
-    dgate = tl.zeros((1,) if SCALAR else (BLOCK_N,), tl.float32)
+    dgate = tl.zeros((1, BLOCK_N), tl.float32)
     for start in range(group * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)  # `start` is a Python int in the interpreter
         offsets = rows[:, None] * N + cols[None, :]
@@ -142,10 +133,9 @@ def _bwd_kernel(
         if BRANCH_GRAD:
             tl.store(db_ptr + offsets, (dy * opened).to(db_ptr.dtype.element_ty), mask=mask)
         if GATE_GRAD:
-            part = dy * tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            dgate += tl.sum(tl.sum(part, 0), 0) if SCALAR else tl.sum(part, 0)
+            dgate += tl.sum(dy * tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 0)[None, :]
     if GATE_GRAD:
-        _store_gate(dgate_ptr, dgate, opened, group, cols, N, SCALAR)
+        tl.store(dgate_ptr + group * N + cols[None, :], dgate * (1.0 - opened * opened), mask=(cols < N)[None, :])
 
 
 @triton.jit
@@ -178,15 +168,15 @@ def _norm_fwd_kernel(
 def _norm_bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, b_ptr, gate_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, db_ptr, dgate_ptr, dw_ptr, dshift_ptr,
     M, N, SCALAR: tl.constexpr, CENTRED: tl.constexpr, HAS_DH: tl.constexpr, X_GRAD: tl.constexpr,
-    BRANCH_GRAD: tl.constexpr, GATE_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BRANCH_GRAD: tl.constexpr, GATE_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program walks its share of the rows and keeps its parts of dgate, dw and dshift in registers."""
     group = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
     opened = _load_gate(gate_ptr, cols, N, SCALAR)
     w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    dgate = tl.zeros((1,) if SCALAR else (BLOCK_N,), tl.float32)
+    dgate = tl.zeros((1, BLOCK_N), tl.float32)
     dw = tl.zeros((BLOCK_N,), tl.float32)
     dshift = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(group * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
@@ -201,7 +191,10 @@ def _norm_bwd_kernel(
         normed = h * rstd
         if WEIGHT_GRAD:
             dw += tl.sum(dy * normed, 0)
+        if BIAS_GRAD:
             dshift += tl.sum(dy, 0)
+        if BLOCK_N > 4096:  # more than registers hold beside the sums: from the cache again
+            w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         g = dy * w
         dh = g - normed * (tl.sum(g * normed, 1)[:, None] / N)
         if CENTRED:
@@ -215,11 +208,12 @@ def _norm_bwd_kernel(
             tl.store(db_ptr + offsets, (dh * opened).to(db_ptr.dtype.element_ty), mask=mask)
         if GATE_GRAD:
             part = tl.where(mask, dh, 0.0) * tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            dgate += tl.sum(tl.sum(part, 0), 0) if SCALAR else tl.sum(part, 0)
+            dgate += tl.sum(part, 0)[None, :]
     if GATE_GRAD:
-        _store_gate(dgate_ptr, dgate, opened, group, cols, N, SCALAR)
+        tl.store(dgate_ptr + group * N + cols[None, :], dgate * (1.0 - opened * opened), mask=(cols < N)[None, :])
     if WEIGHT_GRAD:
         tl.store(dw_ptr + group * N + cols, dw, mask=cols < N)
+    if BIAS_GRAD:
         tl.store(dshift_ptr + group * N + cols, dshift, mask=cols < N)
 
 
@@ -239,6 +233,11 @@ def _has_kernel(x: Tensor) -> bool:
 
 def _groups(m: int, config: dict[str, int]) -> int:
     return max(1, min(cdiv(m, config["BLOCK_M"] * 4), 264))  # two programs an SM of the largest part (132)
+
+
+def _total(partial: Tensor, gate: Tensor) -> Tensor:
+    """Sum what the programs left of dgate (programs, D)."""
+    return (partial.sum(0) if gate.numel() > 1 else partial.sum().reshape(1)).to(gate.dtype)
 
 
 def gated_residual_triton(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -266,7 +265,7 @@ def gated_residual_bwd_triton(
     config = _config(n)
     groups = _groups(m, config)
     dbranch = torch.empty_like(branch) if branch_grad else branch.new_empty(0)
-    partial = branch.new_empty((groups if gate_grad else 0, gate.numel()), dtype=torch.float32)
+    partial = branch.new_empty((groups if gate_grad else 0, n), dtype=torch.float32)
     if m:
         with device_of(branch):
             _bwd_kernel[(groups,)](
@@ -275,7 +274,7 @@ def gated_residual_bwd_triton(
             )  # fmt: skip
     else:
         partial.zero_()
-    return dbranch, partial.sum(0).to(gate.dtype) if gate_grad else gate.new_empty(0)
+    return dbranch, _total(partial, gate) if gate_grad else gate.new_empty(0)
 
 
 def gated_residual_norm_triton(
@@ -302,11 +301,24 @@ def gated_residual_norm_triton(
 
 def gated_residual_norm_bwd_triton(
     grad_y: Tensor, grad_h: Tensor | None, h: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, centred: bool, x_grad: bool, branch_grad: bool, gate_grad: bool, weight_grad: bool,
+    rstd: Tensor, centred: bool, x_grad: bool, branch_grad: bool, gate_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if not _has_kernel(h):
+    if not _has_kernel(h) or (gate.numel() > 1 and h.shape[-1] > MAX_WIDTH_CHANNELS):
         return gated_residual_norm_bwd_reference(
-            grad_y, grad_h, h, branch, gate, weight, mean, rstd, centred, x_grad, branch_grad, gate_grad, weight_grad
+            grad_y,
+            grad_h,
+            h,
+            branch,
+            gate,
+            weight,
+            mean,
+            rstd,
+            centred,
+            x_grad,
+            branch_grad,
+            gate_grad,
+            weight_grad,
+            bias_grad,
         )
     n = weight.numel()
     m = h.numel() // n if n else 0
@@ -318,22 +330,25 @@ def gated_residual_norm_bwd_triton(
     groups = _groups(m, config)
     dx = torch.empty_like(h) if x_grad else h.new_empty(0)
     dbranch = torch.empty_like(branch) if branch_grad else branch.new_empty(0)
-    dgate = h.new_empty((groups if gate_grad else 0, gate.numel()), dtype=torch.float32)
-    dw, db = h.new_empty((2, groups if weight_grad else 0, n), dtype=torch.float32)
+    dgate, dw, db = (
+        h.new_empty((groups if wanted else 0, n), dtype=torch.float32) for wanted in (gate_grad, weight_grad, bias_grad)
+    )
     if m:
         with device_of(h):
             _norm_bwd_kernel[(groups,)](
                 grad_y, grad_h, h, branch, gate, weight, mean, rstd, dx, dbranch, dgate, dw, db, m, n,
                 SCALAR=gate.numel() == 1, CENTRED=centred, HAS_DH=grad_h is not None, X_GRAD=x_grad,
-                BRANCH_GRAD=branch_grad, GATE_GRAD=gate_grad, WEIGHT_GRAD=weight_grad, **config,
+                BRANCH_GRAD=branch_grad, GATE_GRAD=gate_grad, WEIGHT_GRAD=weight_grad, BIAS_GRAD=bias_grad, **config,
             )  # fmt: skip
     else:
         for t in (dgate, dw, db):
             t.zero_()
-    dgate = dgate.sum(0).to(gate.dtype) if gate_grad else gate.new_empty(0)
-    if not weight_grad:
-        return dx, dbranch, dgate, weight.new_empty(0), weight.new_empty(0)
-    return dx, dbranch, dgate, dw.sum(0).to(weight.dtype), db.sum(0).to(weight.dtype)
+    dgate = _total(dgate, gate) if gate_grad else gate.new_empty(0)
+    dw, db = (
+        t.sum(0).to(weight.dtype) if wanted else weight.new_empty(0)
+        for t, wanted in ((dw, weight_grad), (db, bias_grad))
+    )
+    return dx, dbranch, dgate, dw, db
 
 
 # 4. operator ----------------------------------------------------------------------------------------------------------
@@ -367,7 +382,8 @@ _gated_residual_norm_bwd = torch.library.custom_op(
     gated_residual_norm_bwd_reference,
     mutates_args=(),
     schema="(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor branch, Tensor gate, Tensor weight, Tensor mean,"
-    " Tensor rstd, bool centred, bool x_grad, bool branch_grad, bool gate_grad, bool weight_grad)"
+    " Tensor rstd, bool centred, bool x_grad, bool branch_grad, bool gate_grad, bool weight_grad,"
+    " bool bias_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _gated_residual_norm_bwd.register_kernel("cuda")(gated_residual_norm_bwd_triton)
@@ -391,9 +407,11 @@ def _(x, branch, gate, weight, bias, centred, eps):
 
 
 @_gated_residual_norm_bwd.register_fake
-def _(grad_y, grad_h, h, branch, gate, weight, mean, rstd, centred, x_grad, branch_grad, gate_grad, weight_grad):
-    dw = _like(weight, weight_grad)
-    return _like(h, x_grad), _like(branch, branch_grad), _like(gate, gate_grad), dw, torch.empty_like(dw)
+def _(
+    grad_y, grad_h, h, branch, gate, weight, mean, rstd, centred, x_grad, branch_grad, gate_grad, weight_grad, bias_grad
+):
+    grads = ((h, x_grad), (branch, branch_grad), (gate, gate_grad), (weight, weight_grad), (weight, bias_grad))
+    return tuple(_like(t, wanted) for t, wanted in grads)
 
 
 def _like(t: Tensor, wanted: bool) -> Tensor:
@@ -441,7 +459,7 @@ def _norm_backward(ctx, grad_h, grad_y, _grad_mean, _grad_rstd):
         return *_backward_of_sum(grad_h, branch, gate, need_x, need_branch, need_gate), None, None, None, None
     dx, dbranch, dgate, dw, db = _gated_residual_norm_bwd(
         grad_y.contiguous(), None if grad_h is None else grad_h.contiguous(), h, branch, gate, weight, mean, rstd,
-        ctx.centred, need_x, need_branch, need_gate, need_weight or need_bias,
+        ctx.centred, need_x, need_branch, need_gate, need_weight, need_bias,
     )  # fmt: skip
     grads = ((dx, need_x), (dbranch, need_branch), (dgate, need_gate), (dw, need_weight), (db, need_bias))
     return *(t if need else None for t, need in grads), None, None

@@ -126,7 +126,7 @@ def test_rejects_what_does_not_fit():
 
 # with its norm --------------------------------------------------------------------------------------------------------
 NORMS = [("rms", False), ("rms", True), ("layer", True), ("layer", False)]  # kind, bias
-ALL = (True,) * 4  # gradients of x, branch, gate, and weight with bias
+ALL = (True,) * 5  # gradients of x, branch, gate, weight and bias
 
 
 def _norm_inputs(shape, dtype, scalar, bias, device="cpu"):
@@ -191,10 +191,10 @@ def test_norm_frozen_inputs_cost_no_gradient(device):
     saved = (torch.ones_like(h), None, h, *inputs[1:4], mean, rstd, True)
     full = op.gated_residual_norm_bwd_reference(*saved, *ALL)
     for function in (op.gated_residual_norm_bwd_reference, op.gated_residual_norm_bwd_triton):
-        for frozen in range(4):
-            wanted = [i != frozen for i in range(4)]
+        for frozen in range(5):
+            wanted = [i != frozen for i in range(5)]
             got = function(*saved, *wanted)
-            for g, w, want in zip(got, full, [*wanted, wanted[3]], strict=True):
+            for g, w, want in zip(got, full, wanted, strict=True):
                 torch.testing.assert_close(g, w if want else w.new_empty(0), atol=2e-6, rtol=1e-5)
 
 
@@ -231,6 +231,15 @@ def test_triton_hands_on_what_it_does_not_take(dtype, width, device):
     got = op.gated_residual_norm_triton(*inputs, True, 1e-5)
     assert all(map(torch.equal, got, op.gated_residual_norm_reference(*inputs, True, 1e-5)))
     saved = (y, None, got[0], branch, gate, inputs[3], *got[2:], True, *ALL)
+    want = op.gated_residual_norm_bwd_reference(*saved)
+    assert all(map(torch.equal, op.gated_residual_norm_bwd_triton(*saved), want))
+
+
+def test_norm_backward_of_wide_rows_with_a_gate_a_channel(device):
+    """The widest rows that the forward kernel takes; the backward hands them on."""
+    inputs = _norm_inputs((1, op.MAX_WIDTH_CHANNELS + 1), torch.float32, False, False, device)
+    h, y, mean, rstd = op.gated_residual_norm_reference(*inputs, None, False, 1e-5)
+    saved = (y, None, h, *inputs[1:4], mean, rstd, False, *ALL)
     want = op.gated_residual_norm_bwd_reference(*saved)
     assert all(map(torch.equal, op.gated_residual_norm_bwd_triton(*saved), want))
 
