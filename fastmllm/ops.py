@@ -4,6 +4,7 @@ from fastmllm.kernels._rope_tables import axial_rope_tables, grid_positions, mro
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.attention_scores import attention_scores
 from fastmllm.kernels.cross_attention import cross_attention
+from fastmllm.kernels.cross_attention import cross_attention, mask_ranges, media_ranges, segment_ranges
 from fastmllm.kernels.gated_residual import gated_residual
 from fastmllm.kernels.gelu_mlp import gelu_mlp
 from fastmllm.kernels.greedy_diverse import greedy_diverse
@@ -38,6 +39,10 @@ __all__ = [
     "splice_plan",
     "splice_tokens",
     "rms_norm",
+    "mask_ranges",
+    "media_ranges",
+    "patch_embed",
+    "segment_ranges",
     "token_merge",
     "vision_rope",
     "token_select",

@@ -1,8 +1,8 @@
-"""Cross-attention from text rows to media tokens: each row sees one range of keys (Flamingo, arXiv 2204.14198).
+"""Cross-attention from text or latent rows to media tokens: each row sees one range of keys (Flamingo, 2204.14198).
 
-Shapes: T text rows, N media tokens of all images packed, H query heads, Hkv key/value heads (Hkv divides H), D head
+Shapes: T query rows, N media tokens of all images packed, H query heads, Hkv key/value heads (Hkv divides H), D head
 dimension. Row t sees the keys media_start[t] to media_stop[t] - 1 of the packed N; an empty range gives zeros, as in
-OpenFlamingo and Idefics (and unlike transformers' Mllama, where such a row averages over the image).
+OpenFlamingo and Idefics. Where a model lets rows without media see something, the range says so (`empty="all"`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from ._dense import dense_bwd, dense_fwd, rows_contiguous
+from ._ranges import mask_ranges, media_ranges, segment_ranges
+from ._split import combine, part_count
 from ._tiles import load_lse, load_tile, softmax_end, softmax_step, store_tile
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
+
+__all__ = ["cross_attention", "mask_ranges", "media_ranges", "segment_ranges"]
 
 MAX_HEAD_DIM = 128
 SCAN = 1024  # rows whose ranges the kernel of dk and dv looks at in one step
@@ -43,8 +47,9 @@ def _dense(t: Tensor, rows: slice) -> Tensor:
 
 
 def cross_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, media_start: Tensor, media_stop: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, media_start: Tensor, media_stop: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=accumulator_dtype(q.dtype))
@@ -57,7 +62,7 @@ def cross_attention_reference(
 
 def cross_attention_bwd_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, media_start: Tensor, media_stop: Tensor,
-    softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, query_grad: bool, key_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad, out = (rows_contiguous(t) for t in (q, k, v, grad, out))
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -69,13 +74,14 @@ def cross_attention_bwd_reference(
         _dense(dq, rows).copy_(grads[0])
         _dense(dk, keys).add_(grads[1])
         _dense(dv, keys).add_(grads[2])
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    dk, dv = (dk.to(k.dtype), dv.to(v.dtype)) if key_grad else (k.new_empty(0), v.new_empty(0))
+    return dq if query_grad else q.new_empty(0), dk, dv
 
 
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
-# One program owns one block of rows (or of keys) of one head, and visits only what the ranges of its rows touch.
-# Where all rows of a block see the same keys - the rule, as texts are longer than a block - whole key blocks need no
-# mask. `scale2` is the scale times log2(e).
+# One program owns one tile of rows of PACK heads that share their keys, and walks the tile's ranges one after
+# the other, by where they start: a row's result has the bits of its own range alone, whoever shares its tile, and NaN
+# stays in its sample. Ranges with one start (all images so far) are walked once. `scale2` is the scale times log2(e).
 @triton.jit
 def _ranges(start_ptr, stop_ptr, rows, T, N):
     """Return the keys of each row; an empty range is (N, 0), so that minima and maxima pass over it."""
@@ -86,90 +92,129 @@ def _ranges(start_ptr, stop_ptr, rows, T, N):
 
 
 @triton.jit
-def _key_range(low, high, BLOCK_N: tl.constexpr):
-    """Return the first key that a block of rows touches, where masks start, and where it ends."""
-    first, end = tl.min(low, 0), tl.max(high, 0)
-    same = (tl.max(low, 0) == first) & (tl.min(high, 0) == end)
-    return first, tl.where(same, first + tl.maximum(end - first, 0) // BLOCK_N * BLOCK_N, first), end
-
-
-@triton.jit
 def _seen(cols, low, high):
     """Tell whether low <= cols < high, in one unsigned comparison; low and high are broadcast against cols."""
     return (cols - low).to(tl.uint32, bitcast=True) < tl.maximum(high - low, 0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _scores(q, k, cols, low, high, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+def _own(parts, HEADS: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the rows and heads of a program's tile, its first head, and which part of the keys is its."""
+    program = tl.program_id(0)
+    first = (program % (HEADS // PACK) * PACK).to(tl.int64)
+    block = program // (HEADS // PACK)
+    item = tl.arange(0, BLOCK_M)
+    return block // parts * (BLOCK_M // PACK) + item // PACK, first + item % PACK, first, block % parts
+
+
+@triton.jit
+def _share(first, low, high, part, parts, N, BLOCK_N: tl.constexpr):
+    """Return where a part of the keys of rows that start at `first` begins, where masks start, and where it ends."""
+    mine = low == first
+    end = tl.max(tl.where(mine, high, 0), 0)
+    whole = tl.minimum(tl.min(tl.where(mine, high, N), 0), end)  # up to here all of these rows see
+    length = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), BLOCK_N), parts) * BLOCK_N
+    begin = first + part * length
+    end = tl.minimum(end, begin + length)
+    return begin, begin + tl.maximum(tl.minimum(whole, end) - begin, 0) // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def _load(ptr, offsets, rows, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows < T)[:, None] & (d < D)[None, :] if BLOCK_D > D else (rows < T)[:, None]
+    return tl.load(ptr + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, tile, offsets, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offsets[:, None] + d[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _scores(q, k, cols, high, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale2
     if MASKED:
-        s = tl.where(_seen(cols[None, :], low[:, None], high[:, None]), s, float("-inf"))
+        s = tl.where(cols[None, :] < high[:, None], s, float("-inf"))
     return s
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "parts"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, out_ptr, lse_ptr, T, N, scale,
+    q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, out_ptr, lse_ptr, T, N, parts, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
-    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    rows = tl.program_id(0) // HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Give out and log-sum-exp of one part of the keys; there is only one unless queries are few."""
+    rows, heads, head, part = _own(parts, HEADS, PACK, BLOCK_M)
     low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
-    first, masked, end = _key_range(low, high, BLOCK_N)
-    q = load_tile(q_ptr + head * Q_HEAD, rows, T, Q_ROW, D, BLOCK_D, True)
+    wide = rows.to(tl.int64)
+    q = _load(q_ptr, wide * Q_ROW + heads * Q_HEAD, rows, T, D, BLOCK_D)
     k_ptr += head // GROUP * K_HEAD
     v_ptr += head // GROUP * V_HEAD
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for TAIL in tl.static_range(2):
-        for start in range(masked if TAIL else first, end if TAIL else masked, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)
-            near = tl.minimum(cols, N - 1) if TAIL else cols  # the mask of the scores drops what is repeated
-            k = load_tile(k_ptr, near, N, K_ROW, D, BLOCK_D, False)
-            s = _scores(q, k, cols, low, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
-            v = load_tile(v_ptr, near, N, V_ROW, D, BLOCK_D, False)
-            acc, peak, total = softmax_step(acc, peak, total, s, v)
-    out, lse = softmax_end(acc, peak, total)
-    store_tile(out_ptr + head * D, out, rows, T, HEADS * D, D, BLOCK_D)
-    tl.store(lse_ptr + head * T + rows, lse, mask=rows < T)
+    out_ptr += part.to(tl.int64) * T * (HEADS * D)
+    lse_ptr += part.to(tl.int64) * T * HEADS
+    first = tl.min(low, 0)
+    while first <= N:  # rows that see nothing start at N
+        begin, masked, end = _share(first, low, high, part, parts, N, BLOCK_N)
+        peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for TAIL in tl.static_range(2):
+            for start in range(masked if TAIL else begin, end if TAIL else masked, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)
+                k = load_tile(k_ptr, cols, end, K_ROW, D, BLOCK_D, TAIL == 1)
+                s = _scores(q, k, cols, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
+                v = load_tile(v_ptr, cols, end, V_ROW, D, BLOCK_D, TAIL == 1)
+                acc, peak, total = softmax_step(acc, peak, total, s, v)
+        out, lse = softmax_end(acc, peak, total)
+        mine = (low == first) & (rows < T)
+        _store(out_ptr, out, wide * (HEADS * D) + heads * D, mine, D, BLOCK_D)
+        tl.store(lse_ptr + heads * T + rows, lse, mask=mine)
+        first = tl.min(tl.where(low > first, low, N + 1), 0)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "parts"])
 def _dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, T, N, scale,
+    do_ptr, q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, T, N, parts, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
-    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr,
+    QUERY_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Give dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    rows = tl.program_id(0) // HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Give a part of dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
+    rows, heads, head, part = _own(parts, HEADS, PACK, BLOCK_M)
     low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
-    first, masked, end = _key_range(low, high, BLOCK_N)
-    do = load_tile(do_ptr + head * D, rows, T, HEADS * D, D, BLOCK_D, True)
-    out = load_tile(out_ptr + head * D, rows, T, HEADS * D, D, BLOCK_D, True)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    lse = load_lse(lse_ptr + head * T, rows, T)
-    tl.store(delta_ptr + head * T + rows, delta, mask=rows < T)
-    tl.store(lse2_ptr + head * T + rows, lse, mask=rows < T)
-    q = load_tile(q_ptr + head * Q_HEAD, rows, T, Q_ROW, D, BLOCK_D, True)
-    k_ptr += head // GROUP * K_HEAD
-    v_ptr += head // GROUP * V_HEAD
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for TAIL in tl.static_range(2):
-        for start in range(masked if TAIL else first, end if TAIL else masked, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)
-            near = tl.minimum(cols, N - 1) if TAIL else cols  # the mask of the scores drops what is repeated
-            k = load_tile(k_ptr, near, N, K_ROW, D, BLOCK_D, False)
-            v = load_tile(v_ptr, near, N, V_ROW, D, BLOCK_D, False)
-            s = _scores(q, k, cols, low, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
-            ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
-            dq = dot(ds.to(k.dtype), k, dq)
-    store_tile(dq_ptr + head * D, dq * scale, rows, T, HEADS * D, D, BLOCK_D)
+    wide = rows.to(tl.int64)
+    packed = wide * (HEADS * D) + heads * D
+    do = _load(do_ptr, packed, rows, T, D, BLOCK_D)
+    delta = tl.sum(do.to(tl.float32) * _load(out_ptr, packed, rows, T, D, BLOCK_D).to(tl.float32), 1)
+    lse = load_lse(lse_ptr + heads * T, rows, T)
+    once = rows < tl.where(part == 0, T, 0)
+    tl.store(delta_ptr + heads * T + rows, delta, mask=once)
+    tl.store(lse2_ptr + heads * T + rows, lse, mask=once)
+    if QUERY_GRAD:
+        q = _load(q_ptr, wide * Q_ROW + heads * Q_HEAD, rows, T, D, BLOCK_D)
+        k_ptr += head // GROUP * K_HEAD
+        v_ptr += head // GROUP * V_HEAD
+        dq_ptr += part.to(tl.int64) * T * (HEADS * D)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        first = tl.min(low, 0)
+        while first <= N:
+            begin, masked, end = _share(first, low, high, part, parts, N, BLOCK_N)
+            dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            for TAIL in tl.static_range(2):
+                for start in range(masked if TAIL else begin, end if TAIL else masked, BLOCK_N):
+                    cols = start + tl.arange(0, BLOCK_N)
+                    k = load_tile(k_ptr, cols, end, K_ROW, D, BLOCK_D, TAIL == 1)
+                    v = load_tile(v_ptr, cols, end, V_ROW, D, BLOCK_D, TAIL == 1)
+                    s = _scores(q, k, cols, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
+                    ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
+                    dq = dot(ds.to(k.dtype), k, dq)
+            _store(dq_ptr, dq * scale, packed, (low == first) & (rows < T), D, BLOCK_D)
+            first = tl.min(tl.where(low > first, low, N + 1), 0)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -228,13 +273,33 @@ _TILES = {
     64: ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
     128: ((64, 32, 4, 3), (64, 32, 4, 2), (16, 64, 8, 2)),
 }
+_FP32_TILES = {  # no tensor cores here
+    False: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+    True: ((32, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
 
 
-def _config(kind: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the tile of the forward (0), dq (1) or dk and dv (2) kernel; fp32 has no tensor cores here: small ones."""
+def _config(kind: int, dtype: torch.dtype, head_dim: int, group: int, rows: int) -> dict[str, int]:
+    """Return the tile of the forward (0), dq (1) or dk and dv (2) kernel, where at most `rows` rows share a range.
+
+    Few of them get a low tile, which holds several heads of a group, so that their keys are read once.
+    """
     block_d = max(16, next_power_of_2(head_dim))
-    m, n, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else _TILES[block_d][kind]
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
+    m, n, warps, stages = _FP32_TILES[block_d > 64][kind] if dtype == torch.float32 else _TILES[block_d][kind]
+    config = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
+    if kind == 2:
+        return config
+    pack = group & -group if rows < m else 1  # the largest power of two that divides the group
+    pack = min(pack, m)
+    return {**config, "BLOCK_M": min(m, max(16, next_power_of_2(rows * pack))), "PACK": pack}
+
+
+def _plan(kind: int, q: Tensor, k: Tensor, rows: int, keys: int) -> tuple[dict[str, int], int, int]:
+    """Return the configuration, how many tiles of rows and heads there are, and into how many parts the keys go."""
+    total, heads, d = q.shape
+    config = _config(kind, q.dtype, d, heads // k.shape[1], min(rows or total, total))
+    tiles = cdiv(total * config["PACK"], config["BLOCK_M"]) * (heads // config["PACK"])
+    return config, tiles, part_count(tiles, min(keys or k.shape[0], k.shape[0]), config["BLOCK_N"])
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
@@ -245,47 +310,69 @@ def _constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, media_start: Tensor, media_stop: Tensor) -> tuple[Tensor, ...]:
-    if q.dtype == torch.float64:
-        raise ValueError("fastmllm::cross_attention: the Triton kernels compute in float32; move float64 tensors to "
-                         "the CPU")  # fmt: skip
     return (*(rows_contiguous(t) for t in (q, k, v)), media_start.contiguous(), media_stop.contiguous())
 
 
 def cross_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, media_start: Tensor, media_stop: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, media_start: Tensor, media_stop: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.dtype == torch.float64:
+        return cross_attention_reference(q, k, v, media_start, media_stop, max_seqlen_q, max_seqlen_k, softmax_scale)
     q, k, v, *ranges = _prepare(q, k, v, media_start, media_stop)
     total, heads, d = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((heads, total), dtype=torch.float32)
-    config = _config(0, d, q.dtype)
     if total:
+        config, tiles, parts = _plan(0, q, k, max_seqlen_q, max_seqlen_k)
+        targets = (out, lse)
+        if parts > 1:
+            targets = (q.new_empty((parts, total, heads, d), dtype=torch.float32), lse.new_empty((parts, heads, total)))
         with device_of(q):
-            _fwd_kernel[(cdiv(total, config["BLOCK_M"]) * heads,)](
-                q, k, v, *ranges, out, lse, total, k.shape[0], softmax_scale, **_constants(q, k, v), **config
+            _fwd_kernel[(tiles * parts,)](
+                q, k, v, *ranges, *targets, total, k.shape[0], parts, softmax_scale, **_constants(q, k, v), **config
             )
+            if parts > 1:
+                combine(*targets, out, lse)
     return out, lse
+
+
+def _empty_grads(q: Tensor, k: Tensor, v: Tensor, query_grad: bool, key_grad: bool) -> tuple[Tensor, ...]:
+    wanted = ((q, query_grad), (k, key_grad), (v, key_grad))
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0) for t, want in wanted
+    )
 
 
 def cross_attention_bwd_triton(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, media_start: Tensor, media_stop: Tensor,
-    softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, query_grad: bool, key_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if q.dtype == torch.float64:
+        return cross_attention_bwd_reference(
+            grad, q, k, v, out, lse, media_start, media_stop, max_seqlen_q, max_seqlen_k, softmax_scale, query_grad,
+            key_grad,
+        )  # fmt: skip
     q, k, v, *ranges = _prepare(q, k, v, media_start, media_stop)
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     total, heads, d = q.shape
     keys, heads_k = k.shape[:2]
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    dq, dk, dv = _empty_grads(q, k, v, query_grad, key_grad)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     constants = _constants(q, k, v)
     with device_of(q):
-        config = _config(1, d, q.dtype)
         if total:
-            _dq_kernel[(cdiv(total, config["BLOCK_M"]) * heads,)](
-                grad, q, k, v, *ranges, out, lse, lse2, delta, dq, total, keys, softmax_scale, **constants, **config
-            )
-        config = _config(2, d, q.dtype)
-        if keys:
+            config, tiles, parts = _plan(1, q, k, max_seqlen_q, max_seqlen_k)
+            parts = parts if query_grad else 1
+            target = dq if parts == 1 else q.new_empty((parts, total, heads, d), dtype=torch.float32)
+            _dq_kernel[(tiles * parts,)](
+                grad, q, k, v, *ranges, out, lse, lse2, delta, target, total, keys, parts, softmax_scale,
+                QUERY_GRAD=query_grad, **constants, **config,
+            )  # fmt: skip
+            if parts > 1:
+                combine(target, None, dq, None)
+        config = _config(2, q.dtype, d, heads // heads_k, total)
+        if keys and key_grad:
             _dkv_kernel[(cdiv(keys, config["BLOCK_N"]) * heads_k,)](
                 grad, q, k, v, *ranges, lse2, delta, dk, dv, total, keys, softmax_scale, SCAN_ROWS=SCAN, **constants,
                 **config,
@@ -298,8 +385,8 @@ _cross_attention = torch.library.custom_op(
     "fastmllm::cross_attention",
     cross_attention_reference,
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor media_start, Tensor media_stop, float softmax_scale)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor media_start, Tensor media_stop, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, float softmax_scale) -> (Tensor, Tensor)",
 )
 _cross_attention.register_kernel("cuda")(cross_attention_triton)
 
@@ -308,26 +395,27 @@ _cross_attention_bwd = torch.library.custom_op(
     cross_attention_bwd_reference,
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor media_start, Tensor media_stop,"
-    " float softmax_scale) -> (Tensor, Tensor, Tensor)",
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool query_grad, bool key_grad)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 _cross_attention_bwd.register_kernel("cuda")(cross_attention_bwd_triton)
 
 
 # 5. fake --------------------------------------------------------------------------------------------------------------
 @_cross_attention.register_fake
-def _(q, k, v, media_start, media_stop, softmax_scale):
+def _(q, k, v, media_start, media_stop, max_seqlen_q, max_seqlen_k, softmax_scale):
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulator_dtype(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
 @_cross_attention_bwd.register_fake
-def _(grad, q, k, v, out, lse, media_start, media_stop, softmax_scale):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+def _(grad, q, k, v, out, lse, start, stop, max_seqlen_q, max_seqlen_k, softmax_scale, query_grad, key_grad):
+    return _empty_grads(q, k, v, query_grad, key_grad)
 
 
 # 6. autograd ----------------------------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output):
-    q, k, v, media_start, media_stop, ctx.softmax_scale = inputs
+    q, k, v, media_start, media_stop, *ctx.options = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, media_start, media_stop)
     ctx.mark_non_differentiable(lse)
@@ -335,9 +423,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_lse):
-    if grad is None:
-        return (None,) * 6
-    return *_cross_attention_bwd(grad.contiguous(), *ctx.saved_tensors, ctx.softmax_scale), None, None, None
+    needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
+    key_grad = needs_k or needs_v
+    if grad is None or not (needs_q or key_grad):
+        return (None,) * 8
+    dq, dk, dv = _cross_attention_bwd(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs_q, key_grad)
+    return dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, None, None, None, None, None
 
 
 _cross_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -345,17 +436,28 @@ _cross_attention.register_autograd(_backward, setup_context=_setup_context)
 
 # 7. public function ---------------------------------------------------------------------------------------------------
 def cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, media_start: Tensor, media_stop: Tensor, softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    media_start: Tensor,
+    media_stop: Tensor,
+    softmax_scale: float | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
-    """Let each text row attend to its own range of media tokens.
+    """Let each query row attend to its own range of keys.
 
     Args:
         q: (T, H, D) queries of all samples, packed.
         k: (N, Hkv, D) keys of all media, packed; Hkv divides H, and query head h reads key head h // (H / Hkv).
         v: (N, Hkv, D) values.
-        media_start: (T,) int32, the first key that a row sees, counted in the packed N; `media_ranges` makes it.
+        media_start: (T,) int32, the first key that a row sees, counted in the packed N. `media_ranges` makes the ranges
+            of interleaved text, `mask_ranges` those of a tile mask, `segment_ranges` those of latent queries.
         media_stop: (T,) int32, the key behind the last one that it sees. Rows with start >= stop see none.
         softmax_scale: multiplies q k^T; None for D ** -0.5.
+        max_seqlen_q: about how many neighbouring rows share a range (32 latents, 1 in decoding); None for T. This and
+            `max_seqlen_k` choose tiles and how far the keys are split; with any value only the rounding differs.
+        max_seqlen_k: keys of the longest range; None for N.
 
     Returns:
         (T, H, D) in the dtype of `q`; a row that sees no key is zero and passes no gradient.
@@ -363,7 +465,8 @@ def cross_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
 
-    The masked cross-attention of OpenFlamingo and Idefics; CogAgent and Llama-3.2-Vision are ranges over all keys.
+    The cross-attention of OpenFlamingo and Idefics (latest or all images), Llama-3.2-Vision (tile sets), CogAgent (all
+    keys), Q-Former and the Perceiver resampler (segments).
     """
     if (
         q.dim() != 3
@@ -383,55 +486,17 @@ def cross_attention(
     if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"fastmllm::cross_attention: q {q.dtype}, k {k.dtype} and v {v.dtype} must be one floating "
                          "dtype")  # fmt: skip
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(f"fastmllm::cross_attention: q is on {q.device}, k on {k.device} and v on {v.device}: move "
+                         "them to one device")  # fmt: skip
     for name, t in (("media_start", media_start), ("media_stop", media_stop)):
         if t.shape != q.shape[:1] or t.dtype != torch.int32 or t.device != q.device:
             raise ValueError(f"fastmllm::cross_attention: {name} {tuple(t.shape)} {t.dtype} on {t.device} must be "
                              f"({q.shape[0]},) int32 on {q.device}, one entry a row of q {tuple(q.shape)}")  # fmt: skip
+    longest = [0 if n is None else n for n in (max_seqlen_q, max_seqlen_k)]
+    if min(longest) < 0:
+        raise ValueError(f"fastmllm::cross_attention: max_seqlen_q {max_seqlen_q} and max_seqlen_k {max_seqlen_k} must "
+                         "not be negative")  # fmt: skip
     if softmax_scale is None:
         softmax_scale = q.shape[2] ** -0.5
-    return _cross_attention(q, k, v, media_start, media_stop, softmax_scale)[0]
-
-
-def media_ranges(
-    is_media: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, policy: str = "latest"
-) -> tuple[Tensor, Tensor]:
-    """Return which keys each text row of a packed batch sees; the host does not wait for the device.
-
-    Args:
-        is_media: (T,) bool, true on the one row of each image (its placeholder token); that row sees its image too.
-        cu_seqlens_q: (S + 1,) int32 boundaries of the samples in the T rows.
-        cu_seqlens_k: (I + 1,) int32 boundaries of the images in the packed keys, in the order of their rows.
-        policy: "latest", only the image last introduced in the same sample (Flamingo's text_time == media_time), or
-            "all_previous", every image introduced in it so far (>=).
-
-    Returns:
-        media_start and media_stop, (T,) int32; rows before the first image of their sample get an empty range.
-
-    Raises:
-        ValueError: the policy is unknown, a tensor has another shape or dtype, or (on a CPU, where the check is free)
-            the marked rows are not as many as the images.
-
-    The masks of OpenFlamingo's `only_attend_immediate_media`, as ranges.
-    """
-    if policy not in ("latest", "all_previous"):
-        raise ValueError(f'fastmllm::media_ranges: policy {policy!r} must be "latest" or "all_previous"')
-    if is_media.dim() != 1 or is_media.dtype != torch.bool or cu_seqlens_q.dim() != 1 or cu_seqlens_k.dim() != 1:
-        raise ValueError(
-            f"fastmllm::media_ranges: is_media {tuple(is_media.shape)} {is_media.dtype}, cu_seqlens_q "
-            f"{tuple(cu_seqlens_q.shape)} and cu_seqlens_k {tuple(cu_seqlens_k.shape)} must be (T,) bool, (S + 1,) "
-            "and (I + 1,)"
-        )
-    num_media = cu_seqlens_k.numel() - 1
-    if is_media.is_cpu and not torch.compiler.is_compiling() and int(is_media.sum()) != num_media:
-        raise ValueError(f"fastmllm::media_ranges: is_media {tuple(is_media.shape)} marks {int(is_media.sum())} rows, "
-                         f"but cu_seqlens_k {tuple(cu_seqlens_k.shape)} bounds {num_media} images")  # fmt: skip
-    seen = is_media.cumsum(0)  # (T,) images introduced up to and including a row, in all samples
-    before = torch.cat([seen.new_zeros(1), seen])  # (T + 1,) ... before a row
-    rows = torch.arange(is_media.numel(), device=is_media.device)
-    sample = torch.searchsorted(cu_seqlens_q[1:].long(), rows, right=True)
-    first = before[cu_seqlens_q.long()[sample]]  # (T,) the first image of a row's sample
-    last_image = seen - 1 if policy == "latest" else first
-    none = seen == first
-    bounds = cu_seqlens_k.to(torch.int32)
-    start, stop = (bounds[t.clamp(min=0, max=num_media)] for t in (last_image, seen))
-    return start.masked_fill(none, 0), stop.masked_fill(none, 0)
+    return _cross_attention(q, k, v, media_start, media_stop, *longest, softmax_scale)[0]

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, gradients, strided
 
-from fastmllm.kernels import _dense
+from fastmllm.kernels import _dense, _split
 from fastmllm.kernels import cross_attention as op
-from fastmllm.kernels.cross_attention import cross_attention, media_ranges
+from fastmllm.kernels.cross_attention import cross_attention, mask_ranges, media_ranges, segment_ranges
+
+PLAIN = (0, 0, 0.3)  # no hint of sizes, and the scale
+BOTH = (*PLAIN, True, True)  # gradients of queries and of keys
 
 # (ranges of the rows, keys, H, Hkv, D)
 CASES = {
@@ -81,12 +84,12 @@ def test_a_text_attends_only_to_its_own_image():
 
 def test_plain_mathematics_equals_the_fused_cpu_kernel(monkeypatch):
     inputs, start, stop = _inputs("overlapping", torch.float64)
-    want = op.cross_attention_reference(*inputs, start, stop, 0.3)
+    want = op.cross_attention_reference(*inputs, start, stop, *PLAIN)
     grad = torch.randn_like(want[0])
-    want_grads = op.cross_attention_bwd_reference(grad, *inputs, *want, start, stop, 0.3)
+    want_grads = op.cross_attention_bwd_reference(grad, *inputs, *want, start, stop, *BOTH)
     monkeypatch.setattr(_dense, "_fused", lambda q: False)
-    got = op.cross_attention_reference(*inputs, start, stop, 0.3)
-    got_grads = op.cross_attention_bwd_reference(grad, *inputs, *want, start, stop, 0.3)
+    got = op.cross_attention_reference(*inputs, start, stop, *PLAIN)
+    got_grads = op.cross_attention_bwd_reference(grad, *inputs, *want, start, stop, *BOTH)
     for g, w in zip((*got, *got_grads), (*want, *want_grads), strict=True):
         torch.testing.assert_close(g, w)
 
@@ -100,46 +103,151 @@ TRITON = {
 }
 
 
-@pytest.mark.parametrize("case", TRITON)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_matches_reference(case, dtype, device, guard, monkeypatch):
+def _small_tiles(device, monkeypatch):
     if device == "cpu":  # one small tile for both dtypes: more blocks, fewer elements
         monkeypatch.setitem(op._TILES, 16, ((32, 16, 4, 1),) * 3)
         monkeypatch.setitem(op._TILES, 32, ((32, 16, 4, 1),) * 3)
         monkeypatch.setattr(op, "SCAN", 16)
-    inputs, *ranges = _inputs(TRITON[case], dtype, device)
-    got = guard.run(op.cross_attention_triton, *inputs, *ranges, 0.25)
-    want = op.cross_attention_reference(*inputs, *ranges, 0.25)
+
+
+def _check_triton(guard, inputs, ranges, grad, options):
+    """Compare both launchers with the reference, calibrated by fp64."""
     wide = [t.double() for t in inputs]
-    exact = op.cross_attention_reference(*wide, *ranges, 0.25)
+    got = guard.run(op.cross_attention_triton, *inputs, *ranges, *options)
+    want = op.cross_attention_reference(*inputs, *ranges, *options)
+    exact = op.cross_attention_reference(*wide, *ranges, *options)
     assert torch.equal(got[1].isinf(), exact[1].isinf())
     for g, s, o in zip(got, want, exact, strict=True):
         assert_as_accurate(*(t.nan_to_num(neginf=0.0) for t in (g, s, o)), ulps=8)
-    grad = torch.randn(inputs[0].shape).to(device, dtype)
-    got = guard.run(op.cross_attention_bwd_triton, grad, *inputs, *want, *ranges, 0.25)
-    want = op.cross_attention_bwd_reference(grad, *inputs, *want, *ranges, 0.25)
-    exact = op.cross_attention_bwd_reference(grad.double(), *wide, *exact, *ranges, 0.25)
+    got = guard.run(op.cross_attention_bwd_triton, grad, *inputs, *want, *ranges, *options, True, True)
+    want = op.cross_attention_bwd_reference(grad, *inputs, *want, *ranges, *options, True, True)
+    exact = op.cross_attention_bwd_reference(grad.double(), *wide, *exact, *ranges, *options, True, True)
     for g, s, o in zip(got, want, exact, strict=True):
         assert_as_accurate(g, s, o, ulps=8)
+
+
+@pytest.mark.parametrize("case", TRITON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_matches_reference(case, dtype, device, guard, monkeypatch):
+    _small_tiles(device, monkeypatch)
+    inputs, *ranges = _inputs(TRITON[case], dtype, device)
+    _check_triton(guard, inputs, ranges, torch.randn(inputs[0].shape).to(device, dtype), PLAIN)
+
+
+# (ranges of the rows, keys, H, Hkv, D), rows that share a range, keys of the longest range, parts of the keys
+SPLIT = {
+    "latents": (([(0, 36)] * 3 + [(36, 50)] * 3, 50, 1, 1, 20), 3, 36, 2),
+    "decoding, GQA": (([(0, 20), (20, 35), (0, 0)], 36, 4, 1, 16), 1, 32, 2),
+    "group of three": (([(3, 36)] * 3, 36, 3, 1, 8), 3, 36, 2),
+    "a part without keys": (([(0, 33)] * 2 + [(33, 34)], 34, 1, 1, 8), 2, 80, 2),
+    "many parts": (([(0, 65)] * 2, 65, 1, 1, 8), 2, 80, 4),
+}
+
+
+@pytest.mark.parametrize("case", SPLIT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_splits_the_keys_of_few_queries(case, dtype, device, guard, monkeypatch):
+    _small_tiles(device, monkeypatch)
+    monkeypatch.setattr(_split, "PART_BLOCKS", 1)
+    spec, rows, keys, parts = SPLIT[case]
+    if device == "cpu":
+        monkeypatch.setitem(op._FP32_TILES, False, ((32, 16, 4, 1),) * 3)
+        inputs, *_ = _inputs(spec, dtype)
+        assert op._plan(0, inputs[0], inputs[1], rows, keys)[2] == parts
+    inputs, *ranges = _inputs(spec, dtype, device)
+    _check_triton(guard, inputs, ranges, torch.randn(inputs[0].shape).to(device, dtype), (rows, keys, 0.25))
+
+
+def test_the_split_follows_sizes_that_the_host_knows():
+    """Parts fill the GPU where few queries leave it empty, and never where they do not."""
+    assert _split.part_count(8, 6404, 32) == 33  # Llama-3.2-Vision decodes one token: 8 key heads, 4 tiles
+    assert _split.part_count(64, 6400, 32) == 5  # CogAgent, 256 rows of 32 heads in tiles of 128
+    assert _split.part_count(8, 64, 64) == 1  # Flamingo: 64 keys are one block
+    assert _split.part_count(264, 6404, 32) == 1
+    assert _split.part_count(1, 10**6, 32) == _split.MAX_PARTS
+    decoding = op._config(0, torch.bfloat16, 128, 4, 1)
+    assert (decoding["BLOCK_M"], decoding["PACK"]) == (16, 4)  # four heads read their keys once
+    assert op._config(0, torch.bfloat16, 64, 1, 32)["BLOCK_M"] == 32  # a tile is the 32 latents of one image
+    assert (op._config(0, torch.bfloat16, 128, 4, 512)["PACK"], op._config(2, torch.bfloat16, 64, 1, 1)["BLOCK_M"]) == (
+        1,
+        32,
+    )
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(device):
+    """Whatever shares its tile, NaN included, a row of the output and of dq keeps its bits."""
+    ranges = [(0, 0)] + [(0, 20)] * 3 + [(20, 37)] * 5
+    inputs, start, stop = _inputs((ranges, 37, 2, 1, 8), torch.float32, device)
+    mine, keys = slice(4, 9), slice(20, 37)
+    alone = [inputs[0][mine], inputs[1][keys], inputs[2][keys], start[mine] - 20, stop[mine] - 20]
+    before = op.cross_attention_triton(*inputs, start, stop, *PLAIN)
+    torch.testing.assert_close(before[0][mine], op.cross_attention_triton(*alone, *PLAIN)[0])
+    grad = torch.randn_like(inputs[0])
+    want = op.cross_attention_bwd_triton(grad, *inputs, *before, start, stop, *PLAIN, True, False)[0]
+    q, k, v = (t.clone() for t in inputs)
+    for t, rows in ((q, slice(0, 4)), (k, slice(0, 20)), (v, slice(0, 20))):
+        t[rows] = float("nan")
+    got = op.cross_attention_triton(q, k, v, start, stop, *PLAIN)
+    assert torch.equal(got[0][mine], before[0][mine])
+    assert torch.equal(got[1][:, mine], before[1][:, mine])
+    dq = op.cross_attention_bwd_triton(grad, q, k, v, *got, start, stop, *PLAIN, True, False)[0]
+    assert torch.equal(dq[mine], want[mine])
+
+
+def test_same_result_twice(device, monkeypatch):
+    monkeypatch.setattr(_split, "PART_BLOCKS", 1)
+    inputs, *ranges = _inputs(([(0, 70)] * 3, 70, 1, 1, 8), torch.float32, device)
+    first, second = (op.cross_attention_triton(*inputs, *ranges, *PLAIN) for _ in range(2))
+    grads = [op.cross_attention_bwd_triton(first[0], *inputs, *first, *ranges, *BOTH) for _ in range(2)]
+    for a, b in zip((*first, *grads[0]), (*second, *grads[1]), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_triton_takes_strided_rows_and_a_stride_0_gradient(device):
     inputs, *ranges = _inputs(([(0, 3)] * 2 + [(3, 5)] * 3, 5, 2, 2, 8), torch.float32, device)
     kv = torch.stack(inputs[1:], 1)  # one projection, keys beside values
     inputs = [inputs[0], *kv.unbind(1)]
-    want = op.cross_attention_reference(*inputs, *ranges, 0.3)
-    for g, w in zip(op.cross_attention_triton(*inputs, *ranges, 0.3), want, strict=True):
+    want = op.cross_attention_reference(*inputs, *ranges, *PLAIN)
+    for g, w in zip(op.cross_attention_triton(*inputs, *ranges, *PLAIN), want, strict=True):
         torch.testing.assert_close(g, w)
     grad = torch.ones((), device=device).expand(5, 2, 8)
-    got = op.cross_attention_bwd_triton(grad, *inputs, *want, *ranges, 0.3)
-    for g, w in zip(got, op.cross_attention_bwd_reference(grad, *inputs, *want, *ranges, 0.3), strict=True):
+    got = op.cross_attention_bwd_triton(grad, *inputs, *want, *ranges, *BOTH)
+    for g, w in zip(got, op.cross_attention_bwd_reference(grad, *inputs, *want, *ranges, *BOTH), strict=True):
         torch.testing.assert_close(g, w, atol=2e-6, rtol=1e-5)
+
+
+def test_frozen_inputs_cost_no_gradient(device):
+    inputs, *ranges = _inputs("overlapping", torch.float32, device)
+    saved = (torch.ones_like(inputs[0]), *inputs, *op.cross_attention_reference(*inputs, *ranges, *PLAIN), *ranges)
+    full = op.cross_attention_bwd_reference(*saved, *BOTH)
+    for function in (op.cross_attention_bwd_reference, op.cross_attention_bwd_triton):
+        dq, dk, dv = function(*saved, *PLAIN, True, False)
+        assert (dq.shape, dk.numel(), dv.numel()) == (inputs[0].shape, 0, 0)
+        torch.testing.assert_close(dq, full[0])
+        dq, dk, dv = function(*saved, *PLAIN, False, True)
+        assert dq.numel() == 0
+        torch.testing.assert_close((dk, dv), full[1:])
+    leaves = [inputs[0].cpu().requires_grad_(), *(t.cpu() for t in inputs[1:])]
+    cross_attention(*leaves, *(t.cpu() for t in ranges)).sum().backward()
+    assert leaves[0].grad is not None
+    assert leaves[1].grad is None
+
+
+def test_triton_hands_fp64_on(device):
+    inputs, *ranges = _inputs("overlapping", torch.float64, device)
+    want = op.cross_attention_reference(*inputs, *ranges, *PLAIN)
+    got = op.cross_attention_triton(*inputs, *ranges, *PLAIN)
+    assert got[1].dtype == torch.float64
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
+    got = op.cross_attention_bwd_triton(inputs[0], *inputs, *want, *ranges, *BOTH)
+    want = op.cross_attention_bwd_reference(inputs[0], *inputs, *want, *ranges, *BOTH)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_opcheck():
     inputs, *ranges = _inputs("latest", torch.float32)
     torch.library.opcheck(
-        torch.ops.fastmllm.cross_attention.default, (*[t.requires_grad_() for t in inputs], *ranges, 0.25)
+        torch.ops.fastmllm.cross_attention.default, (*[t.requires_grad_() for t in inputs], *ranges, 2, 5, 0.25)
     )
 
 
@@ -176,6 +284,8 @@ def test_rejects_what_does_not_fit():
         cross_attention(q, k, k, start, start.long())
     with pytest.raises(ValueError, match=r"media_start \(2,\).*one entry a row of q \(3, 4, 8\)"):
         cross_attention(q, k, k, start[:2], start)
+    with pytest.raises(ValueError, match="max_seqlen_q -1 and max_seqlen_k None must not be negative"):
+        cross_attention(q, k, k, start, start, max_seqlen_q=-1)
 
 
 # media_ranges ---------------------------------------------------------------------------------------------------------
@@ -212,11 +322,117 @@ def test_media_ranges_are_those_of_flamingo(marks, cu_q, cu_k, policy):
     assert torch.equal(got, _flamingo_mask(is_media, cu_q, cu_k, policy))
 
 
+def _seen(start, stop, keys):
+    cols = torch.arange(keys)
+    return (cols >= start[:, None]) & (cols < stop[:, None])
+
+
+def test_media_ranges_of_a_group_are_those_of_mllama():
+    """Images whose rows are neighbours are seen together, as the processor of Llama-3.2-Vision lays down."""
+    processing = pytest.importorskip("transformers.models.mllama.processing_mllama")
+    samples = [[0, 1, 0, 1, 1, 0, 0, 1], [1, 1, 1, 0, 0], [0, 0], [1, 0]]
+    sizes = [[2, 1, 3, 2], [1, 2, 1], [], [4]]  # tiles of each image
+    tokens = 3  # of a tile
+    cu_q = torch.tensor([0, *torch.tensor([len(t) for t in samples]).cumsum(0).tolist()], dtype=torch.int32)
+    tiles = torch.tensor([n for sample in sizes for n in sample], dtype=torch.int32)
+    cu_k = torch.arange(int(tiles.sum()) + 1, dtype=torch.int32) * tokens
+    start, stop = media_ranges(
+        torch.tensor([t for sample in samples for t in sample]).bool(), cu_q, cu_k, "latest_group", tiles=tiles
+    )
+    got, key = _seen(start, stop, int(cu_k[-1])), 0
+    for sample, counts, first in zip(samples, sizes, cu_q.tolist(), strict=False):
+        spans = processing.get_cross_attention_token_mask(sample, 1)
+        for (begin, end), count in zip(spans, counts, strict=True):
+            want = torch.zeros(len(sample), dtype=torch.bool)
+            want[begin : len(sample) if end == -1 else end] = True
+            mine = got[:, key : key + count * tokens]
+            assert torch.equal(mine[first : first + len(sample)], want[:, None].expand(-1, count * tokens))
+            assert int(mine.sum()) == int(want.sum()) * count * tokens  # no other sample sees it
+            key += count * tokens
+
+
+def test_rows_without_media_see_all_of_their_sample_where_asked():
+    is_media = torch.tensor([0, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
+    cu_q, cu_k = torch.tensor([0, 3, 5, 7], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)
+    start, stop = media_ranges(is_media, cu_q, cu_k, empty="all")
+    ranges = list(zip(start.tolist(), stop.tolist(), strict=True))
+    assert ranges[:3] == [(0, 4)] * 3
+    assert all(a >= b for a, b in ranges[3:5])  # a sample of no image
+    assert ranges[5:] == [(4, 9)] * 2
+
+
+@pytest.mark.parametrize("empty", ["all", "zeros"])
+def test_mask_ranges_are_those_of_mllama(empty):
+    """The same attention as transformers' mask gives; Meta's code zeroes rows that see no tile."""
+    modeling = pytest.importorskip("transformers.models.mllama.modeling_mllama")
+    torch.manual_seed(0)
+    mask = torch.zeros(2, 5, 2, 3, dtype=torch.int64)
+    mask[0, 1:3, 0, :2] = 1  # one image of two tiles, then one of one
+    mask[0, 3:, 1, :1] = 1
+    mask[1, 2:, 0] = 1
+    tokens, heads, d = 4, 2, 8
+    start, stop = mask_ranges(mask, tokens, empty)
+    q, k, v = torch.randn(10, heads, d), torch.randn(48, heads, d), torch.randn(48, heads, d)
+    got = cross_attention(q, k, v, start, stop)
+    additive, some = modeling._prepare_cross_attention_mask(mask, tokens, torch.float32)
+    q4, k4, v4 = (t.unflatten(0, (2, -1)).transpose(1, 2) for t in (q, k, v))
+    want = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=additive)
+    want = want * some if empty == "zeros" else want
+    torch.testing.assert_close(got, want.transpose(1, 2).flatten(0, 1))
+
+
+def test_segment_ranges_let_latents_see_their_image():
+    cu_q, cu_k = (torch.tensor(t, dtype=torch.int32) for t in ([0, 3, 6, 6, 8], [0, 5, 5, 9, 11]))
+    start, stop = segment_ranges(cu_q, cu_k, 9)
+    assert start.dtype == stop.dtype == torch.int32
+    assert list(zip(start.tolist(), stop.tolist(), strict=True)) == [(0, 5)] * 3 + [(5, 5)] * 3 + [(9, 11)] * 2 + [
+        (11, 11)
+    ]
+    none = torch.zeros(1, dtype=torch.int32)
+    assert [t.numel() for t in segment_ranges(none, none, 0)] == [0, 0]
+
+
+def test_ranges_compile_without_a_graph_break():
+    is_media = torch.tensor([0, 1, 1, 0, 1], dtype=torch.bool)
+    cu_q, cu_k = torch.tensor([0, 4, 5], dtype=torch.int32), torch.tensor([0, 2, 3, 7], dtype=torch.int32)
+    mask = torch.ones(1, 2, 1, 2)
+
+    def ranges():
+        return (
+            *media_ranges(is_media, cu_q, cu_k, "latest_group", "all"),
+            *mask_ranges(mask, 3),
+            *segment_ranges(cu_q, cu_q, 5),
+        )
+
+    for got, want in zip(torch.compile(ranges, fullgraph=True, backend="aot_eager")(), ranges(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_ranges_of_meta_tensors_need_no_device():
+    """What a GPU would have to wait for raises on meta tensors: no size and no branch depends on values."""
+    is_media, cu = torch.ones(5, dtype=torch.bool, device="meta"), torch.ones(3, dtype=torch.int32, device="meta")
+    for empty in ("zeros", "all"):
+        for policy in ("latest", "latest_group", "all_previous"):
+            assert media_ranges(is_media, cu, cu, policy, empty, tiles=cu[:2])[0].shape == (5,)
+        assert mask_ranges(torch.ones(2, 3, 1, 2, device="meta"), 4, empty)[1].shape == (6,)
+    assert segment_ranges(cu, cu, 7)[0].shape == (7,)
+
+
 def test_media_ranges_reject_what_does_not_fit():
     is_media, cu = torch.tensor([True, False]), torch.tensor([0, 2], dtype=torch.int32)
-    with pytest.raises(ValueError, match='policy \'newest\' must be "latest" or "all_previous"'):
+    with pytest.raises(ValueError, match='policy \'newest\' must be "latest", "latest_group" or'):
         media_ranges(is_media, cu, cu, "newest")
     with pytest.raises(ValueError, match=r"is_media \(2,\) torch.int64"):
         media_ranges(is_media.long(), cu, cu)
     with pytest.raises(ValueError, match=r"marks 1 rows, but cu_seqlens_k \(3,\) bounds 2 images"):
         media_ranges(is_media, cu, torch.tensor([0, 1, 2], dtype=torch.int32))
+    with pytest.raises(ValueError, match='empty \'mean\' must be "zeros" or "all"'):
+        media_ranges(is_media, cu, cu, empty="mean")
+    with pytest.raises(ValueError, match=r"tiles \(1,\) sum to 2, but cu_seqlens_k \(2,\) bounds 1"):
+        media_ranges(is_media, cu, cu, tiles=torch.tensor([2]))
+    with pytest.raises(ValueError, match=r"segment_ranges: cu_seqlens_q \(2,\) and cu_seqlens_k \(1,\)"):
+        segment_ranges(cu, cu[:1], 2)
+    with pytest.raises(ValueError, match=r"mask_ranges: mask \(1, 2, 3\) must be"):
+        mask_ranges(torch.zeros(1, 2, 3), 4)
+    with pytest.raises(ValueError, match=r"mask \(1, 1, 1, 3\) sees tiles that are not neighbours"):
+        mask_ranges(torch.tensor([[[[1, 0, 1]]]]), 4)
