@@ -496,7 +496,7 @@ def patch_embed_packed(
              "at least 1")  # fmt: skip
     if not isinstance(pixels, Tensor):
         _require(grid_thw is None, "a list of images has its own grids: leave grid_thw out")
-        pixels, grid_thw = _flat(pixels, t, p, chw)
+        pixels, grid_thw = flatten_images(pixels, p, t, layout)
     _require(grid_thw is not None and pixels.dim() in (1, 2),
              f"pixels {tuple(pixels.shape)} must be a list of images, or flat or (M, K) with their "
              "grid_thw")  # fmt: skip
@@ -529,18 +529,20 @@ def patch_embed_packed(
     return tokens, grids[3]
 
 
-def _flat(pictures: Sequence[Tensor], t: int, p: int, chw: bool) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Return the images in one flat buffer, and their grids."""
-    grids = []
-    for x in pictures:
+def flatten_images(
+    images: Sequence[Tensor], patch_size: int, temporal_patch_size: int = 1, layout: str = "hwc"
+) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """Concatenate images (H, W, C) and videos (F, H, W, C), channels first in layout "chw"; return their grids too."""
+    t, p, chw, grids = temporal_patch_size, patch_size, layout == "chw", []
+    _require(len(images) > 0, "the list of images is empty")
+    for x in images:
         frames, *shape = x.shape if x.dim() == 4 else (t, *x.shape)
         h, w = (shape[1:] if chw else shape[:2]) if len(shape) == 3 else (-1, -1)
         _require(h >= 0 and h % p == 0 and w % p == 0 and frames % t == 0 and (x.dim() == 4 or t == 1),
                  f"an image {tuple(x.shape)} must be {'(C, H, W)' if chw else '(H, W, C)'} of whole {p} x {p} patches, "
-                 f"a video in front of that a multiple of {t} frames")  # fmt: skip
+                 f"a video in front of that a multiple of {t} frames; for a still, fold the weight")  # fmt: skip
         grids.append((frames // t, h // p, w // p))
-    _require(len(pictures) > 0, "the list of images is empty")
-    return torch.cat([x.reshape(-1) for x in pictures]), grids
+    return torch.cat([x.reshape(-1) for x in images]), grids
 
 
 def patch_weight(weight: Tensor, order: str = "hwc", still: bool = False) -> Tensor:

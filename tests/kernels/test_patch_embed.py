@@ -9,6 +9,7 @@ from oracle import assert_as_accurate, gradients, strided
 
 from fastmllm.kernels import _native
 from fastmllm.kernels import patch_embed as op
+from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.patch_embed import patch_embed, patch_embed_packed, patch_weight
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -212,6 +213,52 @@ def test_patches_cut_by_a_processor(order):
         (grad,) = torch.autograd.grad(got.sum(), conv, retain_graph=True)
         torch.testing.assert_close(grad, torch.autograd.grad(want.sum(), conv, retain_graph=True)[0])
     assert patch_weight(conv[:, :, 0], "chw")._base is not None, "a view: no copy in every step"
+
+
+def test_equals_qwen2_vl():
+    """Image processor and Conv3d embedding end to end: from its patches, from them as stills, from pixels."""
+    processing = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    modeling = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    torch.manual_seed(0)
+    images = [torch.randint(0, 256, s, dtype=torch.uint8) for s in ((56, 112, 3), (84, 56, 3))]
+    made = processing.Qwen2VLImageProcessorPil(do_resize=False)([x.numpy() for x in images], return_tensors="pt")
+    conv = modeling.PatchEmbed(embed_dim=16)
+    want = conv(made["pixel_values"])
+    weight = conv.proj.weight.detach()
+    options = {"patch_size": 14, "grid_thw": made["image_grid_thw"]}
+    cut = {"temporal_patch_size": 2, "layout": "chw", **options}
+    got, cu_seqlens = patch_embed_packed(made["pixel_values"], patch_weight(weight, "chw"), **cut)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert cu_seqlens.tolist() == [0, 32, 56]
+    got, _ = patch_embed_packed(made["pixel_values"], patch_weight(weight, "chw", still=True), still=True, **cut)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    affine = {"mean": MEAN, "std": STD, "merge_size": 2}
+    folded = patch_weight(weight, still=True)
+    got, _ = patch_embed_packed(torch.cat([x.flatten() for x in images]), folded, **options, **affine)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    got, _ = patch_embed_packed([x.expand(2, -1, -1, -1) for x in images], patch_weight(weight), patch_size=14,
+                                temporal_patch_size=2, **affine)  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_equals_clip_with_its_norm():
+    """Channels first, class token, positions, and `pre_layrnorm` composed behind it."""
+    clip = pytest.importorskip("transformers.models.clip.modeling_clip")
+    torch.manual_seed(0)
+    config = clip.CLIPVisionConfig(hidden_size=16, num_attention_heads=2, image_size=8, patch_size=4)
+    source, norm = clip.CLIPVisionEmbeddings(config), torch.nn.LayerNorm(16)
+    pixels = torch.randn(2, 3, 8, 8)
+    position = source.position_embedding.weight
+    prefix = source.class_embedding[None] + position[:1]
+    tokens = patch_embed(pixels, patch_weight(source.patch_embedding.weight), None, position[1:], patch_size=4,
+                         layout="chw", prefix=prefix)  # fmt: skip
+    got = layer_norm(tokens, norm.weight, norm.bias)
+    want = norm(source(pixels))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    leaves = [source.class_embedding, position, source.patch_embedding.weight]
+    for g, w in zip(gradients([got], leaves, [pixels[:, 0, :5, :1].expand(2, 5, 16)]),
+                    gradients([want], leaves, [pixels[:, 0, :5, :1].expand(2, 5, 16)]), strict=True):  # fmt: skip
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
 TRITON = [(2, 12, 18, 6, 33), (1, 16, 16, 8, 40), (2, 12, 14, 2, 5), (1, 6, 6, 6, 70), (0, 8, 8, 4, 16)]
