@@ -316,6 +316,34 @@ def test_triton_takes_packed_images(case, dtype, uint8, prefix_rows, device, gua
     _check_triton(guard, [*inputs, prefix, table], last, (not uint8, True))
 
 
+class _Recorder:
+    """Stand in for a kernel, and note its launch."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.launches.append(self.name)
+
+
+def test_launches_and_no_host_sync(monkeypatch):
+    """On meta tensors, which have no value to read: one launch for images of any sizes, and one for a prefix."""
+    launches = []
+    for name in ("_fwd_kernel", "_prefix_kernel", "_rows_kernel", "_bwd_weight_kernel", "_bwd_pixels_kernel"):
+        monkeypatch.setattr(op, name, _Recorder(name, launches))
+    grids, frames, merge, planar, patch, _ = PACKED[0]
+    *inputs, prefix = _packed_inputs(PACKED[0], torch.float32, True, "meta", 2)
+    sizes = op.segments("patch_embed", grids)
+    last = (patch, frames, merge, planar, SCALE, SHIFT)
+    op.patch_embed_triton(*inputs, None, op.grid_table(sizes, 0, torch.device("meta")), *last)
+    assert launches == ["_fwd_kernel"]
+    table = op.grid_table(sizes, 2, torch.device("meta"))
+    y = op.patch_embed_triton(*inputs, prefix, table, *last)
+    assert launches[1:] == ["_fwd_kernel", "_prefix_kernel"]
+    op.patch_embed_bwd_triton(y, *inputs[:2], patch, False, True, table, 2, *last[1:])
+    assert launches[3:] == ["_rows_kernel", "_bwd_weight_kernel"]
+
+
 def test_triton_backward_of_a_stride_0_gradient(device):
     """`.sum().backward()` hands the backward an expanded scalar."""
     pixels, w, _, _ = _inputs((2, 4, 6, 2, 5), torch.float32, False, device)
