@@ -31,6 +31,27 @@ FASTMLLM_INLINE void unpack(const T *__restrict__ rows, T *__restrict__ image, c
   }
 }
 
+template <typename From, typename To, typename Sum>
+FASTMLLM_INLINE void pack_channels(const From *__restrict__ image, To *__restrict__ row, const Sum *__restrict__ scale,
+                                   const Sum *__restrict__ shift, int64_t plane, int64_t row_length, int64_t patch,
+                                   int64_t channels) {
+  for (int64_t i = 0; i < patch; ++i, image += row_length, row += patch * channels)
+    for (int64_t c = 0; c < channels; ++c)
+#pragma GCC ivdep
+      for (int64_t t = 0; t < patch; ++t)
+        narrow(Sum(widen(image[c * plane + t])) * scale[c] + shift[c], row[t * channels + c]);
+}
+
+template <typename T>
+FASTMLLM_INLINE void unpack_channels(const T *__restrict__ row, T *__restrict__ image, const T *__restrict__ scale,
+                                     int64_t plane, int64_t row_length, int64_t patch, int64_t channels) {
+  for (int64_t i = 0; i < patch; ++i, image += row_length, row += patch * channels)
+    for (int64_t c = 0; c < channels; ++c)
+#pragma GCC ivdep
+      for (int64_t t = 0; t < patch; ++t)
+        image[c * plane + t] = row[t * channels + c] * scale[c];
+}
+
 template <typename T, typename Sum>
 FASTMLLM_INLINE void offsets(const Sum *__restrict__ bias, const T *__restrict__ position, T *__restrict__ out,
                              int64_t first, int64_t last, int64_t width) {
@@ -63,12 +84,30 @@ PACK(float, float, float)
 PACK(float, bfloat16, float)
 PACK(double, double, double)
 
+#define PACK_PLANAR(From, To, Sum)                                                                                     \
+  FASTMLLM_CLONES FASTMLLM_PACK_PLANAR(From, To, Sum) {                                                                \
+    pack_channels(image, row, scale, shift, plane, row_length, patch, channels);                                       \
+  }
+PACK_PLANAR(uint8_t, float, float)
+PACK_PLANAR(uint8_t, bfloat16, float)
+PACK_PLANAR(uint8_t, double, double)
+PACK_PLANAR(float, float, float)
+PACK_PLANAR(float, bfloat16, float)
+PACK_PLANAR(double, double, double)
+
 #define UNPACK(T)                                                                                                      \
   FASTMLLM_CLONES FASTMLLM_UNPACK(T) {                                                                                 \
     unpack(rows, image, scale, first, last, row_length, patch, run);                                                   \
   }
 UNPACK(float)
 UNPACK(double)
+
+#define UNPACK_PLANAR(T)                                                                                               \
+  FASTMLLM_CLONES FASTMLLM_UNPACK_PLANAR(T) {                                                                          \
+    unpack_channels(row, image, scale, plane, row_length, patch, channels);                                            \
+  }
+UNPACK_PLANAR(float)
+UNPACK_PLANAR(double)
 
 #define ADD_OFFSETS(T, Sum)                                                                                            \
   FASTMLLM_CLONES FASTMLLM_ADD_OFFSETS(T, Sum) {                                                                       \

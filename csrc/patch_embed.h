@@ -16,12 +16,31 @@ FASTMLLM_PACK(float, float, float);
 FASTMLLM_PACK(float, bfloat16, float);
 FASTMLLM_PACK(double, double, double);
 
+// One patch of an image that holds a plane for each of its `channels`: `image` points to the patch's first value,
+// `row_length` values on is its next row, `plane` values on the next channel. `scale` and `shift` hold `channels`
+// values.
+#define FASTMLLM_PACK_PLANAR(From, To, Sum)                                                                            \
+  void pack_planar(const From *image, To *row, const Sum *scale, const Sum *shift, int64_t plane, int64_t row_length,  \
+                   int64_t patch, int64_t channels)
+FASTMLLM_PACK_PLANAR(uint8_t, float, float);
+FASTMLLM_PACK_PLANAR(uint8_t, bfloat16, float);
+FASTMLLM_PACK_PLANAR(uint8_t, double, double);
+FASTMLLM_PACK_PLANAR(float, float, float);
+FASTMLLM_PACK_PLANAR(float, bfloat16, float);
+FASTMLLM_PACK_PLANAR(double, double, double);
+
 // image = rows * scale: the gradient of the above.
 #define FASTMLLM_UNPACK(T)                                                                                             \
   void unpack_patches(const T *rows, T *image, const T *scale, int64_t first, int64_t last, int64_t row_length,        \
                       int64_t patch, int64_t run)
 FASTMLLM_UNPACK(float);
 FASTMLLM_UNPACK(double);
+
+#define FASTMLLM_UNPACK_PLANAR(T)                                                                                      \
+  void unpack_planar(const T *row, T *image, const T *scale, int64_t plane, int64_t row_length, int64_t patch,         \
+                     int64_t channels)
+FASTMLLM_UNPACK_PLANAR(float);
+FASTMLLM_UNPACK_PLANAR(double);
 
 // out[n] = bias + position[n] for n in [first, last); either may be null. Summed in the type of the bias.
 #define FASTMLLM_ADD_OFFSETS(T, Sum)                                                                                   \

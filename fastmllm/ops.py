@@ -14,6 +14,9 @@ from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy, sequence
 from fastmllm.kernels.patch_embed import patch_embed
 from fastmllm.kernels.splice_tokens import splice_plan, splice_tokens
 from fastmllm.kernels.rms_norm import rms_norm
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.kernels.patch_embed import patch_embed, patch_embed_packed, patch_weight
+from fastmllm.kernels.position_resample import position_resample
 from fastmllm.kernels.token_merge import token_merge
 from fastmllm.kernels.vision_rope import vision_rope
 from fastmllm.kernels.token_select import token_select
@@ -43,6 +46,9 @@ __all__ = [
     "media_ranges",
     "patch_embed",
     "segment_ranges",
+    "patch_embed_packed",
+    "patch_weight",
+    "position_resample",
     "token_merge",
     "vision_rope",
     "token_select",

@@ -35,7 +35,7 @@ def _patch_embed_flops(pixels, weight, *args, **kwargs) -> int:
     return 2 * pixels.numel() * weight.shape[1]
 
 
-def _patch_embed_bwd_flops(grad, pixels, weight, patch_size, pixel_grad, weight_grad, **kwargs) -> int:
+def _patch_embed_bwd_flops(grad, pixels, weight, patch_size, pixel_grad, weight_grad, *args, **kwargs) -> int:
     return 2 * pixels.numel() * weight.shape[1] * (bool(pixel_grad) + bool(weight_grad))
 
 

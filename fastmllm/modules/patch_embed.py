@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmllm.kernels.patch_embed import patch_embed
+from fastmllm.kernels.patch_embed import flatten_images, patch_embed, patch_embed_packed, patch_weight
+from fastmllm.kernels.position_resample import position_resample
 
 
 class PatchEmbed(nn.Module):
@@ -19,8 +21,10 @@ class PatchEmbed(nn.Module):
         bias: whether the projection has a bias.
         grid: side of the square position table in patches, or None for no positions.
         mean, std: per channel, in 0..1 units; None leaves pixels at 0..1.
+        temporal_patch_size: frames of a patch (T). A still image is T equal frames: the weight is folded for it.
+        mode, align_corners, antialias: how positions are resampled (`position_resample`): the defaults are DINOv2's.
 
-    The weight is stored (K, D) with K in (row, column, channel) order; `load_conv_weight` takes a convolution's.
+    The weight is stored (K, D) with K in (frame, row, column, channel) order; `load_conv_weight` takes a convolution's.
     """
 
     def __init__(
@@ -32,15 +36,23 @@ class PatchEmbed(nn.Module):
         grid: int | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        temporal_patch_size: int = 1,
+        mode: str = "bicubic",
+        align_corners: bool = False,
+        antialias: bool = False,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or width < 1 or channels < 1 or (grid is not None and grid < 1):
-            raise ValueError(f"PatchEmbed: sizes must be >= 1, got {patch_size=}, {width=}, {channels=}, {grid=}")
+        if min(patch_size, width, channels, temporal_patch_size) < 1 or (grid is not None and grid < 1):
+            raise ValueError(
+                f"PatchEmbed: sizes must be >= 1, got {patch_size=}, {width=}, {channels=}, {grid=}, "
+                f"{temporal_patch_size=}"
+            )
         if (mean is None) != (std is None) or (mean is not None and not len(mean) == len(std or ()) == channels):
             raise ValueError(f"PatchEmbed: mean and std need {channels} values each, got {mean} and {std}")
         self.patch_size, self.grid = patch_size, grid
-        self.mean, self.std = mean, std
-        self.weight = nn.Parameter(torch.empty(channels * patch_size * patch_size, width))
+        self.mean, self.std, self.temporal_patch_size = mean, std, temporal_patch_size
+        self.mode, self.align_corners, self.antialias = mode, align_corners, antialias
+        self.weight = nn.Parameter(torch.empty(temporal_patch_size * patch_size * patch_size * channels, width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.position = nn.Parameter(torch.empty(grid * grid, width)) if grid else None
         self.reset_parameters()
@@ -51,11 +63,29 @@ class PatchEmbed(nn.Module):
         if self.position is not None:
             nn.init.trunc_normal_(self.position, std=0.02)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def _still_weight(self) -> Tensor:
+        if self.temporal_patch_size == 1:
+            return self.weight
+        return self.weight.unflatten(0, (self.temporal_patch_size, -1)).sum(0)
+
+    def _position(self, grids: Sequence[Sequence[int]], merge_size: int = 1) -> Tensor | None:
+        if self.position is None or self.grid is None:
+            return None
+        if list(grids) == [(self.grid, self.grid)] and merge_size == 1:
+            return self.position
+        table = self.position.unflatten(0, (self.grid, self.grid))
+        return position_resample(
+            table, grids, mode=self.mode, align_corners=self.align_corners, antialias=self.antialias,
+            merge_size=merge_size,
+        )  # fmt: skip
+
+    def forward(self, pixels: Tensor, layout: str = "hwc") -> Tensor:
         """Embed images of one size.
 
         Args:
-            pixels: (I, H, W, C) uint8, or float in 0..1; H and W multiples of the patch size.
+            pixels: (I, H, W, C) uint8, or float in 0..1; H and W multiples of the patch size. (I, C, H, W) in layout
+                "chw".
+            layout: "hwc" or "chw".
 
         Returns:
             (I, N, D), N = (H / P) * (W / P), row-major.
@@ -63,54 +93,71 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: shape or dtype do not fit.
         """
-        if pixels.dim() != 4 or pixels.shape[1] % self.patch_size or pixels.shape[2] % self.patch_size:
+        height, width = pixels.shape[-2:] if layout == "chw" else pixels.shape[1:3]
+        if pixels.dim() != 4 or height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"PatchEmbed: pixels must be (I, H, W, C) with H and W multiples of {self.patch_size}, got "
-                f"{tuple(pixels.shape)}; resize or pad the image"
+                f"{tuple(pixels.shape)} in layout {layout!r}; resize or pad the image"
             )
-        rows, columns = pixels.shape[1] // self.patch_size, pixels.shape[2] // self.patch_size
-        position = None
-        if self.position is not None and self.grid is not None:
-            position = resample_position(self.position, self.grid, rows, columns)
+        position = self._position([(height // self.patch_size, width // self.patch_size)])
         return patch_embed(
-            pixels, self.weight, self.bias, position, mean=self.mean, std=self.std, patch_size=self.patch_size
-        )
+            pixels, self._still_weight(), self.bias, position, mean=self.mean, std=self.std, patch_size=self.patch_size,
+            layout=layout,
+        )  # fmt: skip
+
+    def forward_packed(
+        self,
+        pixels: Tensor | Sequence[Tensor],
+        grid_thw: Sequence[Sequence[int]] | None = None,
+        layout: str = "hwc",
+        merge_size: int = 1,
+        still: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Embed images and videos of different sizes.
+
+        Args:
+            pixels: a list of images (H, W, C) and videos (F, H, W, C), or a flat buffer of them with their grids.
+            grid_thw: (t, h, w) or (h, w) patches of each image in a flat buffer.
+            layout: "hwc" or "chw", of each image.
+            merge_size: patches come in blocks of merge_size x merge_size; 1 is row-major.
+            still: all are single frames that stand for `temporal_patch_size` equal ones.
+
+        Returns:
+            (M, D) and cu_seqlens (S + 1,) int32, a segment a frame.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit.
+        """
+        frames = 1 if still else self.temporal_patch_size
+        if not isinstance(pixels, Tensor):
+            pixels, grid_thw = flatten_images(pixels, self.patch_size, frames, layout)
+        if grid_thw is None or pixels.dim() != 1:
+            raise ValueError(
+                f"PatchEmbed: pixels {tuple(pixels.shape)} must be a list of images, or flat with their grid_thw"
+            )
+        return patch_embed_packed(
+            pixels, self._still_weight() if still else self.weight, self.bias, self._position(grid_thw, merge_size),
+            grid_thw=grid_thw, mean=self.mean, std=self.std, patch_size=self.patch_size, temporal_patch_size=frames,
+            merge_size=merge_size, layout=layout,
+        )  # fmt: skip
 
     @torch.no_grad()
     def load_conv_weight(self, weight: Tensor) -> None:
-        """Take the weight (D, C, P, P) of the convolution that this layer replaces."""
+        """Take the weight (D, C, P, P) or (D, C, T, P, P) of the convolution that this layer replaces."""
         self.weight.copy_(conv_to_patch_weight(weight))
 
     def conv_weight(self) -> Tensor:
-        """Return the weight as a convolution's, (D, C, P, P)."""
-        return patch_to_conv_weight(self.weight, self.patch_size)
+        """Return the weight as a convolution's, (D, C, P, P), or (D, C, T, P, P) where T > 1."""
+        return patch_to_conv_weight(self.weight, self.patch_size, self.temporal_patch_size)
 
 
 def conv_to_patch_weight(weight: Tensor) -> Tensor:
-    """Reorder a convolution's (D, C, P, P) into (K, D), K in (row, column, channel) order."""
-    return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]).contiguous()
+    """Reorder a convolution's (D, C, P, P) or (D, C, T, P, P) into (K, D), as `patch_embed` takes it."""
+    return patch_weight(weight).contiguous()
 
 
-def patch_to_conv_weight(weight: Tensor, patch_size: int) -> Tensor:
-    """Reorder a patch weight (K, D) into a convolution's (D, C, P, P)."""
-    return weight.reshape(patch_size, patch_size, -1, weight.shape[1]).permute(3, 2, 0, 1).contiguous()
-
-
-def resample_position(position: Tensor, grid: int, rows: int, columns: int) -> Tensor:
-    """Resample a square position table bicubically, in fp32.
-
-    Args:
-        position: (grid * grid, D).
-        grid: its side.
-        rows, columns: the wanted grid.
-
-    Returns:
-        (rows * columns, D) in the dtype of `position`; the table itself where the sizes agree.
-
-    Equal to transformers' Dinov2Embeddings.interpolate_pos_encoding (no antialiasing, corners not aligned).
-    """
-    if (rows, columns) == (grid, grid):
-        return position
-    table = position.float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)  # (1, D, grid, grid)
-    table = F.interpolate(table, size=(rows, columns), mode="bicubic", align_corners=False)
-    return table.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(position.dtype)
+def patch_to_conv_weight(weight: Tensor, patch_size: int, temporal_patch_size: int = 1) -> Tensor:
+    """Reorder a patch weight (K, D) into a convolution's (D, C, P, P), or (D, C, T, P, P) where T > 1."""
+    shape = (temporal_patch_size, patch_size, patch_size, -1, weight.shape[1])
+    conv = weight.reshape(shape).permute(4, 3, 0, 1, 2)
+    return (conv if temporal_patch_size > 1 else conv.squeeze(2)).contiguous()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmllm.modules.patch_embed import PatchEmbed, conv_to_patch_weight, patch_to_conv_weight, resample_position
+from fastmllm.modules.patch_embed import PatchEmbed, conv_to_patch_weight, patch_to_conv_weight
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -46,16 +46,44 @@ def test_conv_weight_round_trip() -> None:
     assert torch.equal(module.conv_weight(), weight)
 
 
-def test_position_is_resampled_in_fp32_and_differentiable() -> None:
-    table = torch.randn(9, 4, requires_grad=True)
-    assert resample_position(table, 3, 3, 3) is table
-    wide = resample_position(table, 3, 2, 5)
-    assert wide.shape == (10, 4)
-    wide.sum().backward()
-    assert table.grad is not None
-    half = table.detach().bfloat16()
-    expected = resample_position(half.float(), 3, 5, 4).bfloat16()
-    assert torch.equal(resample_position(half, 3, 5, 4), expected)
+def test_position_is_resampled_and_differentiable() -> None:
+    """As transformers' Dinov2Embeddings.interpolate_pos_encoding: bicubic, corners not aligned, in fp32."""
+    module = PatchEmbed(2, 4, grid=3)
+    x = pixels(1, 4, 10, 3)
+    table = module.position.detach().reshape(1, 3, 3, 4).permute(0, 3, 1, 2)
+    expected = F.interpolate(table, size=(2, 5), mode="bicubic").permute(0, 2, 3, 1).reshape(10, 4)
+    got = module(x)
+    module.position.requires_grad_(False).zero_()
+    torch.testing.assert_close(got - module(x), expected[None])
+    got.sum().backward()
+    assert module.weight.grad is not None
+    module.position.requires_grad_(True)
+    module(x).sum().backward()
+    assert module.position.grad is not None
+
+
+def test_layouts_and_packed_images_agree() -> None:
+    torch.manual_seed(0)
+    module = PatchEmbed(2, 8, grid=4, mean=MEAN, std=STD, mode="bilinear", align_corners=True)
+    images = [pixels(4, 8, 3), pixels(6, 2, 3)]
+    got, cu_seqlens = module.forward_packed(images)
+    assert cu_seqlens.tolist() == [0, 8, 11]
+    for x, part in zip(images, got.split([8, 3]), strict=True):
+        torch.testing.assert_close(part, module(x[None])[0])
+        torch.testing.assert_close(part, module(x.movedim(-1, 0)[None], layout="chw")[0])
+
+
+def test_a_still_image_is_equal_frames() -> None:
+    torch.manual_seed(0)
+    module = PatchEmbed(2, 8, temporal_patch_size=2)
+    x = pixels(4, 8, 3)
+    twice, _ = module.forward_packed([x.expand(2, -1, -1, -1)], merge_size=2)
+    once, _ = module.forward_packed([x], merge_size=2, still=True)
+    torch.testing.assert_close(once, twice)
+    torch.testing.assert_close(module(x[None])[0], module.forward_packed([x], still=True)[0])
+    weight = torch.randn(8, 3, 2, 2, 2)
+    module.load_conv_weight(weight)
+    assert torch.equal(module.conv_weight(), weight)
 
 
 def test_rejects_what_does_not_fit() -> None:
@@ -67,3 +95,5 @@ def test_rejects_what_does_not_fit() -> None:
         PatchEmbed(4, 8, mean=MEAN)
     with pytest.raises(ValueError, match="patch_size=0"):
         PatchEmbed(0, 8)
+    with pytest.raises(ValueError, match="flat with their grid_thw"):
+        PatchEmbed(4, 8).forward_packed(pixels(48))
