@@ -117,7 +117,10 @@ def _patch_count() -> None:
 
     def counted(self, *args, **kwargs):
         self.fn.__globals__["range"] = count
-        return call(self, *args, **kwargs)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            del self.fn.__globals__["range"]
 
     Executor.__call__, Builder.set_grid_idx = counted, next_program
 
