@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +17,7 @@ from fastmllm.kernels import rms_norm as op
 from fastmllm.kernels._norm import MAX_WIDTH
 from fastmllm.kernels.rms_norm import rms_norm
 
+CSRC = Path(__file__).parents[2] / "csrc"
 SHAPES = [(3, 5, 33), (7, 64), (1, 3), (0, 16)]
 SETTINGS = 1e-6, 1.0  # eps and offset: Gemma's
 ADDED = ["plain", "residual", "scale"]  # x, residual + x, residual + scale * x
@@ -130,6 +136,43 @@ def test_native_matches_reference(shape, dtype, added):
     got = torch.ops.fastmllm.rms_norm_bwd(*[strided(a) if isinstance(a, torch.Tensor) else a for a in args])
     assert [(g.dtype, g.shape) for g in got] == [(w.dtype, w.shape) for w in want]
     _assert_all_as_accurate(got, want, op.rms_norm_bwd_reference(*_wide(args)))
+
+
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_every_clone_agrees(level, tmp_path):
+    """Compile the loops for one level alone, as the loader picks them on such a machine."""
+    compiler = shutil.which("g++")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if compiler is None or {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl", "x86-64": "sse2"}[level] not in flags:
+        pytest.skip(f"needs g++ and a machine with {level}")
+    code = """
+        #include "rms_norm.h"
+        #include <vector>
+        using namespace fastmllm;
+        extern "C" void run(int64_t m, int64_t n, const bfloat16 *x, const bfloat16 *r, const float *w, const float *s,
+                            const bfloat16 *dy, const bfloat16 *grad_h, bfloat16 *y, bfloat16 *h, float *rstd,
+                            bfloat16 *dh, bfloat16 *dx, float *dw, float *ds) {
+          std::vector<float> rows(n + kNormScratch);
+          norm_forward(NormForward<bfloat16>{n, 1e-6f, x, r, w, s, y, h, rstd}, 0, m, rows.data());
+          NormBackward<bfloat16> back{n, dy, grad_h, h, x, w, s, rstd, dh, dx};
+          norm_backward(back, 0, m, dw, ds, rows.data());
+        }"""
+    (tmp_path / "shim.cpp").write_text(code)
+    library = tmp_path / "loops.so"
+    command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", f"-march={level}", "-DFASTMLLM_ONE_LEVEL"]
+    files = [str(tmp_path / "shim.cpp"), str(CSRC / "rms_norm.cpp")]
+    subprocess.run([*command, f"-I{CSRC}", *files, "-o", str(library)], check=True, capture_output=True)
+    x, w, r, s = inputs = _inputs((6, 133), torch.bfloat16, "scale")
+    want = op.rms_norm_reference(*inputs, 1e-6, 0.0)
+    grad_y, grad_h, *_ = _backward_args(inputs, "scale", want)
+    got = [torch.empty_like(t) for t in want]
+    dh, dx, dw, ds = torch.empty_like(x), torch.empty_like(x), torch.zeros(133), torch.zeros(133)
+    tensors = x, r, w.float(), s.float(), grad_y, grad_h, *got, dh, dx, dw, ds
+    ctypes.CDLL(str(library)).run(*map(ctypes.c_int64, x.shape), *(ctypes.c_void_p(t.data_ptr()) for t in tensors))
+    _assert_all_as_accurate(got, want, op.rms_norm_reference(*_wide(inputs), 1e-6, 0.0))
+    args = grad_y, grad_h, want[1], x, w, s, want[2], 0.0, True
+    wide = op.rms_norm_bwd_reference(*_wide(args))
+    _assert_all_as_accurate((dh, dx, dw.to(w), ds.to(w)), op.rms_norm_bwd_reference(*args), wide)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "cpu"])
