@@ -8,6 +8,8 @@ OpenFlamingo and Idefics. Where a model lets rows without media see something, t
 from __future__ import annotations
 
 import math
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,25 +27,48 @@ SCAN = 1024  # rows whose ranges the kernel of dk and dv looks at in one step
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
-def _groups(media_start: Tensor, media_stop: Tensor, num_keys: int) -> list[tuple[slice, slice]]:
-    """Return neighbouring rows that see the same keys, with these keys: one dense call each, without a mask.
+class _Piece(NamedTuple):
+    """Neighbouring images of one size, each with as many neighbouring rows that see just that image: one dense call."""
+
+    rows: slice
+    keys: slice
+    images: int
+
+    def queries(self, t: Tensor) -> Tensor:
+        return t[self.rows].unflatten(0, (self.images, -1)).transpose(1, 2)  # (B, H, L, D)
+
+    def others(self, t: Tensor) -> Tensor:
+        return t[self.keys].unflatten(0, (self.images, -1)).transpose(1, 2)
+
+    def row_stats(self, t: Tensor) -> Tensor:
+        return t[:, self.rows].unflatten(1, (self.images, -1)).transpose(0, 1)
+
+    def takes(self, rows: slice, keys: slice) -> bool:
+        length, width = ((s.stop - s.start) // self.images for s in (self.rows, self.keys))
+        next_to = self.rows.stop == rows.start and self.keys.stop == keys.start
+        return next_to and length == rows.stop - rows.start and width == keys.stop - keys.start
+
+
+def _pieces(media_start: Tensor, media_stop: Tensor, num_keys: int) -> list[_Piece]:
+    """Return which rows see which keys, in dense calls without a mask.
 
     With one range an image that skips all keys of other images; a mask of (T, N) would compute them.
     """
-    groups, first, previous = [], 0, None
+    pieces: list[_Piece] = []
+    row = 0
     ranges = zip(media_start.clamp(min=0).tolist(), media_stop.clamp(max=num_keys).tolist(), strict=True)
-    for row, keys in enumerate(ranges):
-        if keys != previous:
-            if previous is not None and previous[0] < previous[1]:
-                groups.append((slice(first, row), slice(*previous)))
-            first, previous = row, keys
-    if previous is not None and previous[0] < previous[1]:
-        groups.append((slice(first, media_start.numel()), slice(*previous)))
-    return groups
-
-
-def _dense(t: Tensor, rows: slice) -> Tensor:
-    return t[rows].transpose(0, 1)[None]  # (1, H, L, D)
+    for (low, high), same in groupby(ranges):
+        rows, keys = slice(row, row + sum(1 for _ in same)), slice(low, high)
+        row = rows.stop
+        if low >= high:
+            continue
+        if pieces and pieces[-1].takes(rows, keys):
+            first = pieces.pop()
+            rows, keys = slice(first.rows.start, row), slice(first.keys.start, high)
+            pieces.append(_Piece(rows, keys, first.images + 1))
+        else:
+            pieces.append(_Piece(rows, keys, 1))
+    return pieces
 
 
 def cross_attention_reference(
@@ -53,10 +78,10 @@ def cross_attention_reference(
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=accumulator_dtype(q.dtype))
-    for rows, keys in _groups(media_start, media_stop, k.shape[0]):
-        o, one = dense_fwd(_dense(q, rows), _dense(k, keys), _dense(v, keys), False, None, softmax_scale)
-        _dense(out, rows).copy_(o)
-        lse[:, rows] = one[0]
+    for piece in _pieces(media_start, media_stop, k.shape[0]):
+        o, one = dense_fwd(piece.queries(q), piece.others(k), piece.others(v), False, None, softmax_scale)
+        piece.queries(out).copy_(o)
+        piece.row_stats(lse).copy_(one)
     return out, lse
 
 
@@ -65,15 +90,17 @@ def cross_attention_bwd_reference(
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, query_grad: bool, key_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad, out = (rows_contiguous(t) for t in (q, k, v, grad, out))
+    pieces = _pieces(media_start, media_stop, k.shape[0])
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    # several groups may see one key
-    dk, dv = (torch.zeros(t.shape, dtype=accumulator_dtype(t.dtype), device=t.device) for t in (k, v))
-    for rows, keys in _groups(media_start, media_stop, k.shape[0]):
-        dense = (_dense(grad, rows), _dense(q, rows), _dense(k, keys), _dense(v, keys), _dense(out, rows))
-        grads = dense_bwd(*dense, lse[:, rows][None], False, None, softmax_scale)
-        _dense(dq, rows).copy_(grads[0])
-        _dense(dk, keys).add_(grads[1])
-        _dense(dv, keys).add_(grads[2])
+    shared = any(a.keys.stop > b.keys.start for a, b in pairwise(pieces))  # several pieces see one key: sum in fp32
+    dtype = accumulator_dtype(k.dtype) if shared else k.dtype
+    dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v))
+    for piece in pieces:
+        dense = (piece.queries(grad), piece.queries(q), piece.others(k), piece.others(v), piece.queries(out))
+        grads = dense_bwd(*dense, piece.row_stats(lse), False, None, softmax_scale)
+        piece.queries(dq).copy_(grads[0])
+        for total, part in zip((dk, dv), grads[1:], strict=True):
+            piece.others(total).add_(part) if shared else piece.others(total).copy_(part)
     dk, dv = (dk.to(k.dtype), dv.to(v.dtype)) if key_grad else (k.new_empty(0), v.new_empty(0))
     return dq if query_grad else q.new_empty(0), dk, dv
 

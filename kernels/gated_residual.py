@@ -14,7 +14,7 @@ from torch import Tensor
 from ._triton import accumulator_dtype, cdiv, device_of, next_power_of_2, tl, triton
 
 MAX_WIDTH = 8192  # a row is held in registers, and the next power of two spills: wider rows go to the reference
-MAX_WIDTH_CHANNELS = 4096  # the same for the norm's backward with a gate a channel, which holds a third sum of columns
+MAX_WIDTH_NARROW = 4096  # the same for the norm's backward in fp32 or with a gate a channel, which holds more of it
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
@@ -303,7 +303,8 @@ def gated_residual_norm_bwd_triton(
     grad_y: Tensor, grad_h: Tensor | None, h: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, mean: Tensor,
     rstd: Tensor, centred: bool, x_grad: bool, branch_grad: bool, gate_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if not _has_kernel(h) or (gate.numel() > 1 and h.shape[-1] > MAX_WIDTH_CHANNELS):
+    narrow = gate.numel() > 1 or h.dtype == torch.float32
+    if not _has_kernel(h) or (narrow and h.shape[-1] > MAX_WIDTH_NARROW):
         return gated_residual_norm_bwd_reference(
             grad_y,
             grad_h,
