@@ -38,7 +38,7 @@ def _launch(n: int, width: int, metric: int) -> None:
 def _published(x: Tensor, metric: Tensor, r: int) -> Tensor:
     """Do what ToMe's own code does, then put the tokens back in their order."""
     images, n, width = x.shape
-    unit = F.normalize(metric, dim=-1)
+    unit = F.normalize(metric.float(), dim=-1)  # products rounded to bf16 would find other pairs
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (I, N/2, N/2)
     best, node = scores.max(-1)
     order = best.argsort(dim=-1, descending=True, stable=True)

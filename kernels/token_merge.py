@@ -41,9 +41,10 @@ def _match_reference(metric: Tensor, protected: int) -> tuple[Tensor, Tensor]:
     a, b = unit[::2], unit[1::2][protected // 2 :].T
     best, index = unit.new_full((a.shape[0],), -torch.inf), torch.zeros_like(a[:, 0], dtype=torch.int64)
     free = (protected + 1) // 2
-    if b.shape[1]:
-        for i in range(free, a.shape[0], CHUNK):
-            best[i : i + CHUNK], index[i : i + CHUNK] = (a[i : i + CHUNK] @ b).max(-1)
+    if b.shape[1] and a.shape[0] > free:
+        parts = [(rows @ b).max(-1) for rows in a[free:].split(CHUNK)]
+        best[free:] = torch.cat([part.values for part in parts])
+        index[free:] = torch.cat([part.indices for part in parts])
     return best, 2 * (index + protected // 2) + 1
 
 
