@@ -229,6 +229,9 @@ def _greedy_kernel(
     first, length, start, kept = segment_range(cu_ptr, budget_ptr, k, segment, total, HAS_BUDGET, 128)
     tl.store(new_cu_ptr + segment, start.to(tl.int32))
     length = tl.minimum(length, M)
+    for r0 in range(length, kept, BLOCK_N):  # a max_seqlen that was too small
+        row = r0 + tl.arange(0, BLOCK_N).to(tl.int64)
+        tl.store(index_ptr + start + row, tl.full((BLOCK_N,), -1, tl.int64), mask=row < kept)
     kept = tl.minimum(kept, length)
     x_ptr += first * D
     norm_ptr += first
@@ -344,15 +347,23 @@ def _greedy_kernel(
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
-def _config(max_seqlen: int, width: int, held: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the tiles of the kernel for pairs and of the greedy one."""
-    pairs = {"BLOCK": 64 if max_seqlen > 1024 else 32, "BLOCK_D": max(16, min(64, next_power_of_2(width)))}
+def _config(
+    method: str, max_seqlen: int, width: int, dtype: torch.dtype, held: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the tiles of the kernel for pairs and of the greedy one: none spills on a target."""
+    large = max_seqlen > 1024 and dtype != torch.float32
+    pairs = {"BLOCK": 64 if large else 32, "BLOCK_D": max(16, min(64, next_power_of_2(width))), "num_warps": 4}
     if held:
         block_n = max(64, min(1024, next_power_of_2(max_seqlen)))
-        greedy = {"BLOCK_N": block_n, "BLOCK_C": 8, "BLOCK_D": 16, "num_warps": 8 if block_n == 1024 else 4}
-    else:
-        greedy = {"BLOCK_N": 64, "BLOCK_C": 16, "BLOCK_D": max(16, min(128, next_power_of_2(width))), "num_warps": 8}
-    return {**pairs, "num_warps": 4}, greedy
+        warps = max(1, block_n // 128) * (2 if method == "coverage" else 1)
+        return pairs, {"BLOCK_N": block_n, "BLOCK_C": 4, "BLOCK_D": 16, "num_warps": warps}
+    block_n = 64 if method == "max_min" else 128
+    return pairs, {
+        "BLOCK_N": block_n,
+        "BLOCK_C": 8,
+        "BLOCK_D": max(16, min(32, next_power_of_2(width))),
+        "num_warps": 8,
+    }
 
 
 def greedy_diverse_triton(
@@ -368,7 +379,7 @@ def greedy_diverse_triton(
     budget = None if budget is None else budget.contiguous()
     most = max(1, min(max_seqlen, n))
     held = segments * most * most <= MOST_PAIRS
-    pairs, greedy = _config(most, width, held)
+    pairs, greedy = _config(method, most, width, tokens.dtype, held)
     tiles, in_pairs = cdiv(most, pairs["BLOCK"]), method in ("max_min", "coverage")
     steps = min(total, most) if budget is not None else min(k, total, most)
 
@@ -445,7 +456,7 @@ def greedy_diverse(
             smaller budget picks).
         total: K, rows of the output. None: min(N, S * keep); a budget on the device needs it. Budgets that add up to
             more are cut from the last segment on.
-        max_seqlen: tokens of the longest segment (a lower bound leaves tokens out); None = N.
+        max_seqlen: tokens of the longest segment (a smaller number leaves the last ones out); None = N.
 
     Returns:
         index (K,) int64 into the packed tokens, and its cu_seqlens (S+1,) int32. Rows from cu_seqlens[S] on are
