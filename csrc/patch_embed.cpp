@@ -35,6 +35,17 @@ template <typename From, typename To, typename Sum>
 FASTMLLM_INLINE void pack_channels(const From *__restrict__ image, To *__restrict__ row, const Sum *__restrict__ scale,
                                    const Sum *__restrict__ shift, int64_t plane, int64_t row_length, int64_t patch,
                                    int64_t channels) {
+  if (channels == 3) { // a constant lets the compiler interleave in registers
+    const From *green = image + plane, *blue = green + plane;
+    for (int64_t i = 0; i < patch; ++i, image += row_length, green += row_length, blue += row_length, row += patch * 3)
+#pragma GCC ivdep
+      for (int64_t t = 0; t < patch; ++t) {
+        narrow(Sum(widen(image[t])) * scale[0] + shift[0], row[3 * t]);
+        narrow(Sum(widen(green[t])) * scale[1] + shift[1], row[3 * t + 1]);
+        narrow(Sum(widen(blue[t])) * scale[2] + shift[2], row[3 * t + 2]);
+      }
+    return;
+  }
   for (int64_t i = 0; i < patch; ++i, image += row_length, row += patch * channels)
     for (int64_t c = 0; c < channels; ++c)
 #pragma GCC ivdep

@@ -371,9 +371,8 @@ _patch_embed.register_autograd(_backward, setup_context=_setup_context)
 
 
 # 7. public function ---------------------------------------------------------------------------------------------------
-def _require(true: bool, message: str) -> None:
-    if not true:
-        raise ValueError(f"fastmllm::patch_embed: {message}")
+def _error(message: str) -> ValueError:
+    return ValueError(f"fastmllm::patch_embed: {message}")
 
 
 def _check(
@@ -381,24 +380,23 @@ def _check(
     size: int, layout: str,
 ) -> None:  # fmt: skip
     """Check what the dense and the packed form share: `tokens` positions, patches of `size` values."""
-    shape = tuple(pixels.shape)
-    _require(layout in ("hwc", "chw"), f"layout must be 'hwc' or 'chw', not {layout!r}")
-    _require(weight.is_floating_point() and (pixels.dtype == torch.uint8 or pixels.is_floating_point()),
-             f"pixels must be uint8 or float and weight float, but they are {pixels.dtype} and "
-             f"{weight.dtype}")  # fmt: skip
-    _require(weight.shape[0] == size, f"weight {tuple(weight.shape)} must have {size} rows for pixels {shape}")
-    _require(bias is None or bias.shape == weight.shape[1:],
-             f"bias {tuple(bias.shape) if bias is not None else ()} and weight {tuple(weight.shape)} "
-             "differ")  # fmt: skip
-    _require(position is None or position.shape == (tokens, weight.shape[1]),
-             f"position {tuple(position.shape) if position is not None else ()} must be {(tokens, weight.shape[1])} "
-             f"for pixels {shape}: position_resample brings a table to other grids")  # fmt: skip
-    _require(prefix is None or (prefix.dim() == 2 and prefix.shape[1] == weight.shape[1]),
-             f"prefix {tuple(prefix.shape) if prefix is not None else ()} must be (R, {weight.shape[1]})")  # fmt: skip
+    width = weight.shape[1]
+    if layout not in ("hwc", "chw"):
+        raise _error(f"layout must be 'hwc' or 'chw', not {layout!r}")
+    if not weight.is_floating_point() or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
+        raise _error(f"pixels must be uint8 or float and weight float, but they are {pixels.dtype} and {weight.dtype}")
+    if weight.shape[0] != size:
+        raise _error(f"weight {tuple(weight.shape)} must have {size} rows for pixels {tuple(pixels.shape)}")
+    if bias is not None and bias.shape != (width,):
+        raise _error(f"bias {tuple(bias.shape)} and weight {tuple(weight.shape)} differ")
+    if position is not None and position.shape != (tokens, width):
+        raise _error(f"position {tuple(position.shape)} must be {(tokens, width)} for pixels {tuple(pixels.shape)}: "
+                     "position_resample brings a table to other grids")  # fmt: skip
+    if prefix is not None and (prefix.dim() != 2 or prefix.shape[1] != width):
+        raise _error(f"prefix {tuple(prefix.shape)} must be (R, {width})")
     for name, t in (("weight", weight), ("bias", bias), ("position", position), ("prefix", prefix)):
-        _require(t is None or t.device == pixels.device,
-                 f"pixels {shape} are on {pixels.device}, but {name} is on {t.device if t is not None else None}: "
-                 "move one of them")  # fmt: skip
+        if t is not None and t.device != pixels.device:
+            raise _error(f"pixels {tuple(pixels.shape)} are on {pixels.device}, but {name} is on {t.device}: move one")
 
 
 def _affine(
@@ -406,10 +404,10 @@ def _affine(
 ) -> tuple[list[float], list[float]]:
     """Return scale and shift, one a channel."""
     for name, t in (("mean", mean), ("std", std)):
-        _require(t is None or len(t) == channels,
-                 f"{name} has {len(t or ())} values for pixels {tuple(pixels.shape)} of {channels} "
-                 "channels")  # fmt: skip
-    _require(std is None or all(std), f"std {list(std or ())} must not be zero")
+        if t is not None and len(t) != channels:
+            raise _error(f"{name} has {len(t)} values for pixels {tuple(pixels.shape)} of {channels} channels")
+    if std is not None and not all(std):
+        raise _error(f"std {list(std)} must not be zero")
     unit = 1 / 255 if pixels.dtype == torch.uint8 else 1.0
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
@@ -444,12 +442,13 @@ def patch_embed(
     """
     chw = layout == "chw"
     if pixels.dim() != 4 or weight.dim() != 2:
-        _require(False, f"pixels must be (I, {'C, H, W' if chw else 'H, W, C'}) and weight (K, D), but they are "
-                        f"{tuple(pixels.shape)} and {tuple(weight.shape)}")  # fmt: skip
+        shape = "(I, C, H, W)" if chw else "(I, H, W, C)"
+        raise _error(f"pixels must be {shape} and weight (K, D), but they are {tuple(pixels.shape)} and "
+                     f"{tuple(weight.shape)}")  # fmt: skip
     channels, height, width = (pixels.shape[i] for i in ((1, 2, 3) if chw else (3, 1, 2)))
-    _require(patch_size >= 1 and height % patch_size == 0 and width % patch_size == 0,
-             f"pixels {tuple(pixels.shape)} in layout {layout!r} are not a whole number of {patch_size} x {patch_size} "
-             f"patches: resize or pad the images to multiples of {patch_size}")  # fmt: skip
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise _error(f"pixels {tuple(pixels.shape)} in layout {layout!r} are not a whole number of {patch_size} x "
+                     f"{patch_size} patches: resize or pad the images to multiples of {patch_size}")  # fmt: skip
     n = (height // patch_size) * (width // patch_size)
     _check(pixels, weight, bias, position, prefix, n, patch_size * patch_size * channels, layout)
     affine = _affine(pixels, channels, mean, std)
@@ -491,19 +490,18 @@ def patch_embed_packed(
     Equal to the processors and patch embeddings of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and SigLIP2-NaFlex.
     """
     t, p, chw = temporal_patch_size, patch_size, layout == "chw"
-    _require(weight.dim() == 2 and min(t, p, merge_size) >= 1,
-             f"weight {tuple(weight.shape)} must be (K, D), and {patch_size=}, {temporal_patch_size=}, {merge_size=} "
-             "at least 1")  # fmt: skip
+    if weight.dim() != 2 or min(t, p, merge_size) < 1:
+        raise _error(f"weight {tuple(weight.shape)} must be (K, D), and {patch_size=}, {temporal_patch_size=}, "
+                     f"{merge_size=} at least 1")  # fmt: skip
     if not isinstance(pixels, Tensor):
-        _require(grid_thw is None, "a list of images has its own grids: leave grid_thw out")
+        if grid_thw is not None:
+            raise _error("a list of images has its own grids: leave grid_thw out")
         pixels, grid_thw = flatten_images(pixels, p, t, layout)
-    _require(grid_thw is not None and pixels.dim() in (1, 2),
-             f"pixels {tuple(pixels.shape)} must be a list of images, or flat or (M, K) with their "
-             "grid_thw")  # fmt: skip
-    assert grid_thw is not None
+    if grid_thw is None or pixels.dim() not in (1, 2):
+        raise _error(f"pixels {tuple(pixels.shape)} must be a list of images, or flat or (M, K) with their grid_thw")
     sizes = segments("patch_embed", grid_thw)
-    _require(all(h % merge_size == 0 and w % merge_size == 0 for h, w in sizes),
-             f"grids {sizes[:8]} must be multiples of merge_size {merge_size}")  # fmt: skip
+    if any(h % merge_size or w % merge_size for h, w in sizes):
+        raise _error(f"grids {sizes[:8]} must be multiples of merge_size {merge_size}")
     m, r, frames = sum(h * w for h, w in sizes), 0 if prefix is None else prefix.shape[0], 1 if still else t
     channels = weight.shape[0] // (frames * p * p)
     size = frames * p * p * channels
@@ -511,19 +509,21 @@ def patch_embed_packed(
     grids = grid_table(sizes, r, pixels.device)
     if pixels.dim() == 2:
         values = size // frames * t
-        _require(pixels.shape == (m, values) and mean is None and std is None and pixels.is_floating_point(),
-                 f"patches {tuple(pixels.shape)} {pixels.dtype} must be float {(m, values)}, already normalised: no "
-                 "mean and std")  # fmt: skip
+        if pixels.shape != (m, values) or mean is not None or std is not None or not pixels.is_floating_point():
+            raise _error(f"patches {tuple(pixels.shape)} {pixels.dtype} must be float {(m, values)}, already "
+                         "normalised: no mean and std")  # fmt: skip
         if still:
             shape = (m, channels, t, p * p) if chw else (m, 1, t, p * p * channels)
             pixels = pixels.view(shape)[:, :, 0].reshape(m, size)
         tokens = assemble(project(pixels.to(weight.dtype), weight, bias, position), prefix, grids, len(sizes))
         return tokens, grids[3]
-    _require(not still, "pixels of a still image are one frame: leave still out and fold the weight, "
-                        "patch_weight(w, still=True)")  # fmt: skip
-    _require(pixels.numel() == m * size, f"pixels {tuple(pixels.shape)} must have {m} * {size} values for {sizes[:8]}")
-    _require(all(h * w * size < MAX_OFFSET for h, w in sizes),
-             f"an image of {max(sizes, default=0)} patches exceeds the kernel's {MAX_OFFSET} values")  # fmt: skip
+    if still:
+        raise _error("pixels of a still image are one frame: leave still out and fold the weight, "
+                     "patch_weight(w, still=True)")  # fmt: skip
+    if pixels.numel() != m * size:
+        raise _error(f"pixels {tuple(pixels.shape)} must have {m} * {size} values for grids {sizes[:8]}")
+    if any(h * w * size >= MAX_OFFSET for h, w in sizes):
+        raise _error(f"an image of {max(sizes)} patches exceeds the kernel's {MAX_OFFSET} values")
     affine = _affine(pixels, channels, mean, std)
     tokens = _patch_embed(pixels, weight, bias, position, prefix, grids, p, t, merge_size, chw, *affine)
     return tokens, grids[3]
@@ -534,13 +534,15 @@ def flatten_images(
 ) -> tuple[Tensor, list[tuple[int, int, int]]]:
     """Concatenate images (H, W, C) and videos (F, H, W, C), channels first in layout "chw"; return their grids too."""
     t, p, chw, grids = temporal_patch_size, patch_size, layout == "chw", []
-    _require(len(images) > 0, "the list of images is empty")
+    if not images:
+        raise _error("the list of images is empty")
     for x in images:
         frames, *shape = x.shape if x.dim() == 4 else (t, *x.shape)
         h, w = (shape[1:] if chw else shape[:2]) if len(shape) == 3 else (-1, -1)
-        _require(h >= 0 and h % p == 0 and w % p == 0 and frames % t == 0 and (x.dim() == 4 or t == 1),
-                 f"an image {tuple(x.shape)} must be {'(C, H, W)' if chw else '(H, W, C)'} of whole {p} x {p} patches, "
-                 f"a video in front of that a multiple of {t} frames; for a still, fold the weight")  # fmt: skip
+        if h < 0 or h % p or w % p or frames % t or (x.dim() != 4 and t > 1):
+            raise _error(f"an image {tuple(x.shape)} must be {'(C, H, W)' if chw else '(H, W, C)'} of whole {p} x {p} "
+                         f"patches, a video in front of that a multiple of {t} frames; for a still, fold the "
+                         "weight")  # fmt: skip
         grids.append((frames // t, h // p, w // p))
     return torch.cat([x.reshape(-1) for x in images]), grids
 
@@ -559,9 +561,9 @@ def patch_weight(weight: Tensor, order: str = "hwc", still: bool = False) -> Ten
     Raises:
         ValueError: `weight` is no convolution's, or `order` is unknown.
     """
-    _require(weight.dim() in (4, 5) and order in ("hwc", "chw"),
-             f"a convolution's weight must be (D, C, P, P) or (D, C, T, P, P) and order 'hwc' or 'chw', but they are "
-             f"{tuple(weight.shape)} and {order!r}")  # fmt: skip
+    if weight.dim() not in (4, 5) or order not in ("hwc", "chw"):
+        raise _error(f"a convolution's weight must be (D, C, P, P) or (D, C, T, P, P) and order 'hwc' or 'chw', but "
+                     f"they are {tuple(weight.shape)} and {order!r}")  # fmt: skip
     if weight.dim() == 4:
         weight = weight.unsqueeze(2)
     if still:

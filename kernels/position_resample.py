@@ -123,7 +123,7 @@ def _triangle_sum(place, out, size, TAPS: tl.constexpr):
     total = tl.zeros(place.shape, tl.float32)
     for tap in tl.static_range(TAPS):
         total += _triangle(first + tap, place, out, size)
-    return total
+    return tl.maximum(total, 1e-6)  # behind the last place there may be nothing
 
 
 @triton.jit
@@ -227,9 +227,9 @@ def _bwd_kernel(
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
-def _config(d: int, rows: int) -> dict[str, int]:
+def _config(d: int, dtype: torch.dtype) -> dict[str, int]:
     block_n = max(16, min(256, next_power_of_2(d)))
-    return {"BLOCK_M": max(1, min(rows, 4096 // block_n)), "BLOCK_N": block_n, "num_warps": 4}
+    return {"BLOCK_M": max(1, min(16, 8192 // (block_n * dtype.itemsize))), "BLOCK_N": block_n, "num_warps": 4}
 
 
 def position_resample_triton(
@@ -239,7 +239,7 @@ def position_resample_triton(
         return position_resample_reference(table, grids, rows, merge_size, taps, mode, align_corners)
     table, (g, q, d) = table.contiguous(), table.shape
     y = torch.empty((rows, d), dtype=table.dtype, device=table.device)
-    s, config = grids.shape[1] - 1, _config(d, 16)
+    s, config = grids.shape[1] - 1, _config(d, table.dtype)
     if rows and d:
         with device_of(table):
             _fwd_kernel[(cdiv(rows, config["BLOCK_M"]), cdiv(d, config["BLOCK_N"]))](
@@ -256,7 +256,7 @@ def position_resample_bwd_triton(
         return position_resample_bwd_reference(grad, grids, height, width, merge_size, taps, mode, align_corners)
     grad, d = grad.contiguous(), grad.shape[-1]
     dtable = torch.empty((height, width, d), dtype=grad.dtype, device=grad.device)
-    config = _config(d, 16)
+    config = _config(d, grad.dtype)
     if d:
         with device_of(grad):
             _bwd_kernel[(height * width, cdiv(d, config["BLOCK_N"]))](
