@@ -170,6 +170,7 @@ def _fwd_kernel(
     V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    clear_behind(out_ptr, lse_ptr, cu_q_ptr, segments, T, blocks, True, HEADS, D, BLOCK_M, BLOCK_D)
     first, head, start_q, start_k, len_q, len_k = locate(cu_q_ptr, cu_k_ptr, segments, blocks, HEADS, BLOCK_M)
     if first < len_q:
         rows = first + tl.arange(0, BLOCK_M)
@@ -196,7 +197,6 @@ def _fwd_kernel(
         out, lse = softmax_end(acc, peak, total)
         store_tile(out_ptr + (start_q * HEADS + head) * D, out, rows, len_q, HEADS * D, D, BLOCK_D)
         tl.store(lse_ptr + head * T + start_q + rows, lse, mask=rows < len_q)
-    clear_behind(out_ptr, lse_ptr, cu_q_ptr, segments, T, blocks, True, HEADS, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "N", "segments", "blocks"])
@@ -208,6 +208,7 @@ def _dq_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Give dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
+    clear_behind(dq_ptr, lse_ptr, cu_q_ptr, segments, T, blocks, False, HEADS, D, BLOCK_M, BLOCK_D)
     first, head, start_q, start_k, len_q, len_k = locate(cu_q_ptr, cu_k_ptr, segments, blocks, HEADS, BLOCK_M)
     if first < len_q:
         rows = first + tl.arange(0, BLOCK_M)
@@ -239,7 +240,6 @@ def _dq_kernel(
                 ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
                 dq = dot(ds.to(k.dtype), k, dq)
         store_tile(dq_ptr + packed, dq * scale, rows, len_q, HEADS * D, D, BLOCK_D)
-    clear_behind(dq_ptr, lse_ptr, cu_q_ptr, segments, T, blocks, False, HEADS, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "N", "segments", "blocks"])
@@ -252,6 +252,8 @@ def _dkv_kernel(
 ):  # fmt: skip
     """Give dk and dv of one block of keys: walk the query heads of its group and their rows, so nothing is atomic."""
     KEY_HEADS: tl.constexpr = HEADS // GROUP
+    clear_behind(dk_ptr, lse2_ptr, cu_k_ptr, segments, N, blocks, False, KEY_HEADS, D, BLOCK_N, BLOCK_D)
+    clear_behind(dv_ptr, lse2_ptr, cu_k_ptr, segments, N, blocks, False, KEY_HEADS, D, BLOCK_N, BLOCK_D)
     first, head, start_q, start_k, len_q, len_k = locate(cu_q_ptr, cu_k_ptr, segments, blocks, KEY_HEADS, BLOCK_N)
     if first < len_k:
         cols = first + tl.arange(0, BLOCK_N)
@@ -285,8 +287,6 @@ def _dkv_kernel(
         packed = (start_k * KEY_HEADS + head) * D
         store_tile(dk_ptr + packed, dk * scale, cols, len_k, KEY_HEADS * D, D, BLOCK_D)
         store_tile(dv_ptr + packed, dv, cols, len_k, KEY_HEADS * D, D, BLOCK_D)
-    clear_behind(dk_ptr, lse2_ptr, cu_k_ptr, segments, N, blocks, False, KEY_HEADS, D, BLOCK_N, BLOCK_D)
-    clear_behind(dv_ptr, lse2_ptr, cu_k_ptr, segments, N, blocks, False, KEY_HEADS, D, BLOCK_N, BLOCK_D)
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
@@ -301,10 +301,12 @@ _TILES = {
 }
 
 
-def _config(kind: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _config(kind: int, head_dim: int, dtype: torch.dtype, biased: bool) -> dict[str, int]:
     """Return the tile of the forward (0), dq (1) or dk and dv (2) kernel; fp32 has no tensor cores here: small ones."""
     block_d = max(16, next_power_of_2(head_dim))
     m, n, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else _TILES[block_d][kind]
+    if biased and (kind, block_d) == (1, 128):
+        warps = 8  # with 4, sm_100 spills
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
@@ -328,7 +330,7 @@ def attention_triton(
     total, heads, d = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((heads, total), dtype=torch.float32)
-    config = _config(0, d, q.dtype)
+    config = _config(0, d, q.dtype, key_bias is not None)
     blocks, segments = max(cdiv(max_seqlen_q, config["BLOCK_M"]), 1), cu_seqlens_q.numel() - 1
     if total:
         with device_of(q):
@@ -358,7 +360,7 @@ def attention_bwd_triton(
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     segments = cu_seqlens_q.numel() - 1
     constants = _constants(q, k, v, causal, key_bias)
-    config = _config(1, d, q.dtype)
+    config = _config(1, d, q.dtype, key_bias is not None)
     blocks = max(cdiv(max_seqlen_q, config["BLOCK_M"]), 1)
     with device_of(q):
         if total:
@@ -366,7 +368,7 @@ def attention_bwd_triton(
                 grad, q, k, v, bias, out, lse, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k, total, keys, segments,
                 blocks, softmax_scale, **constants, **config,
             )  # fmt: skip
-        config = _config(2, d, q.dtype)
+        config = _config(2, d, q.dtype, key_bias is not None)
         blocks = max(cdiv(max_seqlen_k, config["BLOCK_N"]), 1)
         if keys:
             _dkv_kernel[(blocks * (segments * heads_k + 1),)](
