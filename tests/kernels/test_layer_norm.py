@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracle import assert_as_accurate, gradients, strided
 
 from fastmllm.kernels import layer_norm as op
-from fastmllm.kernels._norm import MAX_WIDTH
+from fastmllm.kernels._norm import MAX_SCALED_WIDTH, MAX_WIDTH
 from fastmllm.kernels.layer_norm import layer_norm
 
 SHAPES = [(3, 5, 33), (7, 64), (1, 3), (0, 16)]
@@ -141,6 +141,10 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(dtype, width, device
         torch.testing.assert_close(g, s, rtol=0, atol=0)
         assert (g.dtype, g.shape) == (f.dtype, f.shape)
     args = _backward_args(inputs, "scale", want)
+    if dtype == torch.float32:  # the widest backward with LayerScale is narrower
+        args = [
+            t[..., : MAX_SCALED_WIDTH + 1] if isinstance(t, torch.Tensor) and t.shape[-1] == width else t for t in args
+        ]
     for g, s in zip(op.layer_norm_bwd_triton(*args), op.layer_norm_bwd_reference(*args), strict=True):
         torch.testing.assert_close(g, s, rtol=0, atol=0)
 
