@@ -215,8 +215,9 @@ def backward_triton(
             )  # fmt: skip
     else:
         partial.zero_()
-    sums = iter(partial.sum(1).to(weight.dtype) if any(wanted) else ())
-    dw, db, dscale = (next(sums).clone() if w else weight.new_empty(0) for w in wanted)  # they may not share storage
+    sums = iter(partial.sum(1) if any(wanted) else ())
+    # a copy each: outputs may not share storage
+    dw, db, dscale = (next(sums).to(weight.dtype, copy=True) if w else weight.new_empty(0) for w in wanted)
     return dh, dx, dw, db, dscale
 
 

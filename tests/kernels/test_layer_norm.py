@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, gradients, strided
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmllm.kernels import _norm
 from fastmllm.kernels import layer_norm as op
 from fastmllm.kernels._norm import MAX_SCALED_WIDTH, MAX_WIDTH
 from fastmllm.kernels.layer_norm import layer_norm
@@ -119,6 +121,33 @@ def test_a_row_depends_on_no_other_and_a_result_on_no_run(implementation, device
     grad_y, grad_h, h, _, _, _, mean, rstd, _, _ = (t[7:9] if isinstance(t, torch.Tensor) else t for t in args)
     for a, part in zip(grads[:2], backward(grad_y, grad_h, h, x[7:9], w, s, mean, rstd, True, True)[:2], strict=True):
         assert torch.equal(a[7:9], part)
+
+
+def test_one_kernel_each_way_and_no_read_of_the_device(monkeypatch):
+    """On a GPU: one launch forward; backward one, the sum of the parts, and a copy for each gradient of a weight."""
+    calls = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: calls.append(self.name)
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not (function.is_view or "empty" in function.name()):
+                calls.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    for name in ("_fwd_kernel", "_bwd_kernel"):
+        monkeypatch.setattr(_norm, name, Recorder(name))
+    inputs = _inputs((9, 33), torch.bfloat16, "scale")
+    args = _backward_args(inputs, "scale", op.layer_norm_reference(*inputs, 1e-5))
+    with Operators():
+        op.layer_norm_triton(*inputs, 1e-5)
+        op.layer_norm_bwd_triton(*args)
+    assert calls == ["_fwd_kernel", "_bwd_kernel", "aten::sum.dim_IntList", *["aten::_to_copy"] * 3]
 
 
 def test_triton_backward_of_a_stride_0_gradient(device):
