@@ -18,6 +18,7 @@ from torch import Tensor
 from ._triton import accumulator_dtype, cdiv, device_of, next_power_of_2, tl, triton
 
 MAX_WIDTH = 8192  # a row is held in registers, and the next power of two spills: wider rows go to the reference
+MAX_SCALED_WIDTH = 4096  # of a backward with LayerScale: it holds one row more
 
 
 # The sum in front, in plain torch -------------------------------------------------------------------------------------
@@ -137,8 +138,12 @@ def _config(n: int, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def has_kernel(dtype: torch.dtype, n: int) -> bool:
-    return dtype != torch.float64 and n <= MAX_WIDTH
+def has_kernel(dtype: torch.dtype, n: int, max_width: int = MAX_WIDTH) -> bool:
+    return dtype != torch.float64 and n <= max_width
+
+
+def has_bwd_kernel(dtype: torch.dtype, n: int, scale: Tensor | None) -> bool:
+    return has_kernel(dtype, n, MAX_WIDTH if scale is None else MAX_SCALED_WIDTH)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -210,8 +215,9 @@ def backward_triton(
             )  # fmt: skip
     else:
         partial.zero_()
-    sums = iter(partial.sum(1).to(weight.dtype) if any(wanted) else ())
-    dw, db, dscale = (next(sums).clone() if w else weight.new_empty(0) for w in wanted)  # they may not share storage
+    sums = iter(partial.sum(1) if any(wanted) else ())
+    # a copy each: outputs may not share storage
+    dw, db, dscale = (next(sums).to(weight.dtype, copy=True) if w else weight.new_empty(0) for w in wanted)
     return dh, dx, dw, db, dscale
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._norm import add_bwd_reference, add_reference, backward_triton, check, forward_triton, has_kernel
+from ._norm import add_bwd_reference, add_reference, backward_triton, check, forward_triton, has_bwd_kernel, has_kernel
 from ._triton import accumulator_dtype
 
 
@@ -78,7 +78,7 @@ def layer_norm_bwd_triton(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not has_kernel(h.dtype, weight.numel()):
+    if not has_bwd_kernel(h.dtype, weight.numel(), scale):
         return layer_norm_bwd_reference(grad_y, grad_h, h, x, weight, scale, mean, rstd, weight_grad, bias_grad)
     return backward_triton(grad_y, grad_h, h, x, weight, scale, mean, rstd, 0.0, weight_grad, bias_grad)
 

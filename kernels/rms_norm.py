@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _native  # noqa: F401 - its C++ implementation registers itself
-from ._norm import add_bwd_reference, add_reference, backward_triton, check, forward_triton, has_kernel
+from ._norm import add_bwd_reference, add_reference, backward_triton, check, forward_triton, has_bwd_kernel, has_kernel
 from ._triton import accumulator_dtype
 
 
@@ -72,7 +72,7 @@ def rms_norm_bwd_triton(
     offset: float,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not has_kernel(h.dtype, weight.numel()):
+    if not has_bwd_kernel(h.dtype, weight.numel(), scale):
         return rms_norm_bwd_reference(grad_y, grad_h, h, x, weight, scale, rstd, offset, weight_grad)
     dh, dx, dw, _, dscale = backward_triton(grad_y, grad_h, h, x, weight, scale, None, rstd, offset, weight_grad, False)
     return dh, dx, dw, dscale

@@ -14,7 +14,7 @@ from oracle import assert_as_accurate, gradients, strided
 
 from fastmllm.kernels import _native
 from fastmllm.kernels import rms_norm as op
-from fastmllm.kernels._norm import MAX_WIDTH
+from fastmllm.kernels._norm import MAX_SCALED_WIDTH, MAX_WIDTH
 from fastmllm.kernels.rms_norm import rms_norm
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -216,6 +216,10 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(dtype, width, device
         torch.testing.assert_close(g, s, rtol=0, atol=0)
         assert (g.dtype, g.shape) == (f.dtype, f.shape)
     args = _backward_args(inputs, "scale", want)
+    if dtype == torch.float32:  # the widest backward with LayerScale is narrower
+        args = [
+            t[..., : MAX_SCALED_WIDTH + 1] if isinstance(t, torch.Tensor) and t.shape[-1] == width else t for t in args
+        ]
     for g, s in zip(op.rms_norm_bwd_triton(*args), op.rms_norm_bwd_reference(*args), strict=True):
         torch.testing.assert_close(g, s, rtol=0, atol=0)
 
