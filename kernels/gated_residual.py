@@ -58,19 +58,22 @@ def gated_residual_norm_bwd_reference(
     rstd: Tensor, centred: bool, x_grad: bool, branch_grad: bool, gate_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     acc = rstd.dtype
-    grad = grad_y.to(acc)
-    normed = (h.to(acc) - mean[..., None] if centred else h.to(acc)) * rstd[..., None]
-    g = grad * weight.to(acc)
-    dh = g - normed * (g * normed).mean(-1, keepdim=True)
+    grad, wide, scale = grad_y.to(acc), h.to(acc), weight.to(acc)
     if centred:
-        dh = dh - g.mean(-1, keepdim=True)
-    dh = dh * rstd[..., None]
+        wanted = [True, weight_grad, bias_grad]
+        dh, dw, db = torch.ops.aten.native_layer_norm_backward(
+            grad, wide, weight.shape, mean[..., None], rstd[..., None], scale, torch.zeros_like(scale), wanted
+        )
+    else:
+        normed = wide * rstd[..., None]
+        g = grad * scale
+        dh = torch.addcmul(g, normed, (g * normed).mean(-1, keepdim=True), value=-1) * rstd[..., None]
+        dw = (grad * normed).reshape(-1, weight.numel()).sum(0) if weight_grad else None
+        db = grad.reshape(-1, weight.numel()).sum(0) if bias_grad else None
+    dw = dw.to(weight.dtype) if weight_grad else weight.new_empty(0)
+    db = db.to(weight.dtype) if bias_grad else weight.new_empty(0)
     if grad_h is not None:
         dh = dh + grad_h.to(acc)
-    dw, db = (
-        t().reshape(-1, weight.numel()).sum(0).to(weight.dtype) if wanted else weight.new_empty(0)
-        for t, wanted in ((lambda: grad * normed, weight_grad), (lambda: grad, bias_grad))
-    )
     dbranch, dgate = gated_residual_bwd_reference(dh, branch.to(acc), gate, branch_grad, gate_grad)
     dbranch = dbranch.to(branch.dtype) if branch_grad else branch.new_empty(0)
     return dh.to(h.dtype) if x_grad else h.new_empty(0), dbranch, dgate, dw, db
