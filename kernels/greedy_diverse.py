@@ -351,8 +351,9 @@ def _config(
     method: str, max_seqlen: int, width: int, dtype: torch.dtype, held: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the tiles of the kernel for pairs and of the greedy one: none spills on a target."""
-    large = max_seqlen > 1024 and dtype != torch.float32
-    pairs = {"BLOCK": 64 if large else 32, "BLOCK_D": max(16, min(64, next_power_of_2(width))), "num_warps": 4}
+    wide = dtype == torch.float32
+    block_d = max(16, min(32 if wide else 64, next_power_of_2(width)))
+    pairs = {"BLOCK": 64 if max_seqlen > 1024 and not wide else 32, "BLOCK_D": block_d, "num_warps": 4}
     if held:
         block_n = max(64, min(1024, next_power_of_2(max_seqlen)))
         warps = max(1, block_n // 128) * (2 if method == "coverage" else 1)

@@ -152,7 +152,9 @@ def test_triton_matches_reference(method, held, dtype, device, guard, monkeypatc
 def test_triton_matches_across_blocks(method, device, guard, monkeypatch):
     x, cu, relevance = _inputs([70], device=device, width=6)  # three tiles of pairs, two blocks of tokens
     tiles = op._config(method, 70, 6, torch.float32, True)
-    monkeypatch.setattr(op, "_config", lambda *a: ({**tiles[0], "BLOCK": 64}, {**tiles[1], "BLOCK_N": 64}))
+    monkeypatch.setattr(
+        op, "_config", lambda *a: ({**tiles[0], "BLOCK": 64}, {**tiles[1], "BLOCK_N": 64, "BLOCK_C": 32})
+    )
     args = (x, cu, None if method == "max_min" else relevance, None, 2, 2, 70, method, True)
     assert torch.equal(guard.run(op.greedy_diverse_triton, *args)[0], op.greedy_diverse_reference(*args)[0])
 
