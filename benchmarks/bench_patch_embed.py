@@ -41,24 +41,29 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "32x336/14 1024 uint8 chw", lambda: _launch((32, 336, 14, 1024), torch.uint8, planar=True)
     yield "1x336/14 1024 uint8", lambda: _launch((1, 336, 14, 1024), torch.uint8)
     yield "1x336/14 1024 uint8 fp32", lambda: _launch((1, 336, 14, 1024), torch.uint8, torch.float32)
+    yield "1x336/14 1024 uint8 fp32 class token", lambda: _launch((1, 336, 14, 1024), torch.uint8, torch.float32, r=1)
+    yield "32x336/14 1024 bfloat16 class token", lambda: _launch((32, 336, 14, 1024), torch.bfloat16, r=1)
     grids = [(36, 52), (52, 36), (46, 46)] * 8
     yield "packed /14 1280 uint8", lambda: _launch_packed(grids, 14, 1280, torch.uint8, 1, False)
     yield "packed /16 1152 bfloat16 chw video", lambda: _launch_packed(grids, 16, 1152, torch.bfloat16, 2, True)
 
 
 def _launch(
-    shape: tuple[int, int, int, int], pixels: torch.dtype, dtype: torch.dtype = torch.bfloat16, planar: bool = False
+    shape: tuple[int, int, int, int],
+    pixels: torch.dtype,
+    dtype: torch.dtype = torch.bfloat16,
+    planar: bool = False,
+    r: int = 0,
 ) -> None:
     images, side, patch, width = shape
     n = (side // patch) ** 2
     size = (images, 3, side, side) if planar else (images, side, side, 3)
     x = torch.empty(size, dtype=pixels, device="meta")
-    w, p, grad = (
-        torch.empty(s, dtype=dtype, device="meta") for s in ((patch * patch * 3, width), (n, width), (images, n, width))
-    )
+    sizes = ((patch * patch * 3, width), (n, width), (images, r + n, width), (r, width))
+    w, p, grad, prefix = (torch.empty(s, dtype=dtype, device="meta") for s in sizes)
     affine = ([0.015, 0.014, 0.013], [-1.9, -1.8, -1.4]) if pixels == torch.uint8 else ([1.0] * 3, [0.0] * 3)
-    patch_embed_triton(x, w, w[0], p, None, None, patch, 1, 1, planar, *affine)
-    patch_embed_bwd_triton(grad, x, w, patch, pixels != torch.uint8, True, None, 0, 1, 1, planar, *affine)
+    patch_embed_triton(x, w, w[0], p, prefix if r else None, None, patch, 1, 1, planar, *affine)
+    patch_embed_bwd_triton(grad, x, w, patch, pixels != torch.uint8, True, None, r, 1, 1, planar, *affine)
 
 
 def _launch_packed(

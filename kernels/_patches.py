@@ -117,24 +117,25 @@ def without_prefix(grad: Tensor, pixels: Tensor, weight: Tensor, grids: Tensor |
 # bytes start at even bytes). k counts a patch's values as they lie in memory. BITS > 0: packed, 2**BITS > S segments.
 @triton.jit
 def locate(
-    rows, grids_ptr, S, N, GRID_W, R, P: tl.constexpr, C: tl.constexpr, T: tl.constexpr, MERGE: tl.constexpr,
-    PLANAR: tl.constexpr, BITS: tl.constexpr,
+    rows, grids_ptr, S, N, GRID_W, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    MERGE: tl.constexpr, PLANAR: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Return where patch `rows` starts, the values of an image row and of a plane, and the patch's row of y."""
     run: tl.constexpr = P if PLANAR else P * C
+    place = rows.to(tl.int32)  # 64-bit divisions are slow, and take many registers
     if BITS > 0:
-        segment = find_segment(rows, grids_ptr, S, BITS)
-        first = tl.load(grids_ptr + segment).to(tl.int64)
+        segment = find_segment(place, grids_ptr, S, BITS)
+        first = tl.load(grids_ptr + segment)
         height = tl.load(grids_ptr + (S + 1) + segment)
         width = tl.maximum(tl.load(grids_ptr + 2 * (S + 1) + segment), 1)
-        area, patch = height * width, (rows - first).to(tl.int32)
+        area = height * width
     else:
-        segment, patch = rows // N, rows % N
+        segment = place // N
         first, width, area = segment * N, GRID_W, N
-    line, column = patch_place(patch, width, MERGE)
+    line, column = patch_place(place - first, width, MERGE)
     pitch = width * run
-    base = first * (T * P * P * C) + line * P * pitch + column * run
-    return base, pitch, area * (P * P), rows + (segment + 1) * R
+    base = first.to(tl.int64) * (T * P * P * C) + (line * P * pitch + column * run)
+    return base, pitch, area * (P * P), rows + (segment + 1) * R if R else rows
 
 
 @triton.jit

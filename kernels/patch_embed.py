@@ -35,7 +35,7 @@ from ._patches import (
 )
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
 
-MAX_OFFSET = 2**31  # elements of one image that a kernel addresses with 32 bits
+MAX_OFFSET = 2**31  # patches, and elements of one image, that a kernel counts with 32 bits
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def patch_embed_bwd_reference(
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
 @triton.jit
 def _fwd_kernel(
-    x_ptr, w_ptr, b_ptr, p_ptr, y_ptr, grids_ptr, scale, shift, M, N, D, GRID_W, S, R,
+    x_ptr, w_ptr, b_ptr, p_ptr, y_ptr, grids_ptr, scale, shift, M, N, D, GRID_W, S, R: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr, T: tl.constexpr, MERGE: tl.constexpr, PLANAR: tl.constexpr, BITS: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POSITION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -105,7 +105,7 @@ def _fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(b_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     if HAS_POSITION:
-        p_rows = rows if BITS > 0 else rows % N
+        p_rows = rows if BITS > 0 else rows.to(tl.int32) % N
         acc += tl.load(p_ptr + p_rows[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + y_rows[:, None] * D + cols[None, :], acc.to(dtype), mask=mask)
 
@@ -122,7 +122,7 @@ def _prefix_kernel(prefix_ptr, y_ptr, grids_ptr, N, D, R, PACKED: tl.constexpr, 
 
 @triton.jit
 def _rows_kernel(
-    table_ptr, grids_ptr, M, S, R, P: tl.constexpr, C: tl.constexpr, T: tl.constexpr, MERGE: tl.constexpr,
+    table_ptr, grids_ptr, M, S, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr, T: tl.constexpr, MERGE: tl.constexpr,
     PLANAR: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write what `locate` knows of each packed patch, in runs: the sum over rows need not search in its loop."""
@@ -137,7 +137,7 @@ def _rows_kernel(
 
 @triton.jit
 def _bwd_weight_kernel(
-    dy_ptr, x_ptr, dw_ptr, table_ptr, scale, shift, M, N, D, GRID_W, R,
+    dy_ptr, x_ptr, dw_ptr, table_ptr, scale, shift, M, N, D, GRID_W, R: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr, T: tl.constexpr, MERGE: tl.constexpr, PLANAR: tl.constexpr, BITS: tl.constexpr,
     NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -148,6 +148,7 @@ def _bwd_weight_kernel(
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
     scales, shifts = per_channel(scale, k, P, C, PLANAR), per_channel(shift, k, P, C, PLANAR)
+    step = value(k, GRID_W * RUN, N * (P * P), P, C, T, PLANAR)  # for images of one size
     acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for start in range(part * BLOCK_M, M, tl.num_programs(2) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)  # `start` is a Python int in the interpreter
@@ -156,10 +157,10 @@ def _bwd_weight_kernel(
             y_rows = tl.load(table_ptr + M + rows, mask=rows < M, other=0)
             pitch = tl.load(table_ptr + 2 * M + rows, mask=rows < M, other=0).to(tl.int32) * RUN
             plane = tl.load(table_ptr + 3 * M + rows, mask=rows < M, other=0).to(tl.int32) * (P * P)
-            pitch, plane = pitch[None, :], plane[None, :]
+            offsets = value(k[:, None], pitch[None, :], plane[None, :], P, C, T, PLANAR) + base[None, :]
         else:
-            base, pitch, plane, y_rows = locate(rows, None, 0, N, GRID_W, R, P, C, T, MERGE, PLANAR, BITS)
-        offsets = value(k[:, None], pitch, plane, P, C, T, PLANAR) + base[None, :]
+            base, _, _, y_rows = locate(rows, None, 0, N, GRID_W, R, P, C, T, MERGE, PLANAR, BITS)
+            offsets = step[:, None] + base[None, :]
         x = tl.load(x_ptr + offsets, mask=(k < K)[:, None] & (rows < M)[None, :], other=0)
         dy = tl.load(
             dy_ptr + y_rows[:, None] * D + cols[None, :], mask=(rows < M)[:, None] & (cols < D)[None, :], other=0.0
@@ -173,7 +174,7 @@ def _bwd_weight_kernel(
 
 @triton.jit
 def _bwd_pixels_kernel(
-    dy_ptr, w_ptr, dx_ptr, grids_ptr, scale, M, N, D, GRID_W, S, R,
+    dy_ptr, w_ptr, dx_ptr, grids_ptr, scale, M, N, D, GRID_W, S, R: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr, T: tl.constexpr, MERGE: tl.constexpr, PLANAR: tl.constexpr, BITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +212,8 @@ def _config(rows: int, cols: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _has_kernel(pixels: Tensor, weight: Tensor, grids: Tensor | None) -> bool:
-    return weight.dtype != torch.float64 and (grids is not None or pixels[:1].numel() < MAX_OFFSET)
+    _, m = count_patches(pixels, weight, grids)
+    return weight.dtype != torch.float64 and m < MAX_OFFSET and (grids is not None or pixels[:1].numel() < MAX_OFFSET)
 
 
 def _sizes(pixels: Tensor, weight: Tensor, grids: Tensor | None, patch: int, planar: bool) -> tuple[int, ...]:
@@ -243,6 +245,8 @@ def patch_embed_triton(
     bias, position, prefix = (None if t is None else t.contiguous() for t in (bias, position, prefix))
     y = torch.empty(output_shape(pixels, weight, r, grids), dtype=weight.dtype, device=weight.device)
     config = _config(m, d, weight.dtype)
+    if grids is not None and pixels.dtype == torch.uint8:
+        config["BLOCK_K"] = 32  # each row has its own pitch: leaves registers to the addresses
     with device_of(pixels):
         if m and d:
             _fwd_kernel[(cdiv(m, config["BLOCK_M"]), cdiv(d, config["BLOCK_N"]))](
