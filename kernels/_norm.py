@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import accumulator_dtype, cdiv, device_of, next_power_of_2, tl, triton
+from ._triton import cdiv, device_of, next_power_of_2, tl, triton
 
 MAX_WIDTH = 8192  # a row is held in registers, and the next power of two spills: wider rows go to the reference
 MAX_SCALED_WIDTH = 4096  # of a backward with LayerScale: it holds one row more
@@ -28,8 +28,7 @@ def add_reference(x: Tensor, residual: Tensor | None, scale: Tensor | None) -> T
         return x
     if scale is None:
         return (x + residual).contiguous()
-    acc = accumulator_dtype(x.dtype)
-    return (residual.to(acc) + scale.to(acc) * x.to(acc)).to(x.dtype).contiguous()
+    return torch.addcmul(residual, x, scale).to(x.dtype).contiguous()
 
 
 def add_bwd_reference(

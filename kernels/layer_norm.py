@@ -18,8 +18,9 @@ def layer_norm_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = add_reference(x, residual, scale)
     acc = accumulator_dtype(x.dtype)
+    rows = h.dtype if h.device.type == "cpu" else acc  # torch's CPU kernel takes bf16 rows with fp32 weights: no copy
     y, mean, rstd = torch.native_layer_norm(
-        h.to(acc), weight.shape, weight.to(acc), None if bias is None else bias.to(acc), eps
+        h.to(rows), weight.shape, weight.to(acc), None if bias is None else bias.to(acc), eps
     )
     # an operator may not return its input: without a residual, h is not returned
     return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean.squeeze(-1), rstd.squeeze(-1)
@@ -38,9 +39,11 @@ def layer_norm_bwd_reference(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     acc = mean.dtype
+    # as in the forward; but where dh is not stored yet, it is not rounded yet
+    rows = h.dtype if h.device.type == "cpu" and grad_h is None and scale is None else acc
     dh, dw, db = torch.ops.aten.native_layer_norm_backward(
-        grad_y.to(acc),
-        h.to(acc),
+        grad_y.to(rows),
+        h.to(rows),
         weight.shape,
         mean.unsqueeze(-1),
         rstd.unsqueeze(-1),

@@ -86,6 +86,19 @@ def test_equals_the_modules_of_transformers():
         torch.testing.assert_close(rms_norm(x, module.weight, eps=1e-5, offset=offset), module(x))
 
 
+@pytest.mark.parametrize("added", ADDED)
+def test_half_rows_with_fp32_weights(added):
+    """Mixed precision; the gradients have the dtypes of what they belong to."""
+    inputs = _inputs((5, 33), torch.bfloat16, added)
+    leaves = [None if t is None else (t if t.dim() > 1 else t.float()).requires_grad_() for t in inputs]
+    outputs = _ours(*leaves)
+    grads = _gradients(outputs, leaves, [torch.ones(5, 33)] * 2)
+    assert [g.dtype for g in grads if g is not None] == [t.dtype for t in leaves if t is not None]
+    for got, want in zip(outputs, _torch(*_wide(inputs)), strict=False):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=1e-2)
+
+
 def _backward_args(inputs, added, forward):
     """Return the arguments of the backward after a forward that gave y, h, rstd."""
     x, w, r, s = inputs
