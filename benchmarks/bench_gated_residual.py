@@ -29,7 +29,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for scalar in (True, False):
             yield f"{width} {'scalar' if scalar else 'channels'}", lambda w=width, s=scalar: _launch(w, s)
     for width, scalar in ((2048, True), (4096, True), (MAX_WIDTH, True), (MAX_WIDTH_NARROW, False)):
-        for kind in ("rms", "layer"):
+        for kind in ("rms", "layer")[: 1 + (width <= MAX_WIDTH_NARROW)]:
             name = f"{width} {'scalar' if scalar else 'channels'} {kind}"
             yield name, lambda w=width, s=scalar, k=kind: _launch_norm(w, s, k == "layer")
     yield f"{MAX_WIDTH_NARROW} channels layer fp32", lambda: _launch_norm(MAX_WIDTH_NARROW, False, True, torch.float32)

@@ -14,7 +14,9 @@ from torch import Tensor
 from ._triton import accumulator_dtype, cdiv, device_of, next_power_of_2, tl, triton
 
 MAX_WIDTH = 8192  # a row is held in registers, and the next power of two spills: wider rows go to the reference
-MAX_WIDTH_NARROW = 4096  # the same for the norm's backward in fp32 or with a gate a channel, which holds more of it
+MAX_WIDTH_NARROW = (
+    4096  # the same for the norm's backward in fp32, of LayerNorm, or with a gate a channel: it holds more
+)
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def gated_residual_norm_bwd_triton(
     grad_y: Tensor, grad_h: Tensor | None, h: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, mean: Tensor,
     rstd: Tensor, centred: bool, x_grad: bool, branch_grad: bool, gate_grad: bool, weight_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    narrow = gate.numel() > 1 or h.dtype == torch.float32
+    narrow = centred or gate.numel() > 1 or h.dtype == torch.float32
     if not _has_kernel(h) or (narrow and h.shape[-1] > MAX_WIDTH_NARROW):
         return gated_residual_norm_bwd_reference(
             grad_y,
