@@ -25,50 +25,50 @@ def _parts(runs: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
     return list(zip(runs[::5], runs[1::5], runs[2::5], runs[3::5], runs[4::5], strict=True))
 
 
-def _pairs(x: Tensor, y: Tensor, runs: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each run, its input and output as views (I, D, h, w)."""
-    views, at, to = [], 0, 0
-    for count, h, w, oh, ow in _parts(runs):
-        here = x[at : at + count * h * w].view(count, h, w, -1)
-        there = y[to : to + count * oh * ow].view(count, oh, ow, -1)
-        views.append((here.permute(0, 3, 1, 2), there.permute(0, 3, 1, 2)))
-        at, to = at + count * h * w, to + count * oh * ow
-    return views
-
-
 def _sizes(runs: Sequence[int]) -> tuple[int, int]:
     """Return the tokens of the input and of the output."""
     parts = _parts(runs)
     return sum(n * h * w for n, h, w, _, _ in parts), sum(n * oh * ow for n, _, _, oh, ow in parts)
 
 
+def _views(x: Tensor, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+    """Return each run's images as (I, D, h, w) with D innermost in memory: there torch adds up in fp32."""
+    parts = x.contiguous().split([n * h * w for n, h, w in shapes])
+    return [part.view(*shape, x.shape[1]).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _pack(parts: list[Tensor], like: Tensor) -> Tensor:
+    rows = [part.permute(0, 2, 3, 1).reshape(-1, like.shape[1]).to(like.dtype) for part in parts]
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous() if rows else torch.empty_like(like)
+
+
 def token_pool_reference(x: Tensor, runs: Sequence[int], bilinear: bool, kernel: int) -> Tensor:
-    y = x.new_empty((_sizes(runs)[1], x.shape[1]))
-    for here, there in _pairs(x.contiguous(), y, runs):  # views with D innermost: torch adds up in fp32
-        size = (there.shape[2], there.shape[3])
+    pooled = []
+    for image, (*_, oh, ow) in zip(_views(x, [p[:3] for p in _parts(runs)]), _parts(runs), strict=True):
         if bilinear:
-            there.copy_(F.interpolate(here, size, mode="bilinear", align_corners=False))
+            pooled.append(F.interpolate(image, (oh, ow), mode="bilinear", align_corners=False))
         else:
-            there.copy_(F.avg_pool2d(here, kernel) if kernel else F.adaptive_avg_pool2d(here, size))
-    return y
+            pooled.append(F.avg_pool2d(image, kernel) if kernel else F.adaptive_avg_pool2d(image, (oh, ow)))
+    return _pack(pooled, x)
 
 
 def token_pool_bwd_reference(grad: Tensor, runs: Sequence[int], bilinear: bool, kernel: int) -> Tensor:
-    acc = accumulator_dtype(grad.dtype)
-    dx = grad.new_empty((_sizes(runs)[0], grad.shape[1]))
-    for here, there in _pairs(dx, grad.contiguous(), runs):
-        wide, size = there.to(acc), list(here.shape)
+    acc, parts = accumulator_dtype(grad.dtype), []
+    shapes = [(n, oh, ow) for n, _, _, oh, ow in _parts(runs)]
+    for pooled, (n, h, w, oh, ow) in zip(_views(grad.to(acc), shapes), _parts(runs), strict=True):
+        shape = (n, grad.shape[1], h, w)
         if bilinear:
-            part = torch.ops.aten.upsample_bilinear2d_backward(wide, list(there.shape[2:]), size, False)
-        elif kernel:
-            like = torch.empty_like(here, dtype=acc)
-            part = torch.ops.aten.avg_pool2d_backward(
-                wide, like, [kernel, kernel], [kernel, kernel], [0, 0], False, True, None
-            )
+            parts.append(torch.ops.aten.upsample_bilinear2d_backward(pooled, [oh, ow], shape, False))
+            continue
+        image = pooled.new_empty((n, h, w, grad.shape[1])).permute(0, 3, 1, 2)  # only its shape and layout are read
+        if kernel:
+            window = [kernel, kernel]
+            parts.append(
+                torch.ops.aten.avg_pool2d_backward(pooled, image, window, window, [0, 0], False, True, None)
+            )  # fmt: skip
         else:
-            part = torch.ops.aten._adaptive_avg_pool2d_backward(wide, torch.empty_like(here, dtype=acc))
-        here.copy_(part)
-    return dx
+            parts.append(torch.ops.aten._adaptive_avg_pool2d_backward(pooled, image))
+    return _pack(parts, grad)
 
 
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
