@@ -1,4 +1,7 @@
-"""token_select against topk + sort + gather: batched where segments are equally long, a loop where they are not."""
+"""token_select against topk + sort + index_select: batched for segments of one length, else a loop; and its reference.
+
+The first knows the lengths on the host, and gives neither padding, nor cu_seqlens, nor an order of equal scores.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmllm.kernels.token_select import token_select, token_select_bwd_triton, token_select_triton
+from fastmllm.kernels.token_select import (
+    token_select,
+    token_select_bwd_triton,
+    token_select_reference,
+    token_select_triton,
+)
 
 CUDA = torch.cuda.is_available()
 DTYPES = (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16)
@@ -51,7 +59,7 @@ def _torch(x: Tensor, position: Tensor, scores: Tensor, lengths: list[int], k: i
         firsts = [sum(lengths[:i]) for i in range(segments)]
         parts = zip(scores.split(lengths), firsts, strict=True)
         index = torch.cat([s.topk(min(k, s.shape[0])).indices.sort().values + first for s, first in parts])
-    return x[index], position[index]
+    return x.index_select(0, index), position.index_select(0, index)
 
 
 @pytest.mark.parametrize("mode", ["forward", "full"])
@@ -76,13 +84,23 @@ def bench_token_select(compare, case, dtype, mode):
         rows, plane = _torch(x, position, scores, lengths, k)
         return (rows, plane) if mode == "forward" else (rows,)
 
+    def same(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, plane, *_ = token_select_reference([x, position], cu_seqlens, scores, None, k, kept, longest)
+        return (rows, plane) if mode == "forward" else (rows,)
+
     row = width * x.element_size()
     moved = 4 * n + 2 * kept * (row + 12)
     compare(
         op="token_select",
         case=f"{name} D{width} S{len(lengths)} {str(dtype)[6:]}",
         mode=mode,
-        providers={"fastmllm": ours, "torch": eager, "torch.compile": torch.compile(eager)},
+        providers={
+            "fastmllm": ours,
+            "torch": eager,
+            "torch.compile": torch.compile(eager),
+            "torch, same results": same,
+            "torch.compile, same results": torch.compile(same),
+        },
         inputs=[x],
         bytes=moved if mode == "forward" else moved + (kept + n) * row,
     )

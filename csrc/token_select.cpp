@@ -15,6 +15,23 @@ FASTMLLM_INLINE uint32_t descending(float score) {
   return nan ? 0xffffffffu : bits >> 31 ? bits : ~bits & 0x7fffffffu;
 }
 
+template <typename I>
+void gather(const char *x, const I *index, int64_t begin, int64_t end, int64_t bytes, char *rows) {
+  for (int64_t r = begin; r < end;) {
+    int64_t next = r + 1; // rows that follow each other, or are all empty, move at once
+    if (index[r] < 0) {
+      while (next < end && index[next] < 0)
+        ++next;
+      std::memset(rows + r * bytes, 0, size_t((next - r) * bytes));
+    } else {
+      while (next < end && index[next] == index[next - 1] + 1)
+        ++next;
+      std::memcpy(rows + r * bytes, x + int64_t(index[r]) * bytes, size_t((next - r) * bytes));
+    }
+    r = next;
+  }
+}
+
 } // namespace
 
 void select_segment(const float *scores, int64_t tokens, int64_t kept, int64_t first_token, int64_t first_row,
@@ -38,11 +55,10 @@ void select_segment(const float *scores, int64_t tokens, int64_t kept, int64_t f
 }
 
 void gather_rows(const char *x, const int64_t *index, int64_t begin, int64_t end, int64_t bytes, char *rows) {
-  for (int64_t r = begin; r < end; ++r)
-    if (index[r] < 0)
-      std::memset(rows + r * bytes, 0, size_t(bytes));
-    else
-      std::memcpy(rows + r * bytes, x + index[r] * bytes, size_t(bytes));
+  gather(x, index, begin, end, bytes, rows);
+}
+void gather_rows(const char *x, const int32_t *index, int64_t begin, int64_t end, int64_t bytes, char *rows) {
+  gather(x, index, begin, end, bytes, rows);
 }
 
 } // namespace fastmllm

@@ -11,5 +11,6 @@ void select_segment(const float *scores, int64_t tokens, int64_t kept, int64_t f
 
 // rows[r] = x[index[r]] for r in [begin, end), zeros where index is -1; a row is `bytes` long.
 void gather_rows(const char *x, const int64_t *index, int64_t begin, int64_t end, int64_t bytes, char *rows);
+void gather_rows(const char *x, const int32_t *index, int64_t begin, int64_t end, int64_t bytes, char *rows);
 
 } // namespace fastmllm

@@ -478,7 +478,7 @@ def greedy_diverse(
     if relevance is not None and (relevance.shape != tokens.shape[:1] or not relevance.is_floating_point()):
         raise ValueError(f"{name}: relevance {tuple(relevance.shape)} {relevance.dtype} must be float (N,) with tokens "
                          f"{tuple(tokens.shape)}")  # fmt: skip
-    check_packing(name, tokens, cu_seqlens, keep, {} if relevance is None else {"relevance": relevance})
+    check_packing(name, tokens, cu_seqlens, keep, *(() if relevance is None else (relevance,)))
     n, segments = tokens.shape[0], cu_seqlens.shape[0] - 1
     budget = keep if isinstance(keep, Tensor) else None
     return _greedy_diverse(

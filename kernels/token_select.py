@@ -333,8 +333,7 @@ def token_select(
     if tokens.dim() < 1 or scores.shape != tokens.shape[:1] or not scores.is_floating_point():
         raise ValueError(f"{name}: tokens {tuple(tokens.shape)} must be (N, ...) and scores {tuple(scores.shape)} "
                          f"{scores.dtype} float (N,)")  # fmt: skip
-    check_packing(name, tokens, cu_seqlens, budget, {"scores": scores, **{f"planes[{i}]": p for i, p in
-                  enumerate(planes)}})  # fmt: skip
+    check_packing(name, tokens, cu_seqlens, budget, scores, *planes)
     n, segments = tokens.shape[0], cu_seqlens.shape[0] - 1
     for i, plane in enumerate(planes):
         if plane.dim() < 1 or plane.shape[0] != n:
@@ -348,10 +347,8 @@ def token_select(
     return out[0], index, new_cu, out[1:]
 
 
-def check_packing(
-    name: str, tokens: Tensor, cu_seqlens: Tensor, budget: int | Tensor, others: dict[str, Tensor]
-) -> None:
-    """Raise where packed tokens, segments and budgets do not fit together."""
+def check_packing(name: str, tokens: Tensor, cu_seqlens: Tensor, budget: int | Tensor, *others: Tensor) -> None:
+    """Raise where packed tokens, segments and budgets do not fit together, or a tensor is on another device."""
     integers = (torch.int32, torch.int64)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in integers:
         raise ValueError(f"{name}: cu_seqlens {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} must be int (S+1,)")
@@ -359,13 +356,15 @@ def check_packing(
         if budget.shape != (cu_seqlens.shape[0] - 1,) or budget.dtype not in integers:
             raise ValueError(f"{name}: budget {tuple(budget.shape)} {budget.dtype} must be int32 or int64 "
                              f"({cu_seqlens.shape[0] - 1},), one a segment")  # fmt: skip
-        others = {**others, "budget": budget}
+        others = (*others, budget)
     elif budget < 0:
         raise ValueError(f"{name}: budget {budget} must not be negative")
-    for key, tensor in {"cu_seqlens": cu_seqlens, **others}.items():
+    for tensor in (cu_seqlens, *others):
         if tensor.device != tokens.device:
-            raise ValueError(f"{name}: tokens {tuple(tokens.shape)} are on {tokens.device}, but {key} "
-                             f"{tuple(tensor.shape)} is on {tensor.device}: move one of them")  # fmt: skip
+            raise ValueError(
+                f"{name}: tokens {tuple(tokens.shape)} are on {tokens.device}, but {tuple(tensor.shape)} "
+                f"{tensor.dtype} is on {tensor.device}: move one of them"
+            )
 
 
 def rows_kept(name: str, n: int, segments: int, budget: int | Tensor, total: int | None) -> int:

@@ -27,7 +27,7 @@ template <typename T> T *data(const Tensor &x) {
 }
 
 Tensor as(const Tensor &x, ScalarType dtype) {
-  return torch::stable::contiguous(torch::stable::to(x, dtype));
+  return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
 template <typename T, typename S>

@@ -19,8 +19,24 @@ template <typename T> T *data(const Tensor &x) {
   return static_cast<T *>(x.data_ptr());
 }
 
-Tensor as(const Tensor &x, ScalarType dtype) {
-  return torch::stable::contiguous(torch::stable::to(x, dtype));
+Tensor as(const Tensor &x, ScalarType dtype) { // every call into torch takes about as long as selecting 100 tokens
+  const Tensor same = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+// Gather rows of x by an index that lies where they are needed; `rows` of them.
+template <typename I> Tensor gathered(const Tensor &x_in, const I *index, int64_t rows) {
+  const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const int64_t bytes = x.size(0) ? x.numel() / x.size(0) * x.element_size() : 0;
+  shape[0] = rows;
+  Tensor y = torch::stable::new_empty(x, shape);
+  const auto *source = data<const char>(x);
+  auto *target = data<char>(y);
+  torch::stable::parallel_for(
+      0, rows, std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(bytes, 1)),
+      [&](int64_t begin, int64_t end) { fastmllm::gather_rows(source, index, begin, end, bytes, target); });
+  return y;
 }
 
 std::vector<Tensor> token_select(std::vector<Tensor> xs, const Tensor &cu_in, const Tensor &scores_in,
@@ -56,22 +72,19 @@ std::vector<Tensor> token_select(std::vector<Tensor> xs, const Tensor &cu_in, co
   });
 
   std::vector<Tensor> out;
-  for (const Tensor &x_in : xs) {
-    const Tensor x = torch::stable::contiguous(x_in);
-    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    shape[0] = total;
-    Tensor y = torch::stable::new_empty(x, shape);
-    const int64_t bytes = tokens ? x.numel() / tokens * x.element_size() : 0;
-    const auto *source = data<const char>(x);
-    auto *target = data<char>(y);
-    torch::stable::parallel_for(
-        0, total, std::max<int64_t>(1, 65536 / std::max<int64_t>(bytes, 1)),
-        [&](int64_t begin, int64_t end) { fastmllm::gather_rows(source, index, begin, end, bytes, target); });
-    out.push_back(y);
-  }
+  for (const Tensor &x : xs)
+    out.push_back(gathered(x, index, total));
   out.push_back(index_tensor);
   out.push_back(place_tensor);
   out.push_back(new_cu_tensor);
+  return out;
+}
+
+std::vector<Tensor> token_select_bwd(std::vector<Tensor> grads, const Tensor &, const Tensor &place_in) {
+  const Tensor place = as(place_in, ScalarType::Int);
+  std::vector<Tensor> out;
+  for (const Tensor &grad : grads)
+    out.push_back(gathered(grad, data<const int32_t>(place), place.size(0)));
   return out;
 }
 
@@ -79,4 +92,5 @@ std::vector<Tensor> token_select(std::vector<Tensor> xs, const Tensor &cu_in, co
 
 STABLE_TORCH_LIBRARY_IMPL(fastmllm, CPU, m) {
   m.impl("token_select", TORCH_BOX(&token_select));
+  m.impl("token_select_bwd", TORCH_BOX(&token_select_bwd));
 }

@@ -260,5 +260,5 @@ def test_rejects_what_does_not_fit():
         token_select(x, cu, scores, -1)
     with pytest.raises(ValueError, match=r"token_select: total -2"):
         token_select(x, cu, scores, 3, total=-2)
-    with pytest.raises(ValueError, match=r"are on cpu, but scores \(12,\) is on meta"):
+    with pytest.raises(ValueError, match=r"are on cpu, but \(12,\) torch\.float32 is on meta"):
         token_select(x, cu, scores.to("meta"), 3)
