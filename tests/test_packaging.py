@@ -41,7 +41,7 @@ layer_norm(y, torch.ones(8)).sum().backward()
 assert y.shape == (1, 4, 8)
 from fastmllm.kernels.layer_norm import layer_norm_triton
 try:
-    layer_norm_triton(torch.ones(2, 8), torch.ones(8), None, None, 1e-5)
+    layer_norm_triton(torch.ones(2, 8), torch.ones(8), None, None, None, 1e-5)
 except ImportError as error:
     assert "pip install triton" in str(error)
 else:
