@@ -294,19 +294,22 @@ def _dkv_kernel(
 # do not spill on sm_80, sm_90, sm_100 and gfx942, and keep HGMMA on sm_90 (256 wide: not in dk with dv).
 _TILES = {
     16: ((64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 2)),
-    32: ((64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 2)),
-    64: ((64, 64, 4, 2), (64, 64, 4, 2), (16, 64, 4, 2)),
+    32: ((64, 32, 4, 3), (64, 64, 4, 3), (32, 64, 4, 2)),
+    64: ((64, 32, 4, 3), (64, 64, 4, 2), (16, 64, 4, 2)),
     128: ((64, 32, 4, 3), (64, 64, 4, 2), (16, 64, 8, 2)),
     256: ((64, 32, 8, 2), (64, 16, 8, 2), (16, 32, 4, 2)),
 }
+_BIASED = {(1, 128): (64, 32, 4, 1), (0, 256): (64, 16, 8, 2)}  # where the bias needs the registers of half a tile
 
 
 def _config(kind: int, head_dim: int, dtype: torch.dtype, biased: bool) -> dict[str, int]:
     """Return the tile of the forward (0), dq (1) or dk and dv (2) kernel; fp32 has no tensor cores here: small ones."""
     block_d = max(16, next_power_of_2(head_dim))
-    m, n, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else _TILES[block_d][kind]
-    if biased and (kind, block_d) == (1, 128):
-        warps = 8  # with 4, sm_100 spills
+    m, n, warps, stages = _TILES[block_d][kind]
+    if dtype == torch.float32:
+        m, n, warps, stages = 32, 32, 4, 1
+    elif biased:
+        m, n, warps, stages = _BIASED.get((kind, block_d), (m, n, warps, stages))
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
