@@ -1,9 +1,11 @@
-"""Write README's table of results from a stored run: python benchmarks/readme.py [--check]."""
+"""Write README's results and its operators' figures from stored runs: python benchmarks/readme.py [--check]."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 from fastmllm.bench.sweep import setting
 
 ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "cpu" / "demo.json"
+RESULTS = ROOT / "benchmarks" / "results"
+RESULT = RESULTS / "cpu" / "demo.json"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 ROWS = (  # label, task, metric
     ("name it (exact match)", "name", "accuracy"),
@@ -85,11 +88,35 @@ def _setting(cell: Mapping[str, Any]) -> str:
     return setting(cell["image_size"], cell["visual_tokens"], cell["method"])
 
 
+def figure(op: str, folder: Path) -> str:
+    """Summarise an operator's rows: time of the fastest other provider / ours, median (lowest to highest)."""
+    if not (folder / f"{op}.json").is_file():
+        return ""
+    fastest: dict[tuple[str, str], float] = {}
+    for row in json.loads((folder / f"{op}.json").read_text(encoding="utf-8")):
+        if row["provider"] != "fastmllm":
+            key = (row["case"], row["mode"])
+            fastest[key] = min(fastest.get(key, row["ratio"]), row["ratio"])
+    ratios = sorted(fastest.values())
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
+
+
+def operator_row(row: re.Match[str]) -> str:
+    """Return a row of README's operators' table with the figures that are stored."""
+    gpus = sorted(f for f in RESULTS.iterdir() if f.is_dir() and f.name != "cpu")
+    on_gpu = ", ".join(f"{f.name}: {text}" for f in gpus if (text := figure(row[1], f)))
+    cells = (figure(row[1], RESULTS / "cpu") or "not yet measured", on_gpu or "not yet measured on a GPU")
+    return f"| `{row[1]}` |{row[2]}|{row[3]}| {cells[0]} | {cells[1]} |"
+
+
 def updated(readme: str, metrics: Mapping[str, Any]) -> str:
-    """Return README's text with the block replaced."""
+    """Return README's text with the results and the figures of the operators replaced."""
     head, rest = readme.split(BEGIN)
     _, tail = rest.split(END)
-    return head + BEGIN + block(metrics) + END + tail
+    head, operators, rest = (head + BEGIN + block(metrics) + END + tail).partition("\n## Operators\n")
+    row = re.compile(r"^\| `(\w+)` \|([^|]*)\|([^|]*)\|.*$", re.MULTILINE)
+    table, end, tail = rest.partition("\n## ")
+    return head + operators + row.sub(operator_row, table) + end + tail
 
 
 def main() -> None:

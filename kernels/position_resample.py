@@ -37,20 +37,24 @@ def _blocks(rows: int, columns: int, merge: int, like: Tensor) -> Tensor:
     return place.transpose(1, 2).flatten()
 
 
+def _matrix(out: int, size: int, mode: str, align_corners: bool, like: Tensor) -> Tensor:
+    """Return with which weight each of `out` places reads each of `size` entries of one axis: (out, size)."""
+    unit = torch.eye(size, dtype=accumulator_dtype(like.dtype), device=like.device)[None, None]
+    mode, antialias = ("bilinear", True) if mode == "antialias" else (mode, False)
+    return torch.nn.functional.interpolate(
+        unit, (out, size), mode=mode, align_corners=align_corners, antialias=antialias
+    )[0, 0]
+
+
 def position_resample_reference(
     table: Tensor, grids: Tensor, rows: int, merge_size: int, taps: int, mode: str, align_corners: bool
 ) -> Tensor:
     out = table.new_empty(rows, table.shape[-1])
-    wide = table.to(accumulator_dtype(table.dtype)).permute(2, 0, 1)[None]  # (1, D, G, Q)
+    height, width, d = table.shape
+    wide = table.to(accumulator_dtype(table.dtype)).reshape(height, width * d)
     for (h, w), starts in _by_size(grids).items():
-        y = torch.nn.functional.interpolate(
-            wide,
-            (h, w),
-            mode="bicubic" if mode == "bicubic" else "bilinear",
-            align_corners=align_corners,
-            antialias=mode == "antialias",
-        )
-        y = y[0].permute(1, 2, 0).reshape(h * w, -1).to(table.dtype)
+        down, across = (_matrix(*axis, mode, align_corners, table) for axis in ((h, height), (w, width)))
+        y = (across @ (down @ wide).view(h, width, d)).to(table.dtype).view(h * w, d)
         y = y if merge_size == 1 else y[_blocks(h, w, merge_size, y)]
         for start in starts:
             out[start : start + h * w] = y
@@ -60,20 +64,15 @@ def position_resample_reference(
 def position_resample_bwd_reference(
     grad: Tensor, grids: Tensor, height: int, width: int, merge_size: int, taps: int, mode: str, align_corners: bool
 ) -> Tensor:
-    aten, d = torch.ops.aten, grad.shape[-1]
-    backward = {
-        "bilinear": aten.upsample_bilinear2d_backward,
-        "bicubic": aten.upsample_bicubic2d_backward,
-        "antialias": aten._upsample_bilinear2d_aa_backward,
-    }[mode]
-    total = grad.new_zeros((1, d, height, width), dtype=accumulator_dtype(grad.dtype))
+    d = grad.shape[-1]
+    total = grad.new_zeros((height, width * d), dtype=accumulator_dtype(grad.dtype))
     for (h, w), starts in _by_size(grids).items():
         parts = torch.stack([grad[start : start + h * w] for start in starts]).sum(0, dtype=total.dtype)
         if merge_size > 1:
             parts = torch.empty_like(parts).index_copy_(0, _blocks(h, w, merge_size, parts), parts)
-        dy = parts.t().reshape(1, d, h, w)
-        total = total + backward(dy, [h, w], [1, d, height, width], align_corners, None, None)
-    return total[0].permute(1, 2, 0).to(grad.dtype).contiguous()
+        down, across = (_matrix(*axis, mode, align_corners, grad) for axis in ((h, height), (w, width)))
+        total.addmm_(down.t(), (across.t() @ parts.view(h, w, d)).view(h, width * d))
+    return total.view(height, width, d).to(grad.dtype)
 
 
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
