@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmllm.models.language import LanguageConfig, LanguageModel
+from fastmllm.models.weights.folder import read_config, read_state, renamed, write_folder
 from fastmllm.models.weights.gguf_file import GgufFile
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def load_language(
     path = _resolve(name_or_path)
     if path.is_dir():
         config = _config_from_folder(path)
-        return _build(config, _read_folder(path), dtype, str(path))
+        return _build(config, read_state(path), dtype, str(path))
     reader = GgufFile(path)
     label = f"{path.stem}-{path.stat().st_size}-{str(dtype).removeprefix('torch.')}"
     kept = None if cache is None else cache / f"{label}.safetensors"
@@ -91,7 +90,7 @@ def load_tokenizer(name_or_path: str | Path, cache: Path | None = None) -> Token
     tokenizer = GgufFile(path).tokenizer()
     if kept is not None:
         try:
-            with _renamed(kept) as target:
+            with renamed(kept) as target:
                 tokenizer.save(str(target))
         except OSError as error:
             _log.warning("fastmllm::load_tokenizer: %s not kept: %s", kept, error)
@@ -109,7 +108,6 @@ def save_language(model: LanguageModel, folder: Path, tokenizer: Tokenizer | Non
     Raises:
         ValueError: a mix of biases that no published family has.
     """
-    from safetensors.torch import save_file
 
     config = model.config
     if config.output_bias and not config.qkv_bias:
@@ -134,16 +132,13 @@ def save_language(model: LanguageModel, folder: Path, tokenizer: Tokenizer | Non
     }
     if not qwen:
         fields |= {"attention_bias": config.qkv_bias, "mlp_bias": False}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     if config.tie_embeddings:
         del state["lm_head.weight"]
-    with _renamed(folder / "model.safetensors") as target:
-        save_file(state, target, metadata={"format": "pt"})
     if tokenizer is not None:
-        with _renamed(folder / "tokenizer.json") as target:
+        with renamed(folder / "tokenizer.json") as target:
             tokenizer.save(str(target))
-    with _renamed(folder / "config.json") as target:  # last: it makes the folder readable
-        target.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_folder(folder, fields, state)
 
 
 def _resolve(name_or_path: str | Path) -> Path:
@@ -189,10 +184,7 @@ def _build(config: LanguageConfig, state: dict[str, Tensor], dtype: torch.dtype,
 
 
 def _config_from_folder(folder: Path) -> LanguageConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"fastmllm::weights: {folder} has no config.json; is it a Hugging Face model folder?")
-    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    file, raw = folder / "config.json", read_config(folder)
     kind = raw.get("model_type")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     for what, bad in {
@@ -225,21 +217,6 @@ def _config_from_folder(folder: Path) -> LanguageConfig:
         raise ValueError(f"fastmllm::weights: {file} lacks {error.args[0]!r}") from error
 
 
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    state: dict[str, Tensor] = {}
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"fastmllm::weights: {folder} has no {name}; save the weights as safetensors")
-        state |= load_file(folder / name)
-    return state
-
-
 def _read_kept(file: Path) -> tuple[LanguageConfig, dict[str, Tensor]] | None:
     """Read expanded weights; None, to be made again, when they are absent or damaged."""
     from safetensors import SafetensorError, safe_open
@@ -262,20 +239,7 @@ def _keep(file: Path, config: LanguageConfig, state: dict[str, Tensor]) -> None:
 
     metadata = {"config": json.dumps(asdict(config))}
     try:
-        with _renamed(file) as target:
+        with renamed(file) as target:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, target, metadata=metadata)
     except (OSError, SafetensorError) as error:
         _log.warning("fastmllm::load_language: expanded weights not kept in %s: %s", file.parent, error)
-
-
-@contextmanager
-def _renamed(file: Path) -> Iterator[Path]:
-    """Yield a path beside `file` to write to; it becomes `file` only if the block ends well."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
