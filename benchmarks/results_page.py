@@ -50,6 +50,26 @@ def encoders() -> str:
     return "\n".join([*lines, "", f"The best, {best['encoder'].split(',')[0]}, is the recipe's default."]) + "\n"
 
 
+def expert() -> str:
+    """Set the expert-model path beside the fused model."""
+    rows = json.loads((RESULTS / "expert.json").read_text(encoding="utf-8"))["rows"]
+    tasks = [key for key in rows[0] if key != "path"]
+    lines = [
+        "## Expert model: captions in front of a language model",
+        "",
+        "`python benchmarks/expert.py` → `expert.json`: the demo's model describes each drawing, and a language model "
+        "that sees only this description answers; % right on Twemoji.",
+        "",
+        f"| path | {' | '.join(tasks)} |",
+        "|---" * (1 + len(tasks)) + "|",
+        *(f"| {row['path']} | {' | '.join(_share(row[t]) for t in tasks)} |" for row in rows),
+        "",
+        "What a description leaves out is lost, and a published language model of this size does not answer in the words "
+        "that exact match wants; forced choice shows what reached it.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def evaluation(title: str, name: str, text: str) -> str:
     """Show a run's whole evaluation."""
     metrics = json.loads((RESULTS / name).read_text(encoding="utf-8"))
@@ -80,6 +100,8 @@ def page() -> str:
         parts.append(evaluation("The demo", "demo.json", "`make demo` → `demo.json`; % right unless it is CIDEr-D."))
     if (RESULTS / "encoders.json").is_file():
         parts.append(encoders())
+    if (RESULTS / "expert.json").is_file():
+        parts.append(expert())
     if (RESULTS / "clothing.json").is_file():
         parts.append(
             evaluation(
