@@ -64,8 +64,8 @@ def expert() -> str:
         "|---" * (1 + len(tasks)) + "|",
         *(f"| {row['path']} | {' | '.join(_share(row[t]) for t in tasks)} |" for row in rows),
         "",
-        "What a description leaves out is lost, and a published language model of this size does not answer in the words "
-        "that exact match wants; forced choice shows what reached it.",
+        "What a description leaves out is lost, and a published language model of this size does not answer in the "
+        "words that exact match wants; forced choice shows what reached it.",
     ]
     return "\n".join(lines) + "\n"
 
