@@ -1,0 +1,162 @@
+"""What a multimodal model reads: packed text with placeholders, the plan of the spliced batch, and the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmllm.kernels._splice_plan import SplicePlan, splice_plan
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """A packed batch of S samples.
+
+    Args:
+        input_ids: (T,) int64 text with one placeholder an image, where visual tokens are spliced in.
+        plan: rows, labels, positions and boundaries of the spliced batch (T' rows).
+        images: arguments of the model's image path; None without images.
+        media_start, media_stop: (T',) int32, the media tokens that each row sees, where layers look across; else None.
+        max_media: media tokens of the longest such range, a host number.
+    """
+
+    input_ids: Tensor
+    plan: SplicePlan
+    images: Mapping[str, Any] | None = None
+    media_start: Tensor | None = None
+    media_stop: Tensor | None = None
+    max_media: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return self.plan.cu_seqlens.numel() - 1
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """Return the batch with its tensors on a device."""
+        moved: dict[str, Any] = {"plan": self.plan.to(device)}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
+        if self.images is not None:
+            moved["images"] = {
+                k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.images.items()
+            }
+        return replace(self, **moved)
+
+
+def unpad(
+    input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Drop the padding of a batch as processors of transformers make it.
+
+    Args:
+        input_ids: (B, L).
+        attention_mask: (B, L), not 0 at tokens; None: nothing is padding.
+        labels: (B, L) aligned with `input_ids`.
+
+    Returns:
+        The tokens of each sample, and their labels or None.
+
+    Raises:
+        ValueError: shapes differ, or padding lies between tokens.
+    """
+    if input_ids.dim() != 2 or any(t is not None and t.shape != input_ids.shape for t in (attention_mask, labels)):
+        shapes = [None if t is None else tuple(t.shape) for t in (input_ids, attention_mask, labels)]
+        raise ValueError(f"fastmllm::unpad: input_ids, attention_mask and labels {shapes} must all be (B, L)")
+    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    edges = keep.int().diff(dim=1, prepend=keep.new_zeros(len(keep), 1).int())
+    if ((edges == 1).sum(1) > 1).any():
+        row = int(((edges == 1).sum(1) > 1).nonzero()[0])
+        raise ValueError(f"fastmllm::unpad: attention_mask of sample {row} has padding between its tokens")
+    tokens = [row[mask].tolist() for row, mask in zip(input_ids, keep, strict=True)]
+    if labels is None:
+        return tokens, None
+    return tokens, [row[mask].tolist() for row, mask in zip(labels, keep, strict=True)]
+
+
+def make_inputs(
+    samples: Sequence[Sequence[int]],
+    *,
+    placeholders: Sequence[int] = (),
+    counts: Sequence[int] | None = None,
+    grids: Sequence[Sequence[int]] | None = None,
+    labels: Sequence[Sequence[int]] | None = None,
+    images: Mapping[str, Any] | None = None,
+    spatial_merge_size: int = 2,
+    time_intervals: Sequence[float] | None = None,
+    expanded: bool = False,
+) -> Inputs:
+    """Pack samples whose images are marked by placeholders.
+
+    Args:
+        samples: tokens of each sample.
+        placeholders: tokens that stand for images; none where images stay beside the text.
+        counts: visual tokens of each image, in the order of their places in the batch.
+        grids: (t, h, w) of each image instead: positions are M-RoPE's.
+        labels: aligned with `samples`; -100 where a token is not scored. They are shifted here.
+        images: arguments of the model's image path.
+        spatial_merge_size: of the grids.
+        time_intervals: of the grids, as in `splice_plan`.
+        expanded: an image is marked by as many placeholders as it has visual tokens, as processors of transformers
+            write them, instead of by one.
+
+    Returns:
+        The packed batch, on the CPU.
+
+    Raises:
+        ValueError: placeholders do not fit the images; the message names the sample.
+    """
+    num = list(counts or ()) if grids is None else [t * h * w // spatial_merge_size**2 for t, h, w in grids]
+    text: list[int] = []
+    targets: list[int] = []
+    bounds, owned, first = [0], [], 0
+    for place, sample in enumerate(samples):
+        marked = [k for k, token in enumerate(sample) if token in placeholders]
+        groups = _groups(marked, num[first:], f"sample {place}") if expanded else [[k] for k in marked]
+        repeated = {k for group in groups for k in group[1:]}
+        kept = [k for k in range(len(sample)) if k not in repeated]
+        text += [sample[k] for k in kept]
+        if labels is not None:
+            targets += [labels[place][k] for k in kept]
+        bounds.append(len(text))
+        owned.append((first, first + len(groups)))
+        first += len(groups)
+    if first != len(num):
+        raise ValueError(f"fastmllm::make_inputs: {len(num)} images are given, but the text has places for {first}")
+    ids = torch.tensor(text, dtype=torch.int64)
+    plan = splice_plan(
+        ids,
+        bounds,
+        None if grids is not None else [num[a:b] for a, b in owned],
+        placeholder=tuple(placeholders),
+        grid_thw=None if grids is None else [list(grids[a:b]) for a, b in owned],
+        spatial_merge_size=spatial_merge_size,
+        time_intervals=None if time_intervals is None else [list(time_intervals[a:b]) for a, b in owned],
+        labels=targets if labels is not None else None,
+        shift_labels=True,
+    )
+    return Inputs(input_ids=ids, plan=plan, images=images)
+
+
+def _groups(marked: list[int], counts: Sequence[int], name: str) -> list[list[int]]:
+    """Part the repeated placeholders of a sample by image."""
+    groups, start = [], 0
+    for count in counts:
+        if start == len(marked):
+            break
+        groups.append(marked[start : start + count])
+        start += count
+    if start != len(marked):
+        raise ValueError(
+            f"fastmllm::make_inputs: {name} has {len(marked)} image placeholders, but its next images have "
+            f"{list(counts[: len(groups) + 1])} visual tokens"
+        )
+    return groups
