@@ -19,6 +19,7 @@ class CacheSlots:
     columns: Tensor  # (T,) int64: its place in the cache
     limit: int  # columns in use once these tokens are in
     mask: Tensor | None  # (B, 1, max(counts), limit) bool, True = attend; None when the cache was empty
+    window_mask: Tensor | None  # the same for layers with a sliding window; `mask` itself where the window is not full
 
 
 class KVCache:
@@ -32,6 +33,10 @@ class KVCache:
         max_length: tokens Lmax that a row can hold.
         dtype: of keys and values.
         device: of keys and values.
+
+    Attributes:
+        lengths: tokens in each row.
+        next_positions: position of each row's next text token; differs from `lengths` behind images with M-RoPE.
     """
 
     def __init__(
@@ -52,17 +57,19 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(depth)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(depth)]
         self.lengths = [0] * batch
+        self.next_positions = [0] * batch
 
     @property
     def max_length(self) -> int:
         """Tokens that a row can hold."""
         return self.keys[0].shape[2]
 
-    def reserve(self, counts: Sequence[int]) -> CacheSlots:
+    def reserve(self, counts: Sequence[int], window: int | None = None) -> CacheSlots:
         """Place the next tokens of every sequence; the lengths move on when `advance` is called.
 
         Args:
             counts: new tokens of each sequence, every one >= 1.
+            window: tokens that a row of a sliding-window layer sees, itself included.
 
         Returns:
             The slots for `write`.
@@ -86,11 +93,14 @@ class KVCache:
         offsets = torch.cat([torch.arange(count) for count in counts])  # (T,)
         rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))  # (T,)
         starts = torch.tensor(self.lengths)
-        mask = None
+        mask = window_mask = None
         if any(self.lengths):
-            seen = starts[:, None] + torch.arange(width)  # (B, n): last column that query j may see
-            mask = torch.arange(max(ends)) <= seen[:, :, None]  # (B, n, limit)
-            mask = mask[:, None].to(device, non_blocking=True)
+            seen = (starts[:, None] + torch.arange(width))[:, None, :, None]  # last column that query j may see
+            columns = torch.arange(max(ends))
+            mask = columns <= seen  # (B, 1, n, limit)
+            if window is not None and max(ends) > window:
+                window_mask = (mask & (columns > seen - window)).to(device, non_blocking=True)
+            mask = mask.to(device, non_blocking=True)
         return CacheSlots(
             counts=counts,
             rows=rows.to(device, non_blocking=True),
@@ -98,6 +108,7 @@ class KVCache:
             columns=(starts[rows] + offsets).to(device, non_blocking=True),
             limit=max(ends),
             mask=mask,
+            window_mask=mask if window_mask is None else window_mask,
         )
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: CacheSlots) -> tuple[Tensor, Tensor]:
@@ -117,9 +128,17 @@ class KVCache:
         values[slots.rows, :, slots.columns] = value.to(values.dtype)
         return keys[:, :, : slots.limit], values[:, :, : slots.limit]
 
-    def advance(self, slots: CacheSlots) -> None:
-        """Count the tokens of `slots` as seen; call it once, after the last layer."""
+    def advance(self, slots: CacheSlots, next_positions: Sequence[int] | None = None) -> None:
+        """Count the tokens of `slots` as seen; call it once, after the last layer.
+
+        Args:
+            slots: from `reserve`.
+            next_positions: of each row; None: every new token took one position.
+        """
         self.lengths = [length + count for length, count in zip(self.lengths, slots.counts, strict=True)]
+        if next_positions is None:
+            next_positions = [place + count for place, count in zip(self.next_positions, slots.counts, strict=True)]
+        self.next_positions = list(next_positions)
 
     def select(self, rows: Sequence[int], max_length: int | None = None) -> KVCache:
         """Copy some sequences, in this order and as often as named.
@@ -151,6 +170,7 @@ class KVCache:
             device=self.keys[0].device,
         )
         copy.lengths = lengths
+        copy.next_positions = [self.next_positions[row] for row in rows]
         index = torch.tensor(list(rows), device=self.keys[0].device)
         used = max(max(lengths), 1)
         for mine, theirs in zip(self.keys + self.values, copy.keys + copy.values, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmllm.models.language import LanguageConfig, LanguageModel, rotary_tables, rotate
+from fastmllm.models.language import LanguageConfig, LanguageModel
 
 LENGTHS = (7, 1, 12)
 SHAPE = {
@@ -98,25 +98,6 @@ def test_equals_transformers(family: str, tie: bool) -> None:
             assert not tie
         else:
             assert relative(parameter.grad, theirs_grads[name]) <= 1e-4, name
-
-
-def test_rope_is_bitwise_transformers() -> None:
-    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
-    config = hugging_face("llama", True).config
-    positions = torch.tensor([0, 1, 5, 2047])
-    query, key = torch.randn(4, 6, 8), torch.randn(4, 2, 8)
-    cos, sin = modeling.LlamaRotaryEmbedding(config)(query, positions[None])
-    expected, expected_key = modeling.apply_rotary_pos_emb(
-        query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin
-    )
-    tables = rotary_tables(positions, 8, SHAPE["rope_theta"])
-    assert torch.equal(rotate(query, *tables), expected[0].transpose(0, 1))
-    assert torch.equal(rotate(key, *tables), expected_key[0].transpose(0, 1))
-
-
-def test_rope_rounds_bf16_once() -> None:
-    x, tables = torch.randn(5, 2, 8).bfloat16(), rotary_tables(torch.arange(100, 105), 8, 10000.0)
-    assert torch.equal(rotate(x, *tables), rotate(x.float(), *tables).bfloat16())
 
 
 def test_sequences_do_not_see_each_other() -> None:
