@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastmllm.infer.prompt import Embedder, PackedPrompts, prefill, prompt_lengths
+from fastmllm.infer.prompt import PackedPrompts, Starter, prefill, prompt_lengths
 from fastmllm.infer.sampling import Sampling, choose, sequence_generators
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def stop_ids(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def generate(
-    model: Embedder,
+    model: Starter,
     batch: PackedPrompts,
     *,
     max_new_tokens: int,
@@ -48,7 +48,7 @@ def generate(
     """Continue every prompt of a batch.
 
     Args:
-        model: `language` and `embed_batch`.
+        model: `language` and `start`.
         batch: packed prompts (no answers).
         max_new_tokens: most tokens a sequence.
         stop: ids that end a sequence; not part of the result.
@@ -58,7 +58,7 @@ def generate(
         The new token ids of each prompt, in order.
 
     Raises:
-        ValueError: an empty prompt, image places without images, a stop id outside the vocabulary.
+        ValueError: an empty prompt, a stop id outside the vocabulary.
     """
     op = "fastmllm::generate"
     lengths = prompt_lengths(batch, op)
@@ -73,9 +73,8 @@ def generate(
     generators = []
     if sampling.temperature > 0:
         generators = sequence_generators(sampling, batch.ids)
-    device = language.head_weight.device
     cache = language.new_cache(len(lengths), max(lengths) + max_new_tokens - 1)
-    hidden = prefill(model, batch, cache)  # (B, D)
+    hidden, continuation = prefill(model, batch, cache)  # (B, D)
 
     answers: list[list[int]] = [[] for _ in lengths]
     active = list(range(len(lengths)))  # sequence of each row of the cache
@@ -95,8 +94,6 @@ def generate(
             return answers
         running = [place for place, row in enumerate(active) if row not in ended]
         if 2 * len(running) <= len(active):  # half is done: stop computing it (the copy costs one cache pass)
-            cache, tokens = cache.select(running), tokens[running]
-            active = [active[place] for place in running]
-        positions = torch.tensor(cache.lengths, device=device)
-        starts = torch.arange(len(active) + 1, dtype=torch.int32, device=device)
-        hidden = language(language.embed(tokens), positions, starts, 1, cache)
+            cache, continuation = cache.select(running), continuation.select(running)
+            tokens, active = tokens[running], [active[place] for place in running]
+        hidden = continuation.extend(tokens, [1] * len(active), cache)

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from fastmllm.models.continuation import Continuation
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 
 
 class PackedPrompts(Protocol):
-    """Packed prompts without answers: the fields of `fastmllm.data.packing.Batch` that are read here."""
+    """Packed prompts without answers: what is read here of `data.packing.Batch` and `models.inputs.Inputs`."""
 
-    input_ids: Tensor  # (T,) int64
-    position_ids: Tensor  # (T,) int64
-    cu_seqlens: Tensor  # (S+1,) int32
-    max_seqlen: int
-    image_index: Tensor  # (I*K,) int64
-    pixels: Tensor | None  # (I, H, W, 3) uint8; None when features of `image_paths` are kept elsewhere
-    ids: list[str]
-    image_paths: list[str]
+    @property
+    def position_ids(self) -> Tensor:
+        """Positions of all tokens, (T,) or (3, T)."""
+        ...
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Boundaries (S+1,) int32."""
+        ...
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest prompt."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of the samples."""
+        ...
 
 
-class Embedder(Protocol):
-    """A language model with a way to turn prompts and their images into input embeddings."""
+class Starter(Protocol):
+    """A language model with a way to run prompts and their images (`VLM`, `MLLM`)."""
 
     language: LanguageModel
 
-    def embed_batch(self, batch: Any) -> Tensor:
-        """Embed tokens and images: (T, D)."""
+    def start(self, batch: Any, cache: KVCache | None = None) -> tuple[Tensor, Continuation]:
+        """Run a whole batch: hidden states (T, D) of all tokens, and how the sequences go on."""
         ...
 
 
@@ -44,7 +57,7 @@ def prompt_lengths(batch: PackedPrompts, op: str) -> list[int]:
         Tokens of each prompt, host.
 
     Raises:
-        ValueError: no prompt, an empty one, or image places that do not match the images.
+        ValueError: no prompt, an empty one, or boundaries that do not fit the tokens.
     """
     lengths: list[int] = batch.cu_seqlens.diff().tolist()
     if not lengths:
@@ -52,33 +65,25 @@ def prompt_lengths(batch: PackedPrompts, op: str) -> list[int]:
     if min(lengths) < 1:
         place = lengths.index(min(lengths))
         raise ValueError(f"{op}: prompt {place} ({_name(batch, place)}) is empty; give it at least one token")
-    total = len(batch.input_ids)
-    if sum(lengths) != total or len(batch.position_ids) != total:
+    total = batch.position_ids.shape[-1]
+    if sum(lengths) != total:
         raise ValueError(f"{op}: cu_seqlens ends at {sum(lengths)}, but the batch holds {total} tokens")
-    places, images = len(batch.image_index), len(batch.image_paths) if batch.pixels is None else len(batch.pixels)
-    if (places == 0) != (images == 0) or (images and places % images):
-        raise ValueError(
-            f"{op}: {places} image places do not fit {images} images; "
-            "every image needs the same number of places, and every place an image"
-        )
     return lengths
 
 
-def prefill(model: Embedder, batch: PackedPrompts, cache: KVCache) -> Tensor:
+def prefill(model: Starter, batch: PackedPrompts, cache: KVCache) -> tuple[Tensor, Continuation]:
     """Compute every prompt once and fill its row of the cache.
 
     Args:
-        model: `language` and `embed_batch`.
+        model: `language` and `start`.
         batch: packed prompts.
         cache: empty, one row a prompt.
 
     Returns:
-        (S, D) hidden state of the last token of each prompt, after the final norm.
+        (S, D) hidden state of the last token of each prompt, after the final norm; and how the prompts go on.
     """
-    device = model.language.head_weight.device
-    starts = batch.cu_seqlens.to(device)
-    hidden = model.language(model.embed_batch(batch), batch.position_ids.to(device), starts, batch.max_seqlen, cache)
-    return hidden[(starts[1:] - 1).long()]
+    hidden, continuation = model.start(batch, cache)
+    return hidden[(batch.cu_seqlens[1:].long() - 1).to(hidden.device)], continuation
 
 
 def _name(batch: PackedPrompts, place: int) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmllm.infer.prompt import Embedder, PackedPrompts, prefill, prompt_lengths
+from fastmllm.infer.prompt import PackedPrompts, Starter, prefill, prompt_lengths
+from fastmllm.models.continuation import Continuation
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 
@@ -30,7 +31,7 @@ class ChoiceScore:
 
 @torch.no_grad()
 def score_choices(
-    model: Embedder,
+    model: Starter,
     batch: PackedPrompts,
     choices: Sequence[Sequence[Sequence[int]]],
     *,
@@ -39,7 +40,7 @@ def score_choices(
     """Compute the log-probability of every candidate; each prompt and image is computed once.
 
     Args:
-        model: `language` and `embed_batch`.
+        model: `language` and `start`.
         batch: packed prompts (no answers).
         choices: token ids of each candidate of each prompt.
         rows_per_pass: candidates run together; bounds the memory of the repeated prompts.
@@ -48,13 +49,13 @@ def score_choices(
         A score a candidate, in the order of `choices`.
 
     Raises:
-        ValueError: an empty prompt or candidate, image places without images, a token outside the vocabulary.
+        ValueError: an empty prompt or candidate, a token outside the vocabulary.
     """
     lengths = prompt_lengths(batch, "fastmllm::score_choices")
     language = model.language
     _check(choices, len(lengths), language.config.vocab_size, rows_per_pass)
     cache = language.new_cache(len(lengths), max(lengths))
-    hidden = prefill(model, batch, cache)  # (S, D): predicts the first token of every candidate
+    hidden, continuation = prefill(model, batch, cache)  # (S, D): predicts the first token of every candidate
 
     flat = [(prompt, list(tokens)) for prompt, candidates in enumerate(choices) for tokens in candidates]
     device = hidden.device
@@ -65,7 +66,7 @@ def score_choices(
     longer.sort(key=lambda place: len(flat[place][1]))  # similar lengths together: less padding
     for begin in range(0, len(longer), rows_per_pass):
         part = longer[begin : begin + rows_per_pass]
-        rest = _score_rest(language, cache, [flat[place] for place in part], device)
+        rest = _score_rest(continuation, cache, [flat[place] for place in part], device)
         for place, value in zip(part, rest, strict=True):
             totals[place] += value
     scores = iter(
@@ -94,7 +95,7 @@ def _check(choices: Sequence[Sequence[Sequence[int]]], num_prompts: int, vocab_s
 
 
 def _score_rest(
-    language: LanguageModel, prefix: KVCache, candidates: Sequence[tuple[int, list[int]]], device: torch.device
+    continuation: Continuation, prefix: KVCache, candidates: Sequence[tuple[int, list[int]]], device: torch.device
 ) -> list[float]:
     """Sum the log-probabilities of the second and later tokens of each candidate, given the cached prompts."""
     counts = [len(tokens) - 1 for _, tokens in candidates]
@@ -102,13 +103,9 @@ def _score_rest(
     cache = prefix.select(rows, max_length=max(prefix.lengths[row] for row in rows) + max(counts))
     inputs = torch.tensor([token for _, tokens in candidates for token in tokens[:-1]], device=device)
     targets = torch.tensor([token for _, tokens in candidates for token in tokens[1:]], device=device)
-    positions = torch.cat(
-        [torch.arange(prefix.lengths[row], prefix.lengths[row] + n) for row, n in zip(rows, counts, strict=True)]
-    ).to(device)
     owners = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(device)  # (T,)
-    starts = torch.tensor([0, *counts]).cumsum(0).to(device=device, dtype=torch.int32)
-    hidden = language(language.embed(inputs), positions, starts, max(counts), cache)
-    each = _log_probabilities(language, hidden, torch.arange(len(inputs), device=device), targets)
+    hidden = continuation.select(rows).extend(inputs, counts, cache)
+    each = _log_probabilities(continuation.language, hidden, torch.arange(len(inputs), device=device), targets)
     return each.new_zeros(len(rows)).index_add_(0, owners, each).tolist()
 
 

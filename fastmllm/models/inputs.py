@@ -24,6 +24,7 @@ class Inputs:
         images: arguments of the model's image path; None without images.
         media_start, media_stop: (T',) int32, the media tokens that each row sees, where layers look across; else None.
         max_media: media tokens of the longest such range, a host number.
+        ids: names of the samples.
     """
 
     input_ids: Tensor
@@ -32,11 +33,31 @@ class Inputs:
     media_start: Tensor | None = None
     media_stop: Tensor | None = None
     max_media: int = 0
+    ids: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
         """S."""
         return self.plan.cu_seqlens.numel() - 1
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(T',), or (3, T') for M-RoPE."""
+        return self.plan.position_ids
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(S + 1,) boundaries of the spliced batch."""
+        return self.plan.cu_seqlens
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest sample of the spliced batch."""
+        return self.plan.max_seqlen
+
+    def with_media(self, start: Tensor, stop: Tensor, longest: int) -> Inputs:
+        """Return the batch with the media tokens that each row sees, (T',) int32 each."""
+        return replace(self, media_start=start, media_stop=stop, max_media=longest)
 
     def to(self, device: torch.device | str) -> Inputs:
         """Return the batch with its tensors on a device."""
@@ -143,7 +164,8 @@ def make_inputs(
         labels=targets if labels is not None else None,
         shift_labels=True,
     )
-    return Inputs(input_ids=ids, plan=plan, images=images)
+    names = tuple(f"sample {k}" for k in range(len(samples)))
+    return Inputs(input_ids=ids, plan=plan, images=images, ids=names)
 
 
 def _groups(marked: list[int], counts: Sequence[int], name: str) -> list[list[int]]:

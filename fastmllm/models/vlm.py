@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from fastmllm.compression import compress
 from fastmllm.kernels.insert_features import insert_features
+from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
+from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 from fastmllm.modules.projector import Projector
@@ -136,23 +138,33 @@ class VLM(nn.Module):
         """Embed a packed batch (T,) and put the visual tokens at their placeholders: (T, D)."""
         embeddings = self.language.embed(batch.input_ids.to(self.device))
         images = len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
+        places = batch.image_index.numel()
+        if (places == 0) != (images == 0) or (images and places % images):
+            raise ValueError(
+                f"VLM: {places} image places do not fit {images} images; "
+                "every image needs the same number of places, and every place an image"
+            )
         if images == 0:
             # every rank runs the connector once a step, image or not: sharded parameters are gathered in step
             features = embeddings.new_zeros(1, 1, self.vision.width)
             return embeddings + 0.0 * self.connector(features).sum() if self.training else embeddings
-        if batch.image_index.numel() % images:
-            raise ValueError(f"VLM: {batch.image_index.numel()} image placeholders do not divide among {images} images")
-        tokens = self.visual_tokens(self._features(batch), keep=batch.image_index.numel() // images)
+        tokens = self.visual_tokens(self._features(batch), keep=places // images)
         return insert_features(embeddings, tokens.flatten(0, 1).to(embeddings.dtype), batch.image_index.to(self.device))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the loss of a packed batch: the fp32 sum of cross-entropy over its target tokens."""
+    def start(self, batch: Batch, cache: KVCache | None = None) -> tuple[Tensor, Continuation]:
+        """Run a packed batch: hidden states (T, D) after the final norm, and how its sequences go on."""
         hidden = self.language(
             self.embed_batch(batch),
             batch.position_ids.to(self.device),
             batch.cu_seqlens.to(self.device),
             batch.max_seqlen,
+            cache,
         )
+        return hidden, Continuation(language=self.language)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss of a packed batch: the fp32 sum of cross-entropy over its target tokens."""
+        hidden, _ = self.start(batch)
         return self.language.lm_head(hidden, batch.labels.to(self.device), batch.num_targets)
 
     def _features(self, batch: Batch) -> Tensor:

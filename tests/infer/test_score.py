@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastmllm.infer.score import ChoiceScore, score_choices
+from fastmllm.models.continuation import Continuation
 from fastmllm.models.language import LanguageConfig, LanguageModel
 
 VOCAB = 61
@@ -40,6 +41,11 @@ class Toy:
             for parameter in self.language.parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(12)
+
+    def start(self, batch: Prompts, cache=None) -> tuple[torch.Tensor, Continuation]:
+        embeds = self.embed_batch(batch)
+        hidden = self.language(embeds, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, cache)
+        return hidden, Continuation(language=self.language)
 
     def embed_batch(self, batch: Prompts) -> torch.Tensor:
         self.embedded += len(batch.input_ids)

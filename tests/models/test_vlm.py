@@ -99,7 +99,7 @@ def test_placeholders_must_divide_among_the_images(photos):
     model = tiny_vlm()
     batch = _batch(model, _samples(photos))
     batch.image_index = batch.image_index[:-1]
-    with pytest.raises(ValueError, match="7 image placeholders do not divide among 2 images"):
+    with pytest.raises(ValueError, match="7 image places do not fit 2 images"):
         model(batch)
 
 
