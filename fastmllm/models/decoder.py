@@ -48,6 +48,7 @@ class LanguageConfig:
         mrope_interleaved: the three take turns (Qwen3-VL).
         sliding_window: tokens that a row sees, itself included (Mistral), or None.
         sliding_layers: layers with that window; None for all.
+        extra_embeddings: rows of the embedding table behind the vocabulary, which the head lacks (Llama-3.2-Vision).
     """
 
     vocab_size: int
@@ -70,6 +71,7 @@ class LanguageConfig:
     mrope_interleaved: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] | None = None
+    extra_embeddings: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_positions")
@@ -92,6 +94,11 @@ class LanguageConfig:
             raise ValueError(
                 f"fastmllm::LanguageConfig: mrope_section {section} must be three numbers with the sum head_dim / 2, "
                 f"head_dim is {self.head_dim}"
+            )
+        if self.extra_embeddings < 0 or (self.tie_embeddings and self.extra_embeddings):
+            raise ValueError(
+                f"fastmllm::LanguageConfig: {self.extra_embeddings} extra_embeddings must not be negative, and have no "
+                "place in a head that is the table (tie_embeddings)"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"fastmllm::LanguageConfig: sliding_window must be positive, got {self.sliding_window}")

@@ -25,7 +25,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_embeddings, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         """Look up token embeddings.
 
         Args:
-            input_ids: (T,) integers below V.
+            input_ids: (T,) integers below V, or V + `extra_embeddings`.
 
         Returns:
             (T, D).
