@@ -1,0 +1,56 @@
+"""RMSNorm over the fused op, with the residual add of pre-norm blocks; and either norm by its name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmllm.kernels.rms_norm import rms_norm
+from fastmllm.modules.layer_norm import LayerNorm
+
+
+class RMSNorm(nn.Module):
+    """Scale the last dimension to unit mean square (arXiv 1910.07467).
+
+    Args:
+        width: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (..., D)."""
+        y = rms_norm(x, self.weight, eps=self.eps)
+        assert isinstance(y, Tensor)
+        return y
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (norm(x + residual), x + residual), both (..., D), in one pass."""
+        y, total = rms_norm(x, self.weight, residual, self.eps)
+        return y, total
+
+
+_NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
+
+
+def make_norm(kind: str, width: int, eps: float) -> LayerNorm | RMSNorm:
+    """Make the norm that a configuration names.
+
+    Args:
+        kind: "layer" or "rms".
+        width: size of the last dimension.
+        eps: added to the variance or mean square.
+
+    Returns:
+        The norm.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in _NORMS:
+        raise ValueError(f"make_norm: {kind!r} must be one of {sorted(_NORMS)}")
+    return _NORMS[kind](width, eps)
