@@ -147,8 +147,7 @@ class GatedCrossAttention(nn.Module):
         Raises:
             ValueError: media are not packed, or of another width.
         """
-        config = self.config
-        return packed_keys_values("GatedCrossAttention", self.kv_proj, self.k_norm, media, config.head_dim)
+        return packed_keys_values("GatedCrossAttention", self.kv_proj, self.k_norm, media, self.config.head_dim)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor, max_tokens: int) -> Tensor:
         """Run the layer on packed text.

@@ -144,17 +144,13 @@ class ResamplerLayer(nn.Module):
         `media` (N + I * L, D) has a gap behind each image, where the normed latents go.
         """
         config = self.config
-        y, latents = (
-            (self.latents_norm(latents), latents) if branch is None else self.latents_norm.add(branch, latents)
-        )
+        y, latents = (self.latents_norm(latents), latents) if branch is None else self.latents_norm.add(branch, latents)
         seen = insert_features(self.media_norm(media), y, plan.latent_rows)  # (N + I * L, D)
         q = self.q_proj(y).unflatten(-1, (config.num_heads, config.head_dim))
         k, v = self.kv_proj(seen).unflatten(-1, (2, config.num_kv_heads, config.head_dim)).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = cross_attention(
-            q, k, v, plan.start, plan.stop, max_seqlen_q=config.num_latents, max_seqlen_k=plan.max_keys
-        )
+        y = cross_attention(q, k, v, plan.start, plan.stop, max_seqlen_q=config.num_latents, max_seqlen_k=plan.max_keys)
         y, latents = self.ffn_norm.add(self.o_proj(y.flatten(1)), latents)
         return latents, self.ffn(y)
 

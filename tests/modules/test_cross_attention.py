@@ -102,9 +102,7 @@ def test_equals_idefics(variant: str) -> None:
     mask, gate = _additive(start, stop, len(media)), (start < stop)[None].float()
 
     def theirs(x: Tensor, media: Tensor) -> Tensor:
-        return oracle(
-            x[None], image_hidden_states=media[None], image_attention_mask=mask, cross_attention_gate=gate
-        )[0]
+        return oracle(x[None], image_hidden_states=media[None], image_attention_mask=mask, cross_attention_gate=gate)[0]
 
     names = {**_NAMES, "attn_gate": ["alpha_cross_attn"], "ffn_gate": ["alpha_dense"]}
     if config.qk_norm:
@@ -149,10 +147,11 @@ def test_equals_mllama_on_rows_that_see_an_image() -> None:
 
 def test_mllama_rows_before_the_first_image_do_not_see_it() -> None:
     # transformers 5.23.0 clears the mask of a row that sees no image and zeroes its feed-forward only, so that the row
-    # attends to every image of its sample, later ones too: with the weights of this test, changing the images moves its
-    # rows 0, 1 and 12 to 14 by up to 2.6. Meta's code (llama-models, CrossAttention and CrossAttentionTransformerBlock)
-    # multiplies the attention's output and the feed-forward with the mask: such a row leaves as it came.
-    # transformers #39379.
+    # attends to every image of its sample, later ones too: with the weights of this test, changing the second image of
+    # the first sample moves its rows 0 and 1 by 1.6 and 1.3, changing both by 3.8 and 4.0 (its rows 2 and 3, which do
+    # see the first image, the second one does not move). Meta's code (llama-models, CrossAttention and
+    # CrossAttentionTransformerBlock) multiplies the attention's output and the feed-forward with the mask: such a row
+    # leaves as it came. transformers issue 39379.
     layer, _ = _mllama()
     x, media, start, stop = _inputs("mllama")
     unseen = start >= stop

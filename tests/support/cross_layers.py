@@ -89,7 +89,7 @@ def check_equal(
 
 
 def check_later_images_move_no_earlier_row(layer: nn.Module, width: int, media_width: int) -> None:
-    """Change the second image of the first sample and the third, of the second sample: rows before them keep all bits."""
+    """Change the first sample's second image, then the second sample's: rows before them keep all bits."""
     for policy in ("latest", "all_previous"):
         x, media, start, stop = batch(width, media_width, policy)
         before = run(layer, x, media, start, stop)
@@ -123,7 +123,7 @@ def check_packed_equals_alone(layer: nn.Module, width: int, media_width: int) ->
 
 
 def check_text_only(layer: nn.Module, width: int, media_width: int) -> Tensor:
-    """A batch without any media runs forward and backward; media-side gradients are zeros. Returns x and the result."""
+    """A batch without any media runs forward and backward; media-side gradients are zeros. Returns the result."""
     x = batch(width, media_width)[0].requires_grad_()
     none = torch.zeros(len(x), dtype=torch.int32)
     y = run(layer, x, x.new_empty(0, media_width), none, none)

@@ -215,7 +215,8 @@ def idefics2_resampler_config(raw: Mapping[str, Any]) -> ResamplerConfig:
     _refuse("Idefics2's modality projection", text, "hidden_act", "silu")
     width, eps = perceiver.get("hidden_size", 4096), perceiver.get("rms_norm_eps", 1e-6)
     if text.get("hidden_size", 4096) != width:
-        width, eps = text.get("hidden_size", 4096), text.get("rms_norm_eps", 1e-5)
+        # transformers' default of eps is 1e-5 where text_config is missing and Mistral's where it is there
+        width, eps = text.get("hidden_size", 4096), text.get("rms_norm_eps", 1e-6 if text else 1e-5)
     return ResamplerConfig.idefics2(
         width=width, num_latents=perceiver.get("resampler_n_latents", 64), depth=perceiver.get("resampler_depth", 3),
         num_heads=perceiver.get("resampler_n_heads", 16), num_kv_heads=perceiver.get("num_key_value_heads", 4),
