@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.cross_attention import cross_attention
-from fastmllm.kernels.rms_norm import rms_norm
 from fastmllm.kernels.vision_rope import vision_rope
 from fastmllm.models.kv_cache import CacheSlots, KVCache
 from fastmllm.models.rope import RopeScaling
+from fastmllm.modules.rms_norm import RMSNorm
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -119,21 +119,6 @@ class Pass:
     window: tuple[Tensor, Tensor] | None  # (T,) int32 rows that a row sees through the sliding window, if it is full
     cache: KVCache | None
     slots: CacheSlots | None
-
-
-class RMSNorm(nn.Module):
-    """Scale to unit mean square over the last axis; statistics in fp32 (arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` (..., D)."""
-        y = rms_norm(x, self.weight, eps=self.eps)
-        assert isinstance(y, Tensor)
-        return y
 
 
 class Attention(nn.Module):

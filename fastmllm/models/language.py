@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmllm.kernels.cross_attention import segment_ranges
-from fastmllm.models.decoder import DecoderLayer, LanguageConfig, Pass, RMSNorm
+from fastmllm.models.decoder import DecoderLayer, LanguageConfig, Pass
 from fastmllm.models.kv_cache import CacheSlots, KVCache
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.rope import rope_frequencies, rope_tables
 from fastmllm.modules.lm_head import LMHead
+from fastmllm.modules.rms_norm import RMSNorm
 
 
 class _Decoder(nn.Module):
