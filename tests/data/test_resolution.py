@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import numpy as np
 import pytest
 import torch
+from pictures import image_sizes, picture
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -58,30 +58,6 @@ SMALL = [  # each policy at a size that tests can afford
 ]
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Return noise over a gradient: a shift by one pixel or another filter shows everywhere."""
-    values = np.random.default_rng(seed).integers(0, 120, (height, width, 3))
-    values += np.linspace(0, 120, width).astype(np.int64)[None, :, None]
-    values[..., 1] += np.arange(height)[:, None] % 16
-    return Image.fromarray(values.astype(np.uint8))
-
-
-def sizes(count: int, most: int, seed: int = 0, ratio: float = 60.0) -> list[tuple[int, int]]:
-    """Return random sizes: any, squares, and common ratios, which is where ties are."""
-    draw, found = random.Random(seed), []
-    while len(found) < count:
-        width, height = draw.randint(1, most), draw.randint(1, most)
-        kind = draw.randrange(4)
-        if kind == 0:
-            height = width
-        elif kind == 1:
-            a, b, scale = draw.randint(1, 12), draw.randint(1, 12), draw.randint(1, max(most // 12, 1))
-            width, height = a * scale, b * scale
-        if max(width, height) <= ratio * min(width, height):
-            found.append((width, height))
-    return found
-
-
 @pytest.mark.parametrize("policy", TABLE, ids=lambda p: type(p).__name__)
 def test_the_cost_of_an_image(policy):
     plans = [policy.plan(*size) for size in SIZES]
@@ -91,7 +67,7 @@ def test_the_cost_of_an_image(policy):
 
 @pytest.mark.parametrize("policy", SMALL, ids=lambda p: type(p).__name__)
 def test_a_plan_holds_together(policy):
-    for width, height in [*sizes(60, 150), (1, 1), (1, 20), (20, 1)]:
+    for width, height in [*image_sizes(60, 150), (1, 1), (1, 20), (20, 1)]:
         plan = policy.plan(width, height)
         assert sum(piece for piece in plan.text if isinstance(piece, int)) == plan.llm_tokens
         assert plan.llm_tokens + plan.cross_tokens > 0

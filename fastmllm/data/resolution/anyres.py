@@ -23,7 +23,7 @@ class AnyRes(Policy):
         max_tiles: k of `anyres_max_k`: joined features of more than 1.21 k tiles are shrunk to k; None = never.
         source: whose code is followed where the two differ. "transformers" reads pinpoints as (height, width) and
             unpads to int(round(x, 7)) patches; "llava" reads (width, height) and unpads to int(x). The order decides
-            ties (a small square image becomes wide there and tall here), the rounding 4 of 216,320 sizes.
+            ties (a small square image becomes wide there and tall here), the rounding about 25 sizes in a million.
         prefix_tokens: rows of the encoder beside the patches.
 
     LLaVA-OneVision: `AnyRes(image_size=384, pinpoints=ONEVISION_PINPOINTS, max_tiles=9)`.
