@@ -186,8 +186,8 @@ def test_idefics3_plans_equal_transformers(longest, tile):
         stretched = processor.resize_for_vision_encoder(np.broadcast_to(np.uint8(0), (3, *first)), tile)
         assert plan.resized == stretched[::-1]
         # Not compared with get_number_of_image_patches: where longest_edge is no multiple of the tile, that count of
-        # transformers 5.23 differs from what its preprocess cuts (573 x 389 with 1000 and 364: 2 x 3, but it cuts 3 x 3),
-        # because it rounds up the height from before the stretch.
+        # transformers 5.23 differs from what its preprocess cuts (573 x 389 with 1000 and 364: 2 x 3, where 3 x 3 are
+        # cut), because it rounds up the height from before the stretch.
         assert plan.grid == (stretched[0] // tile, stretched[1] // tile)
 
 
