@@ -174,7 +174,7 @@ def test_internvl_ties_go_to_the_larger_grid_of_a_large_image():
 
 
 # Idefics3, SmolVLM, nanoVLM -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("longest", "tile"), [(4 * 364, 364), (2048, 512), (300, 364), (5000, 512)])
+@pytest.mark.parametrize(("longest", "tile"), [(4 * 364, 364), (2048, 512), (300, 364), (5000, 512), (1000, 364)])
 def test_idefics3_plans_equal_transformers(longest, tile):
     policy = Idefics3(longest_edge=longest, image_size=tile, patch_size=tile // 26 if tile == 364 else 16)
     processor = idefics3.Idefics3ImageProcessorPil()
