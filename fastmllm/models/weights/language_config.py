@@ -140,7 +140,9 @@ def language_fields(config: LanguageConfig, model_type: str | None = None) -> di
         ValueError: `model_type` cannot say this configuration; the message names what.
     """
     lost: dict[str, list[str]] = {}
-    for kind in _FAMILIES if model_type is None else [model_type]:
+    flat = config.mrope_section is None
+    kinds = [kind for kind, family in _FAMILIES.items() if (family.mrope is None) == flat]
+    for kind in kinds if model_type is None else [model_type]:
         written = _fields(config, kind)
         read = language_config(written, kind)
         lost[kind] = [f.name for f in fields(config) if getattr(config, f.name) != getattr(read, f.name)]
