@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmllm.kernels.splice_tokens import splice_tokens
 from fastmllm.models.continuation import Continuation
+from fastmllm.models.image_path import ImagePath, Visual
 from fastmllm.models.inputs import Inputs, make_inputs, unpad
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
@@ -22,54 +23,6 @@ from fastmllm.models.weights.mapping import Rule, fill, to_ours, to_theirs
 
 SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer, processor, chat template; never code
 NOT_SIDECARS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Visual:
-    """What images become.
-
-    Args:
-        tokens: (N, D) of all images, packed.
-        planes: further (N, D), added behind the first layers of the language model (Qwen3-VL's DeepStack).
-    """
-
-    tokens: Tensor
-    planes: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
-    """How a batch's images fit its text, on the host.
-
-    Args:
-        arguments: of the image path's forward.
-        counts: visual tokens of each image, in order; or
-        grids: (t, h, w) of each image, for M-RoPE;
-        time_intervals: of the grids' frames;
-        media: start, stop (B, L) and the longest range, where layers look across; no token is spliced then.
-    """
-
-    arguments: Mapping[str, Any]
-    counts: Sequence[int] | None = None
-    grids: Sequence[Sequence[int]] | None = None
-    time_intervals: Sequence[float] | None = None
-    media: tuple[Tensor, Tensor, int] | None = None
-
-
-class ImagePath(Protocol):
-    """Encoder, resolution strategy and connector of a family: an nn.Module with these methods."""
-
-    merge_size: int  # patches of a grid on a side that make one visual token
-
-    def __call__(self, **arguments: Any) -> Visual: ...
-
-    def read(self, batch: Mapping[str, Any]) -> Seen | None:
-        """Take the images out of what the family's processor made; None without images.
-
-        Raises:
-            ValueError: a part is missing or does not fit.
-        """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +56,7 @@ class Blueprint:
         placeholders: tokens that visual tokens replace; none where layers look across instead.
     """
 
-    images: nn.Module
+    images: ImagePath
     language: LanguageModel
     layout: Layout
     placeholders: tuple[int, ...] = ()
@@ -133,7 +86,8 @@ class MLLM(nn.Module):
 
     def __init__(self, blueprint: Blueprint, raw: Mapping[str, Any]) -> None:
         super().__init__()
-        self.images, self.language = blueprint.images, blueprint.language
+        self.images: ImagePath = blueprint.images
+        self.language: LanguageModel = blueprint.language
         self.placeholders = blueprint.placeholders
         self.checkpoint = _Checkpoint(dict(raw), blueprint.layout)
 
@@ -229,6 +183,11 @@ class MLLM(nn.Module):
     def device(self) -> torch.device:
         return self.language.head_weight.device
 
+    @property
+    def looks_across(self) -> bool:
+        """Whether layers look at images beside the text, instead of tokens in it."""
+        return bool(self.language.cross_layers or self.language.inner_layers)
+
     def start(self, inputs: Inputs, cache: KVCache | None = None) -> tuple[Tensor, Continuation]:
         """Run a whole batch.
 
@@ -245,20 +204,27 @@ class MLLM(nn.Module):
         x = self.language.embed(inputs.input_ids)
         visual = None if inputs.images is None else self.images(**inputs.images)
         deepstack = media = None
-        if visual is not None and inputs.media_start is None:
+        if self.looks_across:
+            media = self._media(visual, inputs)
+        elif visual is not None:
             x = splice_tokens(x, visual.tokens.to(x.dtype), plan)
             if visual.planes:
                 deepstack = Deepstack(tokens=visual.planes, index=plan.visual_rows)
-        elif visual is not None:
-            media = Media(
-                tokens=visual.tokens, start=inputs.media_start, stop=inputs.media_stop, max_tokens=inputs.max_media
-            )
         hidden = self.language(
             x, plan.position_ids, plan.cu_seqlens, plan.max_seqlen, cache, media=media, deepstack=deepstack
         )
         if media is not None:
             media = media.at(ends.to(self.device))
         return hidden, Continuation(language=self.language, media=media)
+
+    def _media(self, visual: Visual | None, inputs: Inputs) -> Media:
+        """Say what each row sees; without images every row sees nothing, as a row without one does beside others."""
+        if visual is not None and inputs.media_start is not None and inputs.media_stop is not None:
+            start, stop = inputs.media_start, inputs.media_stop
+            return Media(tokens=visual.tokens, start=start, stop=stop, max_tokens=inputs.max_media)
+        nothing = torch.zeros(inputs.plan.source.shape, dtype=torch.int32, device=self.device)
+        tokens = self.language.head_weight.new_zeros(0, self.images.width)
+        return Media(tokens=tokens, start=nothing, stop=nothing, max_tokens=0)
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Return (T', V) logits of all rows, sample after sample, without padding."""

@@ -25,3 +25,13 @@ def test_a_norm_by_its_name() -> None:
     assert make_norm("rms", 4, 1e-3).eps == 1e-3
     with pytest.raises(ValueError, match="'batch' must be one of"):
         make_norm("batch", 4, 1e-5)
+
+
+def test_a_scaled_add_equals_torch() -> None:
+    torch.manual_seed(0)
+    module = RMSNorm(12, 1e-3)
+    torch.nn.init.normal_(module.weight)
+    x, residual, scale = torch.randn(2, 5, 12), torch.randn(2, 5, 12), torch.randn(12)
+    y, total = module.add(x, residual, scale)
+    torch.testing.assert_close(total, residual + x * scale)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(total, (12,), module.weight, 1e-3))

@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 FAMILIES = {  # model_type of config.json -> file
     "llava": "llava",
-    "llava_next": "llava_next",
-    "llava_onevision": "llava_onevision",
+    "llava_next": "any_resolution",
+    "llava_onevision": "any_resolution",
     "internvl": "internvl",
     "blip-2": "blip2",
-    "instructblip": "instructblip",
+    "instructblip": "blip2",
     "idefics": "idefics",
     "mllama": "mllama",
-    "qwen2_5_vl": "qwen2_5_vl",
-    "qwen3_vl": "qwen3_vl",
+    "qwen2_vl": "qwen_vl",
+    "qwen2_5_vl": "qwen_vl",
+    "qwen3_vl": "qwen_vl",
 }
 
 
@@ -34,7 +35,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
         ValueError: an unknown architecture, or a variant that is not computed here.
     """
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"fastmllm::MLLM: {origin} has model_type {kind!r}; known: {', '.join(FAMILIES)}")
     try:
         blueprint: Blueprint = import_module(f"{__name__}.{FAMILIES[kind]}").build(raw, origin)

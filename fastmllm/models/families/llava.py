@@ -34,7 +34,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     language = decoder(raw["text_config"], origin, tied=tied)
     connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
     return Blueprint(
-        images=TilePath(tower.module, connector),
+        images=TilePath(tower.module, connector, language.config.width),
         language=language,
         layout=Layout(
             rules=[

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.language import LanguageModel
-from fastmllm.models.mllm import Seen, Visual
 from fastmllm.models.vision import VisionTransformer
-from fastmllm.models.weights.language import LANGUAGE_RULES, UNUSED, language_config
+from fastmllm.models.weights.language import UNUSED, language_config
 from fastmllm.models.weights.mapping import Rule, prefixed
 from fastmllm.models.weights.towers import family_of
 
@@ -56,9 +56,7 @@ def feature_layer(raw: Mapping[str, Any], origin: str, default: int | list[int])
     return {"layer": layer if isinstance(layer, int) else tuple(layer), "final_norm": False}
 
 
-def decoder(
-    raw: Mapping[str, Any], origin: str, *, tied: bool, kind: str = "llama"
-) -> LanguageModel:
+def decoder(raw: Mapping[str, Any], origin: str, *, tied: bool, kind: str = "llama") -> LanguageModel:
     """Build the decoder that a `text_config` describes.
 
     Args:
@@ -73,7 +71,7 @@ def decoder(
 def decoder_rules(body: str, head: str) -> list[Rule]:
     """Return a decoder's table: `body` stands in front of "embed_tokens", `head` in front of "lm_head"."""
     return [
-        *prefixed([r for r in LANGUAGE_RULES if r.ours[0] != "lm_head.weight"], "language.", body.removesuffix("model.")),
+        *prefixed(DECODER_RULES, "language.model.", body),
         Rule("language.lm_head.weight", f"{head}lm_head.weight"),
     ]
 
@@ -93,20 +91,18 @@ def cut(pixels: Tensor, patch_size: int) -> Tensor:
     return blocks.permute(0, 2, 4, 3, 5, 1).reshape(-1, p * p * c)
 
 
-class TilePath(nn.Module):
+class TilePath(ImagePath):
     """Encode images or tiles of one size, project their tokens, and take them one after the other.
 
     Args:
         vision: the encoder.
-        connector: (n, N, Dv) -> (n, K, D).
-        num_tokens: K, of a tile of h x w patches.
+        connector: (n, N, Dv) -> (n, K, D); its `num_tokens(h, w)`, where it has one, is K.
+        width: D.
     """
 
-    merge_size = 1
-
-    def __init__(self, vision: VisionTransformer, connector: nn.Module) -> None:
+    def __init__(self, vision: VisionTransformer, connector: nn.Module, width: int) -> None:
         super().__init__()
-        self.vision, self.connector = vision, connector
+        self.vision, self.connector, self.width = vision, connector, width
 
     def forward(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Visual:
         """Encode cut tiles (tiles * h * w, P * P * 3) of one grid (h, w)."""
