@@ -1,34 +1,11 @@
-"""Feed-forward layers without biases: linear, GELU or ReLU, linear; and the gated one of Llama."""
+"""Feed-forward layers without biases: the gated one of Llama, one with ReLU, and any by its name."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmllm.kernels.gelu_mlp import gelu_mlp
-
-
-class GeluMLP(nn.Module):
-    """weight2 gelu(weight1 x), over the op that keeps no activation (OpenFlamingo, arXiv 2308.01390).
-
-    Args:
-        width: of the input and the output.
-        hidden: between the two layers.
-    """
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        # its own parameters, not those of linear layers: sharded training gathers what a module's forward reads
-        self.weight1 = nn.Parameter(torch.empty(hidden, width))
-        self.weight2 = nn.Parameter(torch.empty(width, hidden))
-        for weight in (self.weight1, self.weight2):
-            bound = weight.shape[1] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each token: (T, D) -> (T, D)."""
-        return gelu_mlp(x, self.weight1, None, self.weight2, None)
+from fastmllm.modules.gelu_mlp import GeluMLP
 
 
 class ReluMLP(nn.Module):
@@ -69,8 +46,25 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-MLPS: dict[str, type[GeluMLP] | type[ReluMLP] | type[GatedMLP]] = {
-    "gelu": GeluMLP,
-    "relu": ReluMLP,
-    "swiglu": GatedMLP,
-}
+MLPS = ("gelu", "relu", "swiglu")
+
+
+def make_mlp(kind: str, width: int, hidden: int) -> nn.Module:
+    """Make the feed-forward that a configuration names, without biases.
+
+    Args:
+        kind: "gelu" (OpenFlamingo), "relu" (the perceiver of Idefics) or "swiglu".
+        width: of the input and the output.
+        hidden: between the layers.
+
+    Returns:
+        The feed-forward.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in MLPS:
+        raise ValueError(f"make_mlp: {kind!r} must be one of {MLPS}")
+    if kind == "gelu":
+        return GeluMLP(width, hidden, bias=False)
+    return ReluMLP(width, hidden) if kind == "relu" else GatedMLP(width, hidden)
