@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.gated_residual import gated_residual
-from fastmllm.modules.mlp import MLPS
-from fastmllm.modules.rms_norm import make_norm
+from fastmllm.modules.mlp import make_mlp
+from fastmllm.modules.norms import make_norm
 
 ROWS_WITHOUT_MEDIA = ("zero_attention", "zero_attention_and_ffn")
 
@@ -132,7 +132,7 @@ class GatedCrossAttention(nn.Module):
         # the norm behind the first gate runs in the gate's pass, so its parameters are this module's own
         self.ffn_norm_weight = nn.Parameter(torch.ones(width))
         self.ffn_norm_bias = nn.Parameter(torch.zeros(width)) if config.norm == "layer" else None
-        self.ffn = MLPS[config.ffn](width, config.ffn_width)
+        self.ffn = make_mlp(config.ffn, width, config.ffn_width)
         self.ffn_gate = nn.Parameter(torch.zeros(gate))
 
     def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:

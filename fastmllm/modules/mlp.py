@@ -1,9 +1,6 @@
-"""Feed-forward layers without biases: linear, GELU or ReLU, linear; and the gated one of Llama."""
+"""Feed-forward layers without biases: the gated one of Llama, one with ReLU, and any by its name."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,8 +46,25 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-MLPS: dict[str, Callable[[int, int], nn.Module]] = {
-    "gelu": partial(GeluMLP, bias=False),
-    "relu": ReluMLP,
-    "swiglu": GatedMLP,
-}
+MLPS = ("gelu", "relu", "swiglu")
+
+
+def make_mlp(kind: str, width: int, hidden: int) -> nn.Module:
+    """Make the feed-forward that a configuration names, without biases.
+
+    Args:
+        kind: "gelu" (OpenFlamingo), "relu" (the perceiver of Idefics) or "swiglu".
+        width: of the input and the output.
+        hidden: between the layers.
+
+    Returns:
+        The feed-forward.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in MLPS:
+        raise ValueError(f"make_mlp: {kind!r} must be one of {MLPS}")
+    if kind == "gelu":
+        return GeluMLP(width, hidden, bias=False)
+    return ReluMLP(width, hidden) if kind == "relu" else GatedMLP(width, hidden)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastmllm.kernels.cross_attention import cross_attention, segment_ranges
 from fastmllm.kernels.insert_features import insert_features
-from fastmllm.modules.mlp import MLPS, GatedMLP
-from fastmllm.modules.rms_norm import make_norm
+from fastmllm.modules.mlp import MLPS, GatedMLP, make_mlp
+from fastmllm.modules.norms import make_norm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class ResamplerConfig:
             raise ValueError(
                 f"ResamplerConfig: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
             )
-        for name, allowed in (("ffn", tuple(MLPS)), ("norm", ("layer", "rms"))):
+        for name, allowed in (("ffn", MLPS), ("norm", ("layer", "rms"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"ResamplerConfig: {name} {getattr(self, name)!r} must be one of {allowed}")
         if self.norm_eps <= 0 or min(self.max_frames, self.max_media) < 0:
@@ -136,7 +136,7 @@ class ResamplerLayer(nn.Module):
         self.q_norm = make_norm(config.norm, head_dim, eps) if config.qk_norm else None
         self.k_norm = make_norm(config.norm, head_dim, eps) if config.qk_norm else None
         self.ffn_norm = make_norm(config.norm, width, eps)
-        self.ffn = MLPS[config.ffn](width, config.ffn_width)
+        self.ffn = make_mlp(config.ffn, width, config.ffn_width)
 
     def forward(self, latents: Tensor, branch: Tensor | None, media: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
         """Run the layer on latents + branch; return its stream and its last branch, not yet added, (I * L, D) each.

@@ -1,4 +1,4 @@
-"""RMSNorm over the fused op, with the residual add of pre-norm blocks; and either norm by its name."""
+"""RMSNorm over the fused op, with the residual add of pre-norm blocks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.kernels.rms_norm import rms_norm
-from fastmllm.modules.layer_norm import LayerNorm
 
 
 class RMSNorm(nn.Module):
-    """Scale the last dimension to unit mean square (arXiv 1910.07467).
+    """Scale the last dimension to unit mean square.
 
     Args:
         width: size of the last dimension.
@@ -32,25 +31,3 @@ class RMSNorm(nn.Module):
         """Return (norm(h), h) with h = residual + scale * x, both (..., D), in one pass."""
         y, total = rms_norm(x, self.weight, residual, self.eps, scale=scale)
         return y, total
-
-
-_NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
-
-
-def make_norm(kind: str, width: int, eps: float) -> LayerNorm | RMSNorm:
-    """Make the norm that a configuration names.
-
-    Args:
-        kind: "layer" or "rms".
-        width: size of the last dimension.
-        eps: added to the variance or mean square.
-
-    Returns:
-        The norm.
-
-    Raises:
-        ValueError: another kind.
-    """
-    if kind not in _NORMS:
-        raise ValueError(f"make_norm: {kind!r} must be one of {sorted(_NORMS)}")
-    return _NORMS[kind](width, eps)

@@ -187,7 +187,8 @@ def test_rows_without_media_follow_the_policy(name: str) -> None:
     y = shared.run(layer, x, media, start, stop)[unseen]
     alone = shared.check_text_only(layer, D, config.media_width)
     shared.assert_close(alone[unseen], y, 2e-6)
-    assert torch.equal(y, x[unseen]) == (config.rows_without_media == "zero_attention_and_ffn")
+    for rows in (y, alone[unseen]):
+        assert torch.equal(rows, x[unseen]) == (config.rows_without_media == "zero_attention_and_ffn")
 
 
 def test_media_count(name: str) -> None:

@@ -42,7 +42,9 @@ class AnyResPath(TilePath):
         super().__init__(vision, connector, width)
         self.policy, self.packer = policy, AnyResPacker(width)
 
-    def forward(self, patches: Tensor, tiles: int, grid: tuple[int, int], regrids: Sequence[Regrid | None] = ()) -> Visual:
+    def forward(
+        self, patches: Tensor, tiles: int, grid: tuple[int, int], regrids: Sequence[Regrid | None] = ()
+    ) -> Visual:
         """Encode cut tiles; `regrids` say how those of each image lie."""
         return Visual(tokens=self.packer(self.project(patches, tiles, grid), regrids)[0])
 
