@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmllm.kernels.attention import attention
@@ -244,7 +245,7 @@ class MllamaVision(nn.Module):
             x = block(x, where)
             if k in config.layers:
                 taken[k] = x[: where.num_real]
-        post_tile = self.post_tile.flatten(0, 1).index_select(0, where.row_tiles)
+        post_tile = F.embedding(where.row_tiles, self.post_tile.flatten(0, 1))
         x = gated_residual(self.post_norm(x), post_tile, self.post_tile_gate)
         for block in self.global_blocks:
             x = block(x, where)
@@ -255,11 +256,12 @@ class MllamaVision(nn.Module):
         """Return the rows (T, D) in front of the first block."""
         patches = self.patch_embed(tiles, layout)  # (P, S - 1, D)
         blank = patches.new_zeros(len(where.tiles) - len(patches), *patches.shape[1:])  # of padding tiles
-        pre_tile = self.pre_tile.flatten(0, 1).index_select(0, where.tiles) * self.pre_tile_gate.tanh()
+        pre_tile = F.embedding(where.tiles, self.pre_tile.flatten(0, 1)) * self.pre_tile_gate.tanh()
         x = torch.cat([patches, blank]) + pre_tile.unsqueeze(1)
         x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], 1)  # (I * A, S, D)
+        tile_position = F.embedding(where.tiles, self.tile_position.flatten(0, 1).flatten(1)).view(x.shape)
         gate = self.position_gate.tanh()
-        x = x + (1 - gate) * self.position + gate * self.tile_position.flatten(0, 1).index_select(0, where.tiles)
+        x = x + (1 - gate) * self.position + gate * tile_position
         x = self.pre_norm(x).flatten(0, 1)
         return torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, where.rows)
 
