@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.gated_residual import gated_residual
+from fastmllm.models.encoder import segment_bounds
 from fastmllm.modules.gelu_mlp import ACTIVATIONS, GeluMLP
 from fastmllm.modules.layer_norm import LayerNorm
 from fastmllm.modules.patch_embed import PatchEmbed
@@ -270,14 +271,8 @@ def _layout(ids: tuple[int, ...], counts: tuple[int, ...], config: MllamaVisionC
     index, real, padding = _plan(ids, counts, config.max_tiles, config.tile_tokens)
     tiles, rows, row_tiles, keys = (torch.from_numpy(a).to(device, non_blocking=True) for a in index)
     both = [a + b for a, b in zip(real, padding, strict=True)]
-    bounds = [_segments(lengths, device) for lengths in (real, padding, both)]
+    bounds = [segment_bounds(lengths, device) for lengths in (real, padding, both)]
     return _Layout(tiles, rows, row_tiles, keys, bounds[0], bounds[1], bounds[2], sum(real))
-
-
-def _segments(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-    """Return cu_seqlens (S + 1,) int32 and the longest segment, a host number."""
-    bounds = np.cumsum([0, *lengths], dtype=np.int32)
-    return torch.from_numpy(bounds).to(device, non_blocking=True), max(lengths, default=0)
 
 
 # numpy and not tensors: one made under torch.inference_mode could not be saved for a later backward
