@@ -18,10 +18,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.gated_residual import gated_residual
+from fastmllm.models.encoder import segment_bounds
 from fastmllm.modules.gelu_mlp import ACTIVATIONS, GeluMLP
 from fastmllm.modules.layer_norm import LayerNorm
 from fastmllm.modules.patch_embed import PatchEmbed
@@ -244,7 +246,7 @@ class MllamaVision(nn.Module):
             x = block(x, where)
             if k in config.layers:
                 taken[k] = x[: where.num_real]
-        post_tile = self.post_tile.flatten(0, 1).index_select(0, where.row_tiles)
+        post_tile = F.embedding(where.row_tiles, self.post_tile.flatten(0, 1))
         x = gated_residual(self.post_norm(x), post_tile, self.post_tile_gate)
         for block in self.global_blocks:
             x = block(x, where)
@@ -255,11 +257,12 @@ class MllamaVision(nn.Module):
         """Return the rows (T, D) in front of the first block."""
         patches = self.patch_embed(tiles, layout)  # (P, S - 1, D)
         blank = patches.new_zeros(len(where.tiles) - len(patches), *patches.shape[1:])  # of padding tiles
-        pre_tile = self.pre_tile.flatten(0, 1).index_select(0, where.tiles) * self.pre_tile_gate.tanh()
+        pre_tile = F.embedding(where.tiles, self.pre_tile.flatten(0, 1)) * self.pre_tile_gate.tanh()
         x = torch.cat([patches, blank]) + pre_tile.unsqueeze(1)
         x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], 1)  # (I * A, S, D)
+        tile_position = F.embedding(where.tiles, self.tile_position.flatten(0, 1).flatten(1)).view(x.shape)
         gate = self.position_gate.tanh()
-        x = x + (1 - gate) * self.position + gate * self.tile_position.flatten(0, 1).index_select(0, where.tiles)
+        x = x + (1 - gate) * self.position + gate * tile_position
         x = self.pre_norm(x).flatten(0, 1)
         return torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, where.rows)
 
@@ -268,14 +271,8 @@ def _layout(ids: tuple[int, ...], counts: tuple[int, ...], config: MllamaVisionC
     index, real, padding = _plan(ids, counts, config.max_tiles, config.tile_tokens)
     tiles, rows, row_tiles, keys = (torch.from_numpy(a).to(device, non_blocking=True) for a in index)
     both = [a + b for a, b in zip(real, padding, strict=True)]
-    bounds = [_segments(lengths, device) for lengths in (real, padding, both)]
+    bounds = [segment_bounds(lengths, device) for lengths in (real, padding, both)]
     return _Layout(tiles, rows, row_tiles, keys, bounds[0], bounds[1], bounds[2], sum(real))
-
-
-def _segments(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-    """Return cu_seqlens (S + 1,) int32 and the longest segment, a host number."""
-    bounds = np.cumsum([0, *lengths], dtype=np.int32)
-    return torch.from_numpy(bounds).to(device, non_blocking=True), max(lengths, default=0)
 
 
 # numpy and not tensors: one made under torch.inference_mode could not be saved for a later backward

@@ -20,6 +20,7 @@ from fastmllm.kernels.attention import attention
 from fastmllm.kernels.gelu_mlp import gelu_mlp
 from fastmllm.kernels.patch_embed import flatten_images
 from fastmllm.kernels.vision_rope import vision_rope
+from fastmllm.models.encoder import segment_bounds
 from fastmllm.modules.gelu_mlp import ACTIVATIONS, GeluMLP
 from fastmllm.modules.layer_norm import LayerNorm
 from fastmllm.modules.patch_embed import PatchEmbed
@@ -250,11 +251,11 @@ class QwenVision(nn.Module):
         x, grids = self._embed(pixels, grid_thw)
         config = self.config
         positions = grid_positions(grids, config.merge_size, x.device)
-        frames = windows = _segments([h * w for t, h, w in grids for _ in range(t)], x.device)
+        frames = windows = segment_bounds([h * w for t, h, w in grids for _ in range(t)], x.device)
         restore: Tensor | None = None
         if config.window is not None:
             places, back, lengths = window_order(grids, config.merge_size, config.window)
-            windows, restore = _segments(lengths, x.device), _move(back, x.device)
+            windows, restore = segment_bounds(lengths, x.device), _move(back, x.device)
             order = _move(places, x.device)
             x, positions = self._permute(x, order), self._permute(positions, order)
         cos, sin = axial_rope_tables(positions, config.width // config.num_heads, config.rope_theta)
@@ -316,11 +317,6 @@ class QwenVision(nn.Module):
 
 def _move(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
-
-
-def _segments(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-    """Return cu_seqlens (S + 1,) int32 and the longest segment, a host number."""
-    return _move(np.cumsum([0, *lengths], dtype=np.int32), device), max(lengths, default=0)
 
 
 # numpy and not tensors: one made under torch.inference_mode could not be saved for a later backward

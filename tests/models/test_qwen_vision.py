@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_towers import assert_gradients, assert_near
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -82,11 +83,6 @@ def score(tensors: list[Tensor]) -> Tensor:
     return sum((t * torch.randn(t.shape, generator=generator)).sum() for t in tensors)
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float, scale: float | None = None) -> bool:
-    largest = expected.abs().max().item() if scale is None else scale
-    return actual.shape == expected.shape and (actual - expected).abs().max().item() <= tolerance * largest
-
-
 @pytest.mark.parametrize("grids", GRIDS)
 @each_family
 def test_equals_transformers_forward_and_backward(family: str, grids: list[tuple[int, int, int]]) -> None:
@@ -96,17 +92,14 @@ def test_equals_transformers_forward_and_backward(family: str, grids: list[tuple
     result = tower(cut(grids), grids)
     assert len(result.planes) == len(expected) - 1 == 2 * (family == "qwen3_vl")
     for actual, wanted in zip((result.tokens, *result.planes), expected, strict=True):
-        assert close(actual, wanted, 1e-5)
+        assert_near(actual, wanted)
     assert len(result.tokens) == sum(tower.num_tokens(grid) for grid in grids)
 
     score(expected).backward()
     score([result.tokens, *result.planes]).backward()
     rules = weights.qwen_vision_rules(tower.config)
     grads, _ = to_ours({n: p.grad for n, p in reference.named_parameters()}, rules, "gradients")
-    largest = max(g.abs().max().item() for g in grads.values())
-    for name, parameter in tower.named_parameters():
-        assert close(parameter.grad, grads.pop(name), 1e-4, largest), name
-    assert not grads
+    assert_gradients(tower, grads)
 
 
 def process(images: list[Tensor], config: QwenVisionConfig) -> tuple[Tensor, list[tuple[int, int, int]]]:
@@ -138,8 +131,8 @@ def test_pixels_equal_the_patches_that_a_processor_cuts(family: str, shapes: lis
     expected = outputs(reference, patches, grids)
     result = tower(images)
     for actual, wanted in zip((result.tokens, *result.planes), expected, strict=True):
-        assert close(actual, wanted, 1e-5)
-    assert close(tower([image.float() / 255 for image in images]).tokens, expected[0], 1e-5)
+        assert_near(actual, wanted)
+    assert_near(tower([image.float() / 255 for image in images]).tokens, expected[0])
 
 
 def test_the_processor_of_the_test_is_that_of_transformers() -> None:
@@ -151,7 +144,7 @@ def test_the_processor_of_the_test_is_that_of_transformers() -> None:
     made = processor([image.numpy() for image in images], return_tensors="pt")
     patches, grids = process(images, config)
     assert made["image_grid_thw"].tolist() == [list(grid) for grid in grids]
-    assert close(patches, made["pixel_values"], 1e-5)
+    assert_near(patches, made["pixel_values"])
 
 
 @each_family
@@ -160,18 +153,17 @@ def test_packed_equals_one_by_one(family: str) -> None:
     reference = oracle(family)
     tower = ours(reference, family)
     patches = cut(grids)
-    together = tower(patches, grids)
     parts = [tower(rows, [grid]) for rows, grid in zip(patches.split([4, 72, 60]), grids, strict=True)]
-    tokens = torch.cat([part.tokens for part in parts])
-    assert close(together.tokens, tokens.detach(), 2e-6)
-    planes = [torch.cat(plane) for plane in zip(*[part.planes for part in parts], strict=True)]
-
-    def grads(tensors: list[Tensor]) -> list[Tensor]:
-        return list(torch.autograd.grad(score(tensors), list(tower.parameters())))
-
-    one, other = grads([together.tokens, *together.planes]), grads([tokens, *planes])
-    largest = max(g.abs().max().item() for g in other)
-    assert all(close(a, b, 1e-5, largest) for a, b in zip(one, other, strict=True))
+    apart = [torch.cat([part.tokens for part in parts])]
+    apart += [torch.cat(plane) for plane in zip(*[part.planes for part in parts], strict=True)]
+    score(apart).backward()
+    grads = {name: p.grad for name, p in tower.named_parameters()}
+    tower.zero_grad()
+    result = tower(patches, grids)
+    for actual, wanted in zip((result.tokens, *result.planes), apart, strict=True):
+        assert_near(actual, wanted, 2e-6)
+    score([result.tokens, *result.planes]).backward()
+    assert_gradients(tower, grads, 1e-5)
 
 
 @each_family

@@ -11,8 +11,7 @@ from typing import Any
 
 from fastmllm.models.mllama_vision import ASPECT_RATIOS, MllamaVisionConfig
 from fastmllm.models.weights.mapping import Conv, Join, Rule, View
-
-_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+from fastmllm.models.weights.tower_layouts import ACTIVATIONS
 
 
 def mllama_vision_config(raw: Mapping[str, Any]) -> MllamaVisionConfig:
@@ -22,10 +21,13 @@ def mllama_vision_config(raw: Mapping[str, Any]) -> MllamaVisionConfig:
         ValueError: an activation that is not computed here, or sizes that do not fit.
     """
     activation = raw.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise ValueError(
-            f"fastmllm::weights: mllama: hidden_act {activation!r} is not computed here ({', '.join(_ACTIVATIONS)})"
+            f"fastmllm::weights: mllama: hidden_act {activation!r} is not computed here ({', '.join(ACTIVATIONS)})"
         )
+    for name in ("image_size", "patch_size"):
+        if not isinstance(raw.get(name, 1), int):
+            raise ValueError(f"fastmllm::weights: mllama: {name} {raw[name]} is not one whole number")
     ratios = raw.get("supported_aspect_ratios")
     layers = raw.get("intermediate_layers_indices")
     config = MllamaVisionConfig(
@@ -35,12 +37,12 @@ def mllama_vision_config(raw: Mapping[str, Any]) -> MllamaVisionConfig:
         num_heads=raw.get("attention_heads", raw.get("num_attention_heads", 16)),
         mlp_width=raw.get("intermediate_size", 5120),
         layers=(3, 7, 15, 23, 30) if layers is None else tuple(layers),
-        tile_size=_side(raw, "image_size", 448),
-        patch_size=_side(raw, "patch_size", 14),
+        tile_size=raw.get("image_size", 448),
+        patch_size=raw.get("patch_size", 14),
         channels=raw.get("num_channels", 3),
         max_tiles=raw.get("max_num_tiles", 4),
         aspect_ratios=ASPECT_RATIOS if ratios is None else tuple((rows, columns) for rows, columns in ratios),
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         norm_eps=raw.get("norm_eps", 1e-5),
     )
     stated = raw.get("vision_output_dim", 7680)
@@ -50,14 +52,6 @@ def mllama_vision_config(raw: Mapping[str, Any]) -> MllamaVisionConfig:
             f"{len(config.layers)} intermediate_layers_indices) = {config.out_width}"
         )
     return config
-
-
-def _side(raw: Mapping[str, Any], name: str, default: int) -> int:
-    value = raw.get(name, default)
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1:
-        raise ValueError(f"fastmllm::weights: mllama: {name} {value} is not a square's side")
-    return int(sides.pop())
 
 
 def mllama_vision_rules(config: MllamaVisionConfig) -> list[Rule]:

@@ -10,8 +10,7 @@ from typing import Any
 
 from fastmllm.models.qwen_vision import QwenVisionConfig
 from fastmllm.models.weights.mapping import Conv, Join, Rule
-
-_GELUS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+from fastmllm.models.weights.tower_layouts import ACTIVATIONS, HALF_PIXELS
 
 
 # configurations -------------------------------------------------------------------------------------------------------
@@ -27,7 +26,7 @@ def qwen2_vision_config(raw: Mapping[str, Any]) -> QwenVisionConfig:
         mlp_width=int(width * raw.get("mlp_ratio", 4)),
         out_width=raw.get("hidden_size", 3584),
         norm="layer",
-        activation=_activation(raw, _GELUS, "quick_gelu"),
+        activation=_activation(raw, ACTIVATIONS, "quick_gelu"),
         **_shared(raw, depth=32, patch_size=14),
     )
 
@@ -61,12 +60,11 @@ def qwen3_vision_config(raw: Mapping[str, Any]) -> QwenVisionConfig:
         mlp_width=raw.get("intermediate_size", 4304),
         out_width=raw.get("out_hidden_size", 3584),
         norm="layer",
-        activation=_activation(raw, _GELUS, "gelu_pytorch_tanh"),
+        activation=_activation(raw, ACTIVATIONS, "gelu_pytorch_tanh"),
         patch_bias=True,
         position_grid=side,
         deepstack_layers=tuple(raw.get("deepstack_visual_indexes", (8, 16, 24))),
-        pixel_mean=(0.5, 0.5, 0.5),
-        pixel_std=(0.5, 0.5, 0.5),
+        **HALF_PIXELS,
         **_shared(raw, depth=27, patch_size=16),
     )
 
