@@ -136,11 +136,7 @@ class MLLM(nn.Module):
             folder: made if absent.
         """
         folder = Path(folder)
-        state = self.state_dict()
-        if self.checkpoint.layout.tied:
-            del state["language.lm_head.weight"]
-        theirs = to_theirs(state | self.checkpoint.spare, self.checkpoint.layout.rules, self.checkpoint.rest)
-        theirs = {_then(name, self.checkpoint.used_aliases): t for name, t in theirs.items()}
+        theirs = self.checkpoint_state()
         raw = self.checkpoint.raw | {"dtype": str(self.language.head_weight.dtype).removeprefix("torch.")}
         source = self.checkpoint.folder
         if source is not None and source.resolve() != folder.resolve():
@@ -149,6 +145,14 @@ class MLLM(nn.Module):
                 if file.name not in NOT_SIDECARS:
                     shutil.copyfile(file, folder / file.name)
         write_folder(folder, raw, theirs)
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Return all weights under the checkpoint's names, with what is kept apart."""
+        state = self.state_dict()
+        if self.checkpoint.layout.tied:
+            del state["language.lm_head.weight"]
+        theirs = to_theirs(state | self.checkpoint.spare, self.checkpoint.layout.rules, self.checkpoint.rest)
+        return {_then(name, self.checkpoint.used_aliases): t for name, t in theirs.items()}
 
     # Batches ----------------------------------------------------------------------------------------------------------
     def inputs(self, batch: Mapping[str, Any]) -> Inputs:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.vision import VisionTransformer
-from fastmllm.models.weights.language import UNUSED, language_config
+from fastmllm.models.weights.language import DECODER_RULES, UNUSED, language_config
 from fastmllm.models.weights.mapping import Rule, prefixed
 from fastmllm.models.weights.towers import family_of
 

@@ -101,15 +101,12 @@ class NativePath(ImagePath):
             assert part is not None
             patches.append(part[k])
             t, h, w = all_grids[k]
-            grids += [(1, h, w)] * t if self._splits(token) else [(t, h, w)]
-            video = token == self.video_token and self.tokens_per_second is not None
-            intervals += [apart[k] * (self.tokens_per_second or 1) if video else 1.0] * (
-                t if self._splits(token) else 1
-            )
+            video = token == self.video_token
+            frames = [(1, h, w)] * t if self.frames_apart and video else [(t, h, w)]
+            rate = 1.0 if self.tokens_per_second is None or not video else self.tokens_per_second * apart[k]
+            grids += frames
+            intervals += [rate] * len(frames)
         return Seen(arguments={"patches": torch.cat(patches), "grids": grids}, grids=grids, time_intervals=intervals)
-
-    def _splits(self, token: int) -> bool:
-        return self.frames_apart and token == self.video_token
 
     def _part(
         self, batch: Mapping[str, Any], pixels: str, grids: str
