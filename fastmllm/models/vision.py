@@ -258,7 +258,11 @@ class VisionTransformer(Encoder):
         return self._encode(x, cu_seqlens, length).view(pixels.shape[0], length, self.width)
 
     def forward_packed(
-        self, pixels: Tensor | Sequence[Tensor], grids: Sequence[Sequence[int]] | None = None, layout: str = "hwc"
+        self,
+        pixels: Tensor | Sequence[Tensor],
+        grids: Sequence[Sequence[int]] | None = None,
+        layout: str = "hwc",
+        class_token: bool = False,
     ) -> Tensor:
         """Encode images of different sizes in one call.
 
@@ -267,16 +271,17 @@ class VisionTransformer(Encoder):
                 (M, P * P * 3) patches in (row, column, channel) order, already normalised, with their grids.
             grids: (h, w) or (1, h, w) patches of each image that is not in a list, on the host.
             layout: "hwc" or "chw", of each image.
+            class_token: keep it in front of each image, where the encoder has one.
 
         Returns:
-            (N, D), N the patches of all images, row-major, without class tokens: `h * w` rows an image.
+            (N, D), N the patches of all images, row-major: `h * w` rows an image, one more with its class token.
 
         Raises:
             ValueError: as `forward`.
         """
         x, cu_seqlens, longest = self._embed(pixels, grids, layout)
         y = self._encode(x, cu_seqlens, longest)
-        if self.cls_token is None:
+        if self.cls_token is None or class_token:
             return y
         patch = torch.ones(y.shape[0], dtype=torch.bool)  # on the host: its boundaries are known there
         sizes = self._sizes(pixels, grids, layout)

@@ -76,6 +76,8 @@ def language_config(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
         ValueError: something that the decoder does not compute, or a value that is missing or no number.
     """
     kind = raw.get("model_type")
+    if kind == "opt":
+        return _opt(raw, origin)
     family = _FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise _refusal(origin, f"model_type {kind!r} (supported: {', '.join(_FAMILIES)})")
@@ -123,6 +125,34 @@ def language_config(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
         sliding_layers=sliding,
         extra_embeddings=extra,
     )
+
+
+def _opt(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
+    """Read the configuration of an OPT."""
+    vocab, width, mlp_width, depth, heads = (
+        _size(raw, name, default, origin)
+        for name, default in zip(
+            ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads"),
+            (50272, 768, 3072, 12, 12),
+            strict=True,
+        )
+    )
+    for what, bad in {
+        f"activation {raw.get('activation_function')!r}": raw.get("activation_function", "relu") != "relu",
+        "norms behind the layers (do_layer_norm_before)": not raw.get("do_layer_norm_before", True),
+        "no final norm": bool(raw.get("_remove_final_layer_norm")),
+        "layers without biases": not raw.get("enable_bias", True),
+        "norms without weights": not raw.get("layer_norm_elementwise_affine", True),
+        "embeddings of another width": raw.get("word_embed_proj_dim") not in (None, width),
+    }.items():
+        if bad:
+            raise _refusal(origin, what)
+    return LanguageConfig(
+        vocab_size=vocab, width=width, depth=depth, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
+        mlp_width=mlp_width, norm_eps=1e-5, max_positions=_size(raw, "max_position_embeddings", 2048, origin),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", True)), qkv_bias=True, output_bias=True, activation="relu",
+        gated_mlp=False, layer_norm=True, learned_positions=True,
+    )  # fmt: skip
 
 
 def language_fields(config: LanguageConfig, model_type: str | None = None) -> dict[str, Any]:
