@@ -19,7 +19,6 @@ from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.rope import rope_frequencies, rope_tables
 from fastmllm.modules.lm_head import LMHead
 
-
 POSITION_OFFSET = 2  # rows of OPT's table in front of position 0
 
 

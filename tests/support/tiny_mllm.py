@@ -70,7 +70,10 @@ def llava() -> tuple[Any, Batch]:
         vision_config=tf.CLIPVisionConfig(**CLIP), text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE,
         vision_feature_layer=-2, vision_feature_select_strategy="default",
     )  # fmt: skip
-    return tf.LlavaForConditionalGeneration(config), {"pixel_values": pixels(2, 3, 28, 28), **texts((3, 16, 6), (1, 16, 3))}
+    return tf.LlavaForConditionalGeneration(config), {
+        "pixel_values": pixels(2, 3, 28, 28),
+        **texts((3, 16, 6), (1, 16, 3)),
+    }
 
 
 def llava_next() -> tuple[Any, Batch]:
@@ -103,7 +106,10 @@ def internvl() -> tuple[Any, Batch]:
                        "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": True, "attention_bias": True},
         text_config={"model_type": "qwen2", **TEXT}, image_token_id=IMAGE, image_seq_length=4,
     )  # fmt: skip
-    return tf.InternVLForConditionalGeneration(config), {"pixel_values": pixels(3, 3, 28, 28), **texts((3, 8, 6), (1, 4, 3))}
+    return tf.InternVLForConditionalGeneration(config), {
+        "pixel_values": pixels(3, 3, 28, 28),
+        **texts((3, 8, 6), (1, 4, 3)),
+    }
 
 
 BLIP_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -120,7 +126,10 @@ def blip2() -> tuple[Any, Batch]:
         vision_config=tf.Blip2VisionConfig(**BLIP_VISION), qformer_config=tf.Blip2QFormerConfig(**QFORMER),
         text_config=tf.OPTConfig(**OPT), num_query_tokens=8, image_token_index=IMAGE, image_text_hidden_size=24,
     )  # fmt: skip
-    return tf.Blip2ForConditionalGeneration(config), {"pixel_values": pixels(2, 3, 28, 28), **texts((3, 8, 6), (1, 8, 3))}
+    return tf.Blip2ForConditionalGeneration(config), {
+        "pixel_values": pixels(2, 3, 28, 28),
+        **texts((3, 8, 6), (1, 8, 3)),
+    }
 
 
 def instructblip() -> tuple[Any, Batch]:
@@ -151,7 +160,9 @@ def idefics() -> tuple[Any, Batch]:
     seen = torch.zeros(*batch["input_ids"].shape, 2, dtype=torch.long)
     seen[0, 2:5, 0] = seen[0, 5:, 1] = seen[1, 3:, 0] = 1  # the first rows see nothing; the second sample has one image
     return tf.IdeficsForVisionText2Text(config), {
-        "pixel_values": pixels(2, 2, 3, 28, 28), "image_attention_mask": seen, **batch
+        "pixel_values": pixels(2, 2, 3, 28, 28),
+        "image_attention_mask": seen,
+        **batch,
     }
 
 
