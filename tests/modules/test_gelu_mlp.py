@@ -35,6 +35,13 @@ def test_equals_two_linear_layers(activation: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_another_width_out_without_biases() -> None:
+    torch.manual_seed(0)
+    mlp, x = GeluMLP(6, 10, width_out=3, bias=False), torch.randn(4, 6)
+    assert {name: tuple(p.shape) for name, p in mlp.named_parameters()} == {"weight1": (10, 6), "weight2": (3, 10)}
+    torch.testing.assert_close(mlp(x), F.linear(F.gelu(F.linear(x, mlp.weight1)), mlp.weight2))
+
+
 def test_bad_sizes_and_names_are_refused() -> None:
     for args in ((0, 4), (4, 0), (4, 4, "relu")):
         with pytest.raises(ValueError, match="GeluMLP"):
