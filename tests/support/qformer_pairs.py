@@ -11,7 +11,7 @@ from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer, QFormerCo
 from fastmllm.modules.qformer_losses import QFormerPretraining
 
 Q, D, MEDIA, VOCAB, BOS = 3, 16, 10, 30, 29
-IMAGES, TEXTS = [4, 2, 4, 3], [3, 2, 5, 4]
+IMAGES, TEXTS = [4, 4, 2, 3], [5, 5, 2, 4]
 CONFIG = QFormerConfig(
     width=D, depth=3, num_heads=2, mlp_width=24, media_width=MEDIA, num_queries=Q, vocab_size=VOCAB, max_positions=8
 )
