@@ -67,7 +67,7 @@ class QFormerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Media:
+class ImageTokens:
     """Packed image tokens, and which of them each set of queries sees.
 
     Args:
@@ -83,13 +83,13 @@ class Media:
     max_tokens: int
 
     @classmethod
-    def of_images(cls, tokens: Tensor, cu_seqlens: Tensor, max_tokens: int) -> Media:
+    def of_images(cls, tokens: Tensor, cu_seqlens: Tensor, max_tokens: int) -> ImageTokens:
         """One pair an image, with boundaries `cu_seqlens` (I + 1,) int32."""
         return cls(tokens=tokens, start=cu_seqlens[:-1], stop=cu_seqlens[1:], max_tokens=max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Text:
+class PackedText:
     """Packed token ids.
 
     Args:
@@ -132,7 +132,7 @@ class _CrossAttention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
         self.norm = LayerNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, media: Media) -> Tensor:
+    def forward(self, x: Tensor, media: ImageTokens) -> Tensor:
         each = x.shape[0] // max(media.start.numel(), 1)
         q = self.q(x).view(-1, *self.heads)
         k, v = self.kv(media.tokens).view(-1, 2, *self.heads).unbind(1)
@@ -159,7 +159,7 @@ class _Layer(nn.Module):
         self.ffn_query = _FeedForward(config)
         self.ffn_text = _FeedForward(config) if config.vocab_size else None
 
-    def look(self, attended: Tensor, x: Tensor, media: Media) -> Tensor:
+    def look(self, attended: Tensor, x: Tensor, media: ImageTokens) -> Tensor:
         """Finish the layer for queries (P * Q, D)."""
         x = self.attn.finish(attended, x)
         return self.ffn_query(x if self.cross is None else self.cross(x, media))
@@ -202,7 +202,7 @@ class QFormer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def encode_images(self, media: Media, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def encode_images(self, media: ImageTokens, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Let queries see each other and their image: the unimodal mask.
 
         Args:
@@ -226,7 +226,7 @@ class QFormer(nn.Module):
             x = layer.look(attention(q, k, v, bounds, max_seqlen_q=self.config.num_queries), x, media)
         return x, kept
 
-    def encode_text(self, text: Text, queries: Sequence[Tensor] = ()) -> Tensor:
+    def encode_text(self, text: PackedText, queries: Sequence[Tensor] = ()) -> Tensor:
         """Let text see itself, both ways: the unimodal mask. With queries, the causal multimodal (UniLM) mask.
 
         Args:
@@ -253,7 +253,7 @@ class QFormer(nn.Module):
             x = layer.say(y, x)
         return x
 
-    def forward(self, media: Media, text: Text | None = None) -> Tensor:
+    def forward(self, media: ImageTokens, text: PackedText | None = None) -> Tensor:
         """Let queries and text of a pair see each other, and queries their image: the bidirectional mask.
 
         Args:
@@ -287,14 +287,14 @@ class QFormer(nn.Module):
     def _layers(self) -> list[_Layer]:
         return cast("list[_Layer]", list(self.layers))
 
-    def _start(self, media: Media) -> Tensor:
+    def _start(self, media: ImageTokens) -> Tensor:
         if media.tokens.dim() != 2 or media.tokens.shape[1] != self.config.media_width:
             raise ValueError(
                 f"QFormer: media tokens must be packed (N, {self.config.media_width}), got {tuple(media.tokens.shape)}"
             )
         return self.norm(self.queries).expand(media.start.numel(), -1, -1).flatten(0, 1)
 
-    def _embed(self, text: Text) -> Tensor:
+    def _embed(self, text: PackedText) -> Tensor:
         if not self.config.vocab_size:
             raise ValueError("QFormer: the model reads no text: vocab_size is 0")
         if text.max_seqlen > self.config.max_positions:
@@ -307,7 +307,7 @@ class QFormer(nn.Module):
     def _query_bounds(self, pairs: int, device: torch.device) -> Tensor:
         return torch.arange(pairs + 1, dtype=torch.int32, device=device) * self.config.num_queries
 
-    def _joint(self, text: Text) -> tuple[Tensor, int, Tensor]:
+    def _joint(self, text: PackedText) -> tuple[Tensor, int, Tensor]:
         """Return how [all queries; all text] become [queries; text] a pair: boundaries, the longest, source rows."""
         each, pairs = self.config.num_queries, text.cu_seqlens.numel() - 1
         bounds = text.cu_seqlens + self._query_bounds(pairs, text.ids.device)

@@ -17,7 +17,7 @@ from torch.distributed.nn.functional import all_gather
 
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastmllm.modules.layer_norm import LayerNorm
-from fastmllm.modules.qformer import Media, QFormer, Text
+from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,11 +147,11 @@ class QFormerPretraining(nn.Module):
         """Return (S, Q, E) unit vectors of `encode_images`' (S * Q, D)."""
         return _unit(self.image_proj(queries)).unflatten(0, (-1, self.qformer.config.num_queries))
 
-    def text_features(self, hidden: Tensor, text: Text) -> Tensor:
+    def text_features(self, hidden: Tensor, text: PackedText) -> Tensor:
         """Return (S, E) unit vectors of `encode_text`'s (T, D): of the first row of each text, its [CLS]."""
         return _unit(self.text_proj(hidden.index_select(0, text.cu_seqlens[:-1].long())))
 
-    def match(self, media: Media, text: Text) -> Tensor:
+    def match(self, media: ImageTokens, text: PackedText) -> Tensor:
         """Return (P, 2) logits that text and image do not, or do, belong together: the mean over the queries."""
         logits = self.itm_head(self.qformer(media, text))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).unflatten(
@@ -160,8 +160,8 @@ class QFormerPretraining(nn.Module):
 
     def forward(
         self,
-        media: Media,
-        text: Text,
+        media: ImageTokens,
+        text: PackedText,
         *,
         bos_token_id: int,
         generator: torch.Generator,
@@ -242,7 +242,7 @@ def _filled(x: Tensor, capacity: int) -> Tensor:
     return _gather(F.pad(x, (0, 0) * (x.dim() - 1) + (0, capacity - len(x))))  # a negative number cuts
 
 
-def _with_other_images(media: Media, other: Tensor) -> Media:
+def _with_other_images(media: ImageTokens, other: Tensor) -> ImageTokens:
     """Return what 3 S pairs see: their image, another one, their image again. Images of this rank stay in place."""
     pairs, longest, here = media.start.numel(), media.max_tokens, len(media.tokens)
     capacity = max(pairs * longest, 1)
@@ -251,7 +251,7 @@ def _with_other_images(media: Media, other: Tensor) -> Media:
     rows = start[:, None] + torch.arange(longest, device=start.device)
     tokens = world.index_select(0, rows.flatten().clamp(max=len(world) - 1))  # what is too much nobody sees
     first = here + torch.arange(pairs, device=start.device) * longest
-    return Media(
+    return ImageTokens(
         tokens=torch.cat([media.tokens, tokens]),
         start=torch.cat([media.start, first.int(), media.start]),
         stop=torch.cat([media.stop, (first + length).int(), media.stop]),
@@ -259,7 +259,7 @@ def _with_other_images(media: Media, other: Tensor) -> Media:
     )
 
 
-def _with_other_texts(text: Text, other: Tensor) -> Text:
+def _with_other_texts(text: PackedText, other: Tensor) -> PackedText:
     """Return 3 S texts: each twice, then another one; rows behind the last are padding."""
     pairs = text.cu_seqlens.numel() - 1
     capacity = pairs * text.max_seqlen
@@ -272,14 +272,14 @@ def _with_other_texts(text: Text, other: Tensor) -> Text:
     rows = torch.arange(2 * len(text.ids) + pairs * text.max_seqlen, device=other.device)
     mine = torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp(max=3 * pairs - 1)
     ids = world[(start[mine] + rows - cu_seqlens[mine]).clamp(max=len(world) - 1)]
-    return Text(ids=ids, cu_seqlens=cu_seqlens.int(), max_seqlen=text.max_seqlen)
+    return PackedText(ids=ids, cu_seqlens=cu_seqlens.int(), max_seqlen=text.max_seqlen)
 
 
-def _written(text: Text, bos_token_id: int) -> tuple[Text, Tensor]:
+def _written(text: PackedText, bos_token_id: int) -> tuple[PackedText, Tensor]:
     """Return the captions behind the token that starts writing, and the next token of each row (-100 at the end)."""
     rows = torch.arange(len(text.ids), device=text.ids.device)
     bounds = F.pad(text.cu_seqlens, (0, 1), value=0)  # rows behind the last text end before they start
     mine = torch.searchsorted(text.cu_seqlens[1:].long(), rows, right=True)
     ids = torch.where(rows == bounds[mine], bos_token_id, text.ids)
     labels = torch.where(rows + 1 < bounds[mine + 1], text.ids.roll(-1), -100)
-    return Text(ids=ids, cu_seqlens=text.cu_seqlens, max_seqlen=text.max_seqlen), labels
+    return PackedText(ids=ids, cu_seqlens=text.cu_seqlens, max_seqlen=text.max_seqlen), labels

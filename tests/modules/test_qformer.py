@@ -13,7 +13,7 @@ from transformers.models.instructblip.modeling_instructblip import InstructBlipQ
 
 from fastmllm.models.weights.connectors import qformer_rules, read_qformer
 from fastmllm.models.weights.mapping import fill, to_ours, to_theirs
-from fastmllm.modules.qformer import Media, QFormer, QFormerConfig, Text
+from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer, QFormerConfig
 
 Q, D, DEPTH, MEDIA, VOCAB = 5, 24, 3, 20, 40
 RAW = {
@@ -60,12 +60,12 @@ def build(instruct: bool = False, text: bool = True, dtype: torch.dtype = torch.
     return oracle, model
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[Media, Text, list[Tensor], list[Tensor]]:
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[ImageTokens, PackedText, list[Tensor], list[Tensor]]:
     torch.manual_seed(2)
     tokens = torch.randn(sum(IMAGES), MEDIA, dtype=dtype, requires_grad=True)
     ids = torch.randint(1, VOCAB, (sum(TEXTS),))  # the oracle gives its padding token 0 no gradient
-    media = Media.of_images(tokens, bounds(IMAGES), max(IMAGES))
-    text = Text(ids=ids, cu_seqlens=bounds(TEXTS), max_seqlen=max(TEXTS))
+    media = ImageTokens.of_images(tokens, bounds(IMAGES), max(IMAGES))
+    text = PackedText(ids=ids, cu_seqlens=bounds(TEXTS), max_seqlen=max(TEXTS))
     return media, text, list(tokens.split(IMAGES)), list(ids.split(TEXTS))
 
 
@@ -159,10 +159,10 @@ def test_pairs_may_share_an_image() -> None:
     _, model = build(dtype=torch.float64)
     media, text, _, _ = inputs(torch.float64)
     index = torch.tensor([1, 2, 1])
-    shared = Media(tokens=media.tokens, start=media.start[index], stop=media.stop[index], max_tokens=7)
+    shared = ImageTokens(tokens=media.tokens, start=media.start[index], stop=media.stop[index], max_tokens=7)
     copied = torch.cat([media.tokens.split(IMAGES)[i] for i in index.tolist()])
     y = model(shared, text)
-    other = model(Media.of_images(copied, bounds([IMAGES[i] for i in index.tolist()]), 7), text)
+    other = model(ImageTokens.of_images(copied, bounds([IMAGES[i] for i in index.tolist()]), 7), text)
     torch.testing.assert_close(y, other, rtol=1e-12, atol=1e-12)
     seed = torch.randn_like(y)
     got, want = (torch.autograd.grad([t], media.tokens, [seed])[0] for t in (y, other))
@@ -175,15 +175,15 @@ def test_packed_equals_each_pair_alone_and_neighbours_do_not_matter() -> None:
     media, text, images, ids = inputs()
 
     def run(tokens: Tensor, words: Tensor) -> Tensor:
-        media_now = Media.of_images(tokens, bounds(IMAGES), 7)
-        text_now = Text(ids=words, cu_seqlens=text.cu_seqlens, max_seqlen=6)
+        media_now = ImageTokens.of_images(tokens, bounds(IMAGES), 7)
+        text_now = PackedText(ids=words, cu_seqlens=text.cu_seqlens, max_seqlen=6)
         queries, kept = model.encode_images(media_now, keep=True)
         return torch.stack([model(media_now, text_now), queries]), model.encode_text(text_now, kept)
 
     (joint, alone), caption = run(media.tokens, text.ids)
     for k, (a, b) in enumerate(pairwise(text.cu_seqlens.tolist())):
-        one = Media.of_images(images[k], bounds([IMAGES[k]]), IMAGES[k])
-        said = Text(ids=ids[k], cu_seqlens=bounds([TEXTS[k]]), max_seqlen=TEXTS[k])
+        one = ImageTokens.of_images(images[k], bounds([IMAGES[k]]), IMAGES[k])
+        said = PackedText(ids=ids[k], cu_seqlens=bounds([TEXTS[k]]), max_seqlen=TEXTS[k])
         torch.testing.assert_close(joint[k * Q : k * Q + Q], model(one, said), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(caption[a:b], model.encode_text(said, model.encode_images(one, True)[1]),
                                    rtol=1e-4, atol=1e-5)  # fmt: skip
@@ -204,7 +204,7 @@ def test_a_later_token_never_moves_an_earlier_caption_row() -> None:
     words = text.ids.clone()
     words[-1] = (words[-1] + 1) % VOCAB
     y, other = (
-        model.encode_text(Text(ids=i, cu_seqlens=text.cu_seqlens, max_seqlen=6), kept) for i in (text.ids, words)
+        model.encode_text(PackedText(ids=i, cu_seqlens=text.cu_seqlens, max_seqlen=6), kept) for i in (text.ids, words)
     )
     assert torch.equal(y[:-1], other[:-1])
     assert not torch.equal(y[-1], other[-1])
@@ -213,7 +213,7 @@ def test_a_later_token_never_moves_an_earlier_caption_row() -> None:
 def test_rows_behind_the_last_text_are_padding() -> None:
     _, model = build()
     media, text, _, _ = inputs()
-    padded = Text(ids=torch.cat([text.ids, text.ids]), cu_seqlens=text.cu_seqlens, max_seqlen=6)
+    padded = PackedText(ids=torch.cat([text.ids, text.ids]), cu_seqlens=text.cu_seqlens, max_seqlen=6)
     kept = model.encode_images(media, keep=True)[1]
     torch.testing.assert_close(model(media, padded), model(media, text))
     torch.testing.assert_close(model.encode_text(padded, kept)[: sum(TEXTS)], model.encode_text(text, kept))
@@ -221,16 +221,19 @@ def test_rows_behind_the_last_text_are_padding() -> None:
 
 def test_no_images() -> None:
     _, model = build()
-    none = Media.of_images(torch.zeros(0, MEDIA), bounds([]), 0)
+    none = ImageTokens.of_images(torch.zeros(0, MEDIA), bounds([]), 0)
     assert model(none).shape == (0, D)
-    assert model(none, Text(ids=torch.zeros(0, dtype=torch.long), cu_seqlens=bounds([]), max_seqlen=0)).shape == (0, D)
+    assert model(none, PackedText(ids=torch.zeros(0, dtype=torch.long), cu_seqlens=bounds([]), max_seqlen=0)).shape == (
+        0,
+        D,
+    )
 
 
 def test_bfloat16_follows_float32() -> None:
     _, model = build()
     media, text, _, _ = inputs()
     expected = model(media, text)
-    half = Media(tokens=media.tokens.bfloat16(), start=media.start, stop=media.stop, max_tokens=7)
+    half = ImageTokens(tokens=media.tokens.bfloat16(), start=media.start, stop=media.stop, max_tokens=7)
     y = model.bfloat16()(half, text)
     assert y.dtype == torch.bfloat16
     assert (y.float() - expected).norm() < 0.05 * expected.norm()
@@ -254,11 +257,11 @@ def test_rejects_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="depth"):
         QFormerConfig(depth=0)
     with pytest.raises(ValueError, match="packed"):
-        model(Media(tokens=media.tokens[None], start=media.start, stop=media.stop, max_tokens=7))
+        model(ImageTokens(tokens=media.tokens[None], start=media.start, stop=media.stop, max_tokens=7))
     with pytest.raises(ValueError, match="3 media ranges for 1 texts"):
-        model(media, Text(ids=text.ids, cu_seqlens=bounds([10]), max_seqlen=10))
+        model(media, PackedText(ids=text.ids, cu_seqlens=bounds([10]), max_seqlen=10))
     with pytest.raises(ValueError, match="max_positions 16"):
-        model.encode_text(Text(ids=text.ids, cu_seqlens=text.cu_seqlens, max_seqlen=17))
+        model.encode_text(PackedText(ids=text.ids, cu_seqlens=text.cu_seqlens, max_seqlen=17))
     with pytest.raises(ValueError, match="1 layers of queries"):
         model.encode_text(text, [torch.zeros(1)])
     with pytest.raises(ValueError, match="vocab_size is 0"):

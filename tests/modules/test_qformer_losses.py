@@ -16,15 +16,15 @@ from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 from fastmllm.models.weights.connectors import qformer_rules
 from fastmllm.models.weights.mapping import Rule, prefixed, to_ours
-from fastmllm.modules.qformer import Media, QFormer, Text
+from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer
 from fastmllm.modules.qformer_losses import QFormerPretraining, hard_negatives
 
 HERE = Path(__file__).parent
 
 
-def one(trained: QFormerPretraining, image: Tensor, ids: Tensor) -> tuple[Media, Text]:
-    return (Media.of_images(image, bounds([len(image)]), len(image)),
-            Text(ids=ids, cu_seqlens=bounds([len(ids)]), max_seqlen=len(ids)))  # fmt: skip
+def one(trained: QFormerPretraining, image: Tensor, ids: Tensor) -> tuple[ImageTokens, PackedText]:
+    return (ImageTokens.of_images(image, bounds([len(image)]), len(image)),
+            PackedText(ids=ids, cu_seqlens=bounds([len(ids)]), max_seqlen=len(ids)))  # fmt: skip
 
 
 def draw(weights: Tensor, uniform: float) -> int:
@@ -37,7 +37,9 @@ def draw(weights: Tensor, uniform: float) -> int:
     raise AssertionError
 
 
-def transcription(trained: QFormerPretraining, media: Media, text: Text, image_ids: Tensor, seed: int) -> list[Tensor]:
+def transcription(
+    trained: QFormerPretraining, media: ImageTokens, text: PackedText, image_ids: Tensor, seed: int
+) -> list[Tensor]:
     """Restate the paper's and LAVIS' losses for one rank: loops over pairs, dense targets, all logits.
 
     ITC: the best query's similarity over the temperature, soft targets. ITM: positive, other image, other text; the
@@ -75,7 +77,7 @@ def transcription(trained: QFormerPretraining, media: Media, text: Text, image_i
         ids = t.ids.clone()
         ids[0] = BOS
         kept = qformer.encode_images(m, keep=True)[1]
-        hidden = qformer.encode_text(Text(ids=ids, cu_seqlens=t.cu_seqlens, max_seqlen=t.max_seqlen), kept)
+        hidden = qformer.encode_text(PackedText(ids=ids, cu_seqlens=t.cu_seqlens, max_seqlen=t.max_seqlen), kept)
         scores = head.norm(F.gelu(head.transform(hidden))) @ qformer.word_embeddings.weight.t() + head.bias
         for row, label in zip(scores[:-1].log_softmax(1), t.ids[1:], strict=True):
             total = total - (1 - smoothing) * row[label] - smoothing * row.mean()
@@ -178,8 +180,8 @@ def test_heads_equal_transformers_retrieval() -> None:
 
     pixels, ids = torch.randn(3, 3, 4, 4), torch.randint(1, VOCAB, (3, 5))
     tokens = oracle.vision_model(pixels).last_hidden_state
-    media = Media.of_images(tokens.flatten(0, 1), bounds([tokens.shape[1]] * 3), tokens.shape[1])
-    text = Text(ids=ids.flatten(), cu_seqlens=bounds([5] * 3), max_seqlen=5)
+    media = ImageTokens.of_images(tokens.flatten(0, 1), bounds([tokens.shape[1]] * 3), tokens.shape[1])
+    text = PackedText(ids=ids.flatten(), cu_seqlens=bounds([5] * 3), max_seqlen=5)
     mask = torch.ones_like(ids)
     with torch.no_grad():
         expected = oracle(pixels, ids, mask, use_image_text_matching_head=True).logits_per_image

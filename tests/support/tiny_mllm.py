@@ -178,7 +178,8 @@ def mllama() -> tuple[Any, Batch]:
     )  # fmt: skip
     batch = texts((0, 1, 8), (0, 1, 5))
     seen = torch.zeros(*batch["input_ids"].shape, 1, 4, dtype=torch.long)
-    seen[0, 1:, :, :2] = seen[1, 1:7, :, :1] = 1  # behind the image token; two tiles, and one
+    # every row sees an image: transformers' rows without one see all of it, and pass that on to the rows behind
+    seen[0, :, :, :2] = seen[1, :7, :, :1] = 1  # two tiles, and one
     used = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]]])
     values = pixels(2, 1, 4, 3, 28, 28) * used[..., None, None, None]  # its processor pads with zeros
     return tf.MllamaForConditionalGeneration(config), {
@@ -225,8 +226,12 @@ def qwen3_vl() -> tuple[Any, Batch]:
 
 MODELS: dict[str, Callable[[], tuple[Any, Batch]]] = {
     f.__name__: f
-    for f in (llava, llava_next, llava_onevision, internvl, blip2, instructblip, idefics, mllama, qwen2_vl, qwen2_5_vl, qwen3_vl)
+    for f in (
+        llava, llava_next, llava_onevision, internvl, blip2, instructblip, idefics, mllama,
+        qwen2_vl, qwen2_5_vl, qwen3_vl,
+    )
 }  # fmt: skip
+ACROSS = ("idefics", "mllama")  # their layers look at images beside the text
 
 
 @functools.cache
@@ -236,3 +241,45 @@ def oracle(name: str) -> tuple[Any, Batch]:
     model, batch = MODELS[name]()
     model.set_attn_implementation("eager")
     return redraw(model), batch
+
+
+def alone(name: str, row: int) -> Batch:
+    """Return one sample of a family's batch, without padding."""
+    _, batch = oracle(name)
+    length = int(batch["attention_mask"][row].sum())
+    patches = [0, *batch["image_grid_thw"].prod(-1).cumsum(0).tolist()] if "image_grid_thw" in batch else []
+    one: Batch = {}
+    for key, value in batch.items():
+        if key == "pixel_values" and patches:
+            one[key] = value[patches[row] : patches[row + 1]]
+        elif key == "pixel_values" and name == "internvl":
+            one[key] = value[:2] if row == 0 else value[2:]
+        else:
+            one[key] = value[row : row + 1]
+        if value.shape[:2] == batch["input_ids"].shape and not key.startswith("qformer"):
+            one[key] = one[key][:, :length]
+    return one
+
+
+def joined(name: str) -> Batch:
+    """Return both samples as one, with an image in each half."""
+    _, batch = oracle(name)
+    first, second = alone(name, 0), alone(name, 1)
+    one = {key: torch.cat([first[key], second[key]], 1) for key in ("input_ids", "attention_mask")}
+    for key, value in batch.items():
+        if key in one or key == "mm_token_type_ids":
+            continue
+        if name not in ACROSS:
+            one[key] = value  # images stand one after the other whoever owns them
+        elif key.endswith("attention_mask") or key == "cross_attention_mask":
+            parts = [first[key][:, :, :1], second[key][:, :, :1]]  # each half sees the first image of its sample
+            seen = [
+                torch.cat([p, torch.zeros_like(p)] if k == 0 else [torch.zeros_like(p), p], 2)
+                for k, p in enumerate(parts)
+            ]
+            one[key] = torch.cat(seen, 1)
+        else:
+            one[key] = torch.cat([first[key][:, :1], second[key][:, :1]], 1)
+    if name == "mllama":
+        one["aspect_ratio_mask"] = torch.cat([first["aspect_ratio_mask"], second["aspect_ratio_mask"]], 1)
+    return one

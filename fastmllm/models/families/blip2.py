@@ -15,7 +15,7 @@ from fastmllm.models.mllm import Blueprint, Layout
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.connectors import qformer_rules, read_qformer
 from fastmllm.models.weights.mapping import Rule, prefixed
-from fastmllm.modules.qformer import Media, QFormer, QFormerConfig, Text
+from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer, QFormerConfig
 
 OPT_RULES = [
     Rule("model.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
@@ -62,8 +62,8 @@ class QFormerPath(ImagePath):
         bounds = torch.arange(images + 1, dtype=torch.int32, device=tokens.device) * each
         text = None
         if text_ids is not None and text_bounds is not None:
-            text = Text(ids=text_ids, cu_seqlens=text_bounds, max_seqlen=longest_text)
-        return Visual(tokens=self.projection(self.qformer(Media.of_images(tokens, bounds, each), text)))
+            text = PackedText(ids=text_ids, cu_seqlens=text_bounds, max_seqlen=longest_text)
+        return Visual(tokens=self.projection(self.qformer(ImageTokens.of_images(tokens, bounds, each), text)))
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` (I, 3, H, W), and `qformer_input_ids` with its mask, out of a processor's batch."""

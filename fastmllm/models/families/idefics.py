@@ -1,4 +1,4 @@
-"""Idefics (v1), the open Flamingo (arXiv 2306.16527): CLIP, a Perceiver, gated cross-attention before Llama's layers."""
+"""Idefics (v1), the open Flamingo (arXiv 2306.16527): CLIP, a Perceiver, gated cross-attention before Llama layers."""
 
 from __future__ import annotations
 

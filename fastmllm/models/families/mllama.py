@@ -55,7 +55,7 @@ class MllamaPath(ImagePath):
         ids, mask = batch["aspect_ratio_ids"], batch["cross_attention_mask"]
         if mask.shape != (*batch["input_ids"].shape, *pixels.shape[1:3]):
             raise ValueError(
-                f"fastmllm::MLLM: cross_attention_mask {tuple(mask.shape)} must be (B, L, I, tiles) with I and tiles of "
+                f"fastmllm::MLLM: cross_attention_mask {tuple(mask.shape)} must be (B, L, I, tiles), I and tiles as in "
                 f"pixel_values {tuple(pixels.shape[1:3])}"
             )
         config = self.vision.config

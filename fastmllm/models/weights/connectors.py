@@ -6,11 +6,29 @@ Names are those inside of a model; `prefixed` puts "model." and the like in fron
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from fastmllm.models.weights.mapping import Join, Rule, View
+import torch
+from torch import Tensor
+
+from fastmllm.models.weights.mapping import Form, Join, Rule, View
 from fastmllm.modules.projector import Projector, ShuffleProjector
 from fastmllm.modules.qformer import QFormerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Cut(Form):
+    """One tensor of a checkpoint, several of ours: cut along the first axis."""
+
+    parts: int = 3
+
+    def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        return [part.clone() for part in theirs[0].chunk(self.parts)]
+
+    def unpack(self, ours: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(ours)]
+
 
 # transformers' names of the activations that are computed here
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
@@ -75,6 +93,53 @@ def read_projector(
         f"fastmllm::weights: no projector of model_type {kind!r} is known (idefics3, internvl, nanovlm, smolvlm, "
         f"vipllava, {', '.join(_LLAVA)})"
     )
+
+
+# MobileVLM V2 (mm_projector_type ldpnetv2)
+LDPV2_RULES = [
+    *mlp_rules("mlp", "mm_projector.mlp.mlp.0", "mm_projector.mlp.mlp.2"),
+    Rule("conv.{p}", "mm_projector.peg.peg.0.{p}"),
+]
+# TokenPacker; query, key and value share a tensor in torch's MultiheadAttention
+TOKEN_PACKER_RULES = [
+    Rule("to_query.weight", "mm_projector.q_proj_1.weight"),
+    *mlp_rules("to_key", "mm_projector.k_proj_1.0", "mm_projector.k_proj_1.2"),
+    *mlp_rules("to_value", "mm_projector.v_proj_1.0", "mm_projector.v_proj_1.2"),
+    *(Rule(f"norm_{n}.{{p}}", f"mm_projector.ln_{n[0]}_1.{{p}}") for n in ("query", "key", "value")),
+    Rule(("q.weight", "k.weight", "v.weight"), "mm_projector.clip_attn.in_proj_weight", Cut()),
+    Rule(("q.bias", "k.bias", "v.bias"), "mm_projector.clip_attn.in_proj_bias", Cut()),
+    Rule("proj.{p}", "mm_projector.clip_attn.out_proj.{p}"),
+    *mlp_rules("mlp", "mm_projector.mlp.0", "mm_projector.mlp.2"),
+]
+
+
+def abstractor_rules(width_in: int, width: int, grid: int, depth: int = 3) -> list[Rule]:
+    """Name a C-Abstractor's tensors as Honeybee's checkpoints do; 1 x 1 convolutions are matrices here."""
+    rules = [Rule("position", "abstractor.pos_emb", View(ours=(grid**2, width_in), theirs=(1, grid**2, width_in)))]
+    for ours, theirs in (("before", "abstractor.net.0"), ("behind", "abstractor.net.2")):
+        for k in range(depth):
+            rules += _block_rules(
+                f"{ours}.{k}", f"{theirs}.b{k + 1}", width if k or ours == "behind" else width_in, width
+            )
+    return [*rules, *(Rule(f"fc{k + 1}.{{p}}", f"abstractor.readout.{2 * k}.{{p}}") for k in range(2))]
+
+
+def _block_rules(ours: str, theirs: str, width_in: int, width: int) -> list[Rule]:
+    squeezed = round(width_in * 0.25)
+    matrices = {
+        "conv1": ("conv1.conv", width_in), "conv3": ("conv3.conv", width), "shortcut": ("downsample.conv", width_in),
+        "squeeze": ("se.fc1", width), "excite": ("se.fc2", squeezed),
+    }  # fmt: skip
+    norms = {"norm1": "conv1.bn", "norm2": "conv2.bn", "norm3": "conv3.bn", "shortcut_norm": "downsample.bn"}
+    return [
+        *(
+            Rule(f"{ours}.{name}.weight", f"{theirs}.{t}.weight", View(ours=(-1, n), theirs=(-1, n, 1, 1)))
+            for name, (t, n) in matrices.items()
+        ),
+        *(Rule(f"{ours}.{name}.bias", f"{theirs}.{matrices[name][0]}.bias") for name in ("squeeze", "excite")),
+        *(Rule(f"{ours}.{name}.{{p}}", f"{theirs}.{t}.{{p}}") for name, t in norms.items()),
+        Rule(f"{ours}.conv2.weight", f"{theirs}.conv2.conv.weight"),
+    ]
 
 
 def _layers(value: int | list[int] | tuple[int, ...]) -> int:
