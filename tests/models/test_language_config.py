@@ -159,7 +159,7 @@ def test_save_language_leaves_parts_of_larger_models_to_them(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation": "relu"}, "relu"),
+        ({"activation": "tanh"}, "relu"),
         ({"mrope_section": (1, 1, 1)}, "mrope_section"),
         ({"sliding_window": 0}, "sliding_window"),
         ({"extra_embeddings": 8, "tie_embeddings": True}, "extra_embeddings"),
