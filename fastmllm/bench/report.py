@@ -11,7 +11,7 @@ from pathlib import Path
 from fastmllm.bench import plots
 from fastmllm.bench.sweep import LABELS, Cell, pareto
 from fastmllm.eval.intervals import Estimate
-from fastmllm.eval.runner import CONDITIONS, MODEL, Report
+from fastmllm.eval.runner import CONDITIONS, MODEL, Report, unparsed
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
@@ -100,15 +100,19 @@ def render(page: Page) -> str:
 
 def _evaluation_text() -> str:
     return (
-        '<p class="muted">Every score stands beside the same questions without an image (blind), with another image '
+        '<p class="muted">Every score stands beside the same questions without an image (blind: the answer of the '
+        "task's closed set that the model then finds most probable; captions are written freely), with another image "
         "(wrong image), the most frequent training answer (majority) and a random answer; retrieval stands beside "
-        "chance. Brackets are 95 % intervals. "
-        "Bold: the model's interval lies above those of all its controls. Unparsed answers count as wrong.</p>"
+        "chance. Brackets are 95 % intervals. Bold: the model's interval lies above those of all its controls. "
+        "Unparsed answers count as wrong; their shares stand in the order of the columns. Forced choice: the right "
+        "name has a higher log-probability than an absent one. CIDEr-D: how many rare n-grams a caption shares with "
+        "its references, 0 to 10. CHAIR, less is better: the share of captions (s) or of mentioned objects (i) that "
+        "name something absent; who names nothing has none, so read it with the object recall.</p>"
     )
 
 
 def _evaluation(report: Report) -> str:
-    names = ("task", "metric", "n", *CONDITIONS, "unparsed")
+    names = ("task", "metric", "n", *CONDITIONS, "unparsed, %")
     head = "".join(f'<th class="text">{n}</th>' if n == "metric" else f"<th>{n}</th>" for n in names)
     lines = []
     for task, metric in dict.fromkeys((r.task, r.metric) for r in report.rows):
@@ -121,10 +125,9 @@ def _evaluation(report: Report) -> str:
         for condition in CONDITIONS:
             text = _estimate(found[condition].estimate, metric) if condition in found else "–"
             cells.append(f'<td class="win">{text}</td>' if win and condition == MODEL else f"<td>{text}</td>")
-        unparsed = "–" if mine.unparsed is None else f"{100 * mine.unparsed:.0f} %"
         lines.append(
             f'<tr><td>{html.escape(task)}</td><td class="text">{html.escape(metric)}</td><td>{mine.estimate.count}</td>'
-            f"{''.join(cells)}<td>{unparsed}</td></tr>"
+            f"{''.join(cells)}<td>{unparsed(found) or '–'}</td></tr>"
         )
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
