@@ -46,6 +46,7 @@ class Page:
         title: heading. summary: first paragraphs. notes: what the reader must know to read the numbers.
         facts: label -> value, the set-up. histories: stage -> (step, loss). report: evaluation. cells: sweep.
         examples: held-out answers. seconds: phase -> wall time. candidates: rows of other runs on the same budget.
+        sweep_note, candidates_note: how those were measured, and where.
         licences: asset, source, licence.
     """
 
@@ -57,9 +58,11 @@ class Page:
     report: Report | None = None
     chart_tasks: Sequence[str] = ()
     cells: Sequence[Cell] = ()
+    sweep_note: str = ""
     examples: Sequence[Example] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     candidates: Sequence[Mapping[str, str]] = ()
+    candidates_note: str = ""
     licences: Sequence[tuple[str, str, str]] = ()
 
 
@@ -77,10 +80,14 @@ def render(page: Page) -> str:
         blind = None
         if page.report is not None:
             blind = page.report.get("name", "blind").estimate.value
-        parts += ["<h2>What a pixel and a visual token cost and buy</h2>", _sweep_text(page.cells)]
+        parts += [
+            "<h2>What a pixel and a visual token cost and buy</h2>",
+            _sweep_text(page.cells),
+            _note(page.sweep_note),
+        ]
         parts += [plots.pareto_chart(page.cells, blind), _sweep(page.cells)]
     if page.candidates:
-        parts += ["<h2>Encoders on the same budget</h2>", _rows(page.candidates)]
+        parts += ["<h2>Encoders on the same budget</h2>", _note(page.candidates_note), _rows(page.candidates)]
     if page.histories:
         parts += ["<h2>Training</h2>", plots.loss_curves(page.histories)]
     if page.facts:
@@ -96,6 +103,10 @@ def render(page: Page) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(page.title)}</title>'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
+
+
+def _note(text: str) -> str:
+    return f'<p class="muted">{html.escape(text)}</p>' if text else ""
 
 
 def _evaluation_text() -> str:
@@ -138,13 +149,17 @@ def _estimate(e: Estimate, metric: str) -> str:
     return f"{100 * e.value:.1f} % <span class='muted'>[{100 * e.low:.0f}, {100 * e.high:.0f}]</span>"
 
 
+def _percent(e: Estimate) -> str:
+    return f"{100 * e.value:.0f} % [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+
+
 def _sweep_text(cells: Sequence[Cell]) -> str:
     front = pareto(cells)
     best = max(cells, key=lambda c: c.accuracy.value)
     cheap = next((c for c in front if c.accuracy.value >= best.accuracy.low), best)
     text = (
         f"The weights are those trained above; only resolution, token count and compressor change. The best cell "
-        f"names {100 * best.accuracy.value:.0f} % right ({best}); the fastest cell within its "
+        f"names {_percent(best.accuracy)} of {best.accuracy.count} right ({best}); the fastest cell within its "
         f"interval takes {cheap.prefill_ms:.0f} ms instead of {best.prefill_ms:.0f} ({cheap})."
     )
     return f"<p>{html.escape(text)}</p>"
@@ -157,7 +172,7 @@ def _sweep(cells: Sequence[Cell]) -> str:
             "resolution": f"{c.image_size} px",
             "visual tokens": f"{c.visual_tokens} of {c.grid_tokens}",
             "method": LABELS.get(c.method, c.method),
-            "named right": f"{100 * c.accuracy.value:.0f} % [{100 * c.accuracy.low:.0f}, {100 * c.accuracy.high:.0f}]",
+            "named right": _percent(c.accuracy),
             "encoder, ms": f"{c.encoder_ms:.1f}",
             "prefill, ms": f"{c.prefill_ms:.1f}",
             "training step, ms": f"{c.step_ms:.0f}",

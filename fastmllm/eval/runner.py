@@ -107,7 +107,9 @@ class Report:
 def unparsed(row: Mapping[str, Row]) -> str:
     """Return the unparsed shares of a line of the table, in the order of `CONDITIONS`: "3 / 0 / 1 / 0 / 0"."""
     shares = [row[c].unparsed for c in CONDITIONS if c in row]
-    return " / ".join("-" if s is None else f"{100 * s:.0f}" for s in shares) if any(s is not None for s in shares) else ""
+    return (
+        " / ".join("-" if s is None else f"{100 * s:.0f}" for s in shares) if any(s is not None for s in shares) else ""
+    )
 
 
 def _cell(e: Estimate, metric: str) -> str:
@@ -228,7 +230,7 @@ def _exact_match(
         if verdicts:
             yes = [p == "yes" for p in parsed]
             report.rows.append(Row(task, condition, "yes ratio", share(yes, [s.image for s in items]), missing))
-        _record(report, condition, items, texts, correct)
+        _record(report, task, condition, items, texts, correct)
 
 
 def _forced_choice(
@@ -247,7 +249,7 @@ def _forced_choice(
     for condition, chosen in picks.items():
         correct = [c == s.answer for c, s in zip(chosen, items, strict=True)]
         report.rows.append(Row("exists", condition, "forced choice", share(correct, [s.image for s in items])))
-        _record(report, condition, items, chosen, correct)
+        _record(report, "exists", condition, items, chosen, correct)
 
 
 def _captions(
@@ -273,7 +275,7 @@ def _captions(
                 flags = [i < hit for hit, total in zip(hits, totals, strict=True) for i in range(total)]
                 clusters = [image for image, total in zip(images, totals, strict=True) for _ in range(total)]
                 report.rows.append(Row(task, condition, metric, share(flags, clusters)))
-        _record(report, condition, items, texts, scores)
+        _record(report, task, condition, items, texts, scores)
 
 
 def _retrieval(report: Report, responder: Responder, items: list[Sample], config: EvalConfig) -> None:
@@ -293,13 +295,13 @@ def _retrieval(report: Report, responder: Responder, items: list[Sample], config
 
 
 def _record(
-    report: Report, condition: str, items: Sequence[Sample], texts: Sequence[str], verdicts: Sequence[Any]
+    report: Report, task: str, condition: str, items: Sequence[Sample], texts: Sequence[str], verdicts: Sequence[Any]
 ) -> None:
     for sample, text, verdict in zip(items, texts, verdicts, strict=True):
         report.records.append(
             {
                 "id": sample.id,
-                "task": sample.task,
+                "task": task,
                 "condition": condition,
                 "answer": sample.answer,
                 "said": text,

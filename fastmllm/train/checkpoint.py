@@ -46,7 +46,7 @@ class EngineLike(Protocol):
 
 def fingerprint(value: Any) -> str:
     """Return 16 hexadecimal digits of a JSON-able value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

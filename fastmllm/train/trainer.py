@@ -133,7 +133,7 @@ class Trainer:
             json.dumps(
                 {
                     "stage": asdict(stage),
-                    "dtype": engine_config.dtype,
+                    "dtype": engine_config.dtype.replace("auto", "float32"),  # both cast nothing
                     "micro_batches": engine_config.accumulation * self.world_size,
                     "frozen_weights": model_fingerprint(model, trainable=False),
                     "initial_weights": model_fingerprint(model, trainable=True),
