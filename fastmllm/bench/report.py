@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastmllm.bench import plots
 from fastmllm.bench.sweep import LABELS, Cell, pareto
+from fastmllm.data.images import open_image
 from fastmllm.eval.intervals import Estimate
 from fastmllm.eval.runner import CONDITIONS, MODEL, Report, unparsed
 
@@ -196,12 +198,20 @@ def _pairs(pairs: Mapping[str, str]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+def _embedded(path: Path) -> tuple[str, str]:
+    """Return an image's kind and base64; what not every browser shows (TIFF) becomes a PNG."""
+    kinds = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
+    if kind := kinds.get(path.suffix.lower()):
+        return kind, base64.b64encode(path.read_bytes()).decode()
+    buffer = io.BytesIO()
+    open_image(path).save(buffer, format="PNG")
+    return "png", base64.b64encode(buffer.getvalue()).decode()
+
+
 def _gallery(examples: Sequence[Example]) -> str:
     figures = []
     for e in examples:
-        path = Path(e.image)
-        kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
-        data = base64.b64encode(path.read_bytes()).decode()
+        kind, data = _embedded(Path(e.image))
         verdict = "right" if e.correct else "wrong"
         truth = "" if e.correct else f'<br><span class="muted">{html.escape(e.answer)}</span>'
         figures.append(
