@@ -129,9 +129,8 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
     _drop_copies(train, held, checks, skipped)
     classes = tuple(sorted(name for name in train if train[name] and held.get(name) and _speakable(name)))
     for name in sorted((set(train) | set(held)) - set(classes)):
-        reason = (
-            "no usable photograph in one of the two splits" if normalise(name) else "no letter or digit in its name"
-        )
+        empty = "no usable photograph in one of the two splits"
+        reason = empty if _speakable(name) else "no letter or digit in its name"
         notes.append(f"class {name!r} left out: {reason}")
     _tell_apart(path, classes)
     if len(classes) < 2:
