@@ -34,7 +34,19 @@ def test_the_python_runs_as_it_stands(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "Evaluation" in run.stdout
     assert "exists" in run.stdout
-    assert run.stdout.strip().splitlines()[-1].strip()  # the answer to the last question
+    after = run.stdout.rpartition("└")[2].partition("\n")[2]  # behind the table's last line
+    assert after.strip(), "the last question got no answer"
+
+
+def test_the_real_thing_runs_as_the_comment_says(monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    whole, count = re.subn(
+        r"small = \(  # (small = \(\)) for the real thing\n.*?\)\.split\(\)", r"\1", code, flags=re.DOTALL
+    )
+    assert count == 1
+    monkeypatch.chdir(ROOT)
+    exec(whole.partition("\ndata = ")[0], names := {})
+    assert names["recipe"] == names["Recipe"].load("recipes/emoji.yaml")
 
 
 def test_the_numbers_are_those_of_the_stored_run():

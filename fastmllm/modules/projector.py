@@ -42,9 +42,10 @@ class Projector(nn.Module):
         self.norm = LayerNorm(width) if norm else None
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width_out)
-        self.out_norm = None if out_std is None else LayerNorm(width_out)
-        if self.out_norm is not None:
-            nn.init.constant_(self.out_norm.weight, float(out_std or 0.0))
+        self.out_norm = None
+        if out_std is not None:
+            self.out_norm = LayerNorm(width_out)
+            nn.init.constant_(self.out_norm.weight, out_std)
 
     def num_tokens(self, rows: int, columns: int) -> int:
         """Return the tokens that a grid of rows x columns becomes."""
