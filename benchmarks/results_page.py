@@ -129,8 +129,8 @@ def page() -> str:
                 "The same recipe on 10 classes of clothing photographs (CC0, alexeygrigorev/clothing-dataset-small at "
                 "256 px), fewer steps: `fastmllm demo recipes/emoji.yaml data.path=… stages.0.steps=120 "
                 "stages.1.steps=60 eval.limit=250 eval.gallery=0` and one sweep cell → `clothing.json`. The run is "
-                "shortened: 300 steps of the connector alone before a frozen SmolLM2 named 88 % of these photographs in a "
-                "trial of its own, so the figure is that of 180 steps, not the most that these parts give.",
+                "shortened: 300 steps of the connector alone before a frozen SmolLM2 named 88 % of these photographs "
+                "in a trial of its own, so the figure is that of 180 steps, not the most that these parts give.",
             )
         )
     return "\n".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+
+from fastmllm import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,6 +69,12 @@ def test_the_files_it_names_exist():
     for name in re.findall(r"`((?:benchmarks|recipes|docs|kernels|tests|csrc)/[\w./-]*)`|\]\(([\w./]+)\)", README):
         path = next(filter(None, name))
         assert (ROOT / path).exists(), path
+
+
+def test_its_command_lines_are_whole():
+    required = [n for n, p in inspect.signature(cli.generate).parameters.items() if p.default is p.empty]
+    line = re.search(r"`fastmllm generate RECIPE ([^`]*)`", README)[1]
+    assert re.findall(r"--(\w+)", line) == [name for name in required if name != "recipe"]
 
 
 def test_make_targets_exist():

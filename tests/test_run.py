@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from tiny_vlm import colour_photos, tiny_vlm
 
+import fastmllm
 from fastmllm import demo, session
 from fastmllm.config import ConfigError
 from fastmllm.data.build import DataConfig, build
@@ -189,6 +190,9 @@ def test_a_question_needs_its_image_and_a_finished_run(finished, monkeypatch, tm
     other = replace(recipe, model=replace(recipe.model, compress="bipartite_merge"))
     with pytest.raises(CheckpointError, match="holds a run of another recipe"):
         session.Session(other, root / "out", console).ask(str(image), "What is this?")
+    monkeypatch.setattr(fastmllm, "__version__", "99")  # other code may give other weights
+    with pytest.raises(CheckpointError, match=r"given\.version: .* -> 99"):
+        session.Session(recipe, root / "out", console).ask(str(image), "What is this?")
 
 
 def test_the_sweep_has_every_cell(finished):
