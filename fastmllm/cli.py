@@ -131,8 +131,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     """Run a command; what the caller or the machine got wrong ends in one line, not in a traceback.
 
-    Exit code 2 for those, 130 for Ctrl-C. Programming errors (TypeError, KeyError, ...) keep their traceback;
-    `python -X dev -m fastmllm ...` keeps every one.
+    Exit code 2 for those, 130 for Ctrl-C, 141 for a closed pipe. Programming errors (TypeError, KeyError, ...) keep
+    their traceback; `python -X dev -m fastmllm ...` keeps every one.
     """
     # Read when torch loads. Threads that sleep at once make a step 1.7 times slower on an idle machine, threads that
     # spin as long as by default ten times slower on a busy one.
@@ -143,6 +143,7 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wanted: `fastmllm backends | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        sys.exit(141)  # as a program that SIGPIPE ends
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -23,7 +23,6 @@ from fastmllm.models.vlm import native_bfloat16
 from fastmllm.recipe import Recipe
 from fastmllm.run import precision_of
 from fastmllm.session import Session, write_text
-from fastmllm.train.engine import launched_world_size
 
 CHECKOUT = Path(fastmllm.__file__).parents[1]
 # Wall seconds of each part of recipes/emoji.yaml on two idle cores in bfloat16 (benchmarks/results/cpu/demo.json), and
@@ -116,7 +115,7 @@ def _announce(recipe: Recipe, out: Path, console: Console) -> None:
     seconds = expected_seconds(recipe)
     what = f"photographs in {recipe.data.path}" if recipe.data.photographs else recipe.name
     console.print(
-        f"[bold]{what}[/]: about {max(1, round(sum(seconds.values()) / 60))} minutes on two cores the first time, "
+        f"[bold]{what}[/]: about {sum(seconds.values()) / 60:.0f} min on two cores the first time, "
         f"computed in {precision_of(recipe.model)}; results in {out}",
         highlight=False,
     )
@@ -140,7 +139,7 @@ def _metrics(session: Session, report: Report, cells: list[Cell], wall: float) -
         "version": fastmllm.__version__,
         "recipe": session.recipe.to_json(),
         "precision": precision_of(session.recipe.model),
-        "ranks": launched_world_size(),
+        "ranks": session.parts["training"]["ranks"],
         "environment": session.parts["training"]["environment"],
         "unseen_team": session.splits.unseen_team,
         "evaluated_on": sides(session.splits),

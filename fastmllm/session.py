@@ -33,6 +33,7 @@ from fastmllm.models.vlm import VLM
 from fastmllm.recipe import Recipe
 from fastmllm.run import cache_features, images_of, load_model, questions_of, screen_splits, train_stage
 from fastmllm.train.checkpoint import atomic_file, fingerprint
+from fastmllm.train.engine import launched_world_size
 from fastmllm.train.stages import apply_rules
 from fastmllm.train.trainer import StageResult
 
@@ -204,6 +205,7 @@ def _measured(seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # of the process, up to here
         "environment": environment(),
+        "ranks": launched_world_size(),
     }
 
 
