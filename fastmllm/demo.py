@@ -15,7 +15,7 @@ from rich.table import Table
 
 import fastmllm
 from fastmllm.bench.report import Example, Page, render
-from fastmllm.bench.sweep import Cell, table
+from fastmllm.bench.sweep import LABELS, Cell, table
 from fastmllm.data.build import Splits
 from fastmllm.data.build import build as build_data
 from fastmllm.eval.runner import MODEL, Report
@@ -200,9 +200,9 @@ def _sweep_note(recipe: Recipe, cells: list[Cell]) -> str:
     asked = cells[0].accuracy.count if cells else 0
     trained = ", ".join(map(str, sorted({k for s in recipe.stages for k in s.visual_tokens}))) or "as many"
     return (
-        f"The model was trained at {recipe.model.image_size} px with {recipe.model.compress} ({trained} tokens), so "
-        f"other settings are strange to it. Every cell is scored on the same {asked} questions: at intervals this wide "
-        "neighbouring cells are not apart. Prefill is one image and its question, encoder included. A training step is "
+        f"The model was trained at {recipe.model.image_size} px with {LABELS[recipe.model.compress]} ({trained} tokens), "
+        f"so other settings are strange to it. Every cell is scored on the same {asked} questions: compare intervals, not "
+        "points. Prefill is one image and its question, encoder included. A training step is "
         f"forward and backward of {recipe.bench.train_batch} samples, without the optimizer. Peak memory is what the "
         "tensors made in that step hold at once: not the weights, the optimizer's state or a kernel's own scratch."
     )
@@ -236,11 +236,12 @@ def _facts(session: Session, metrics: dict[str, Any]) -> dict[str, str]:
     for stage, result in zip(recipe.stages, session.results, strict=True):
         rules = ", ".join(f"{pattern} at {rate:g}" for pattern, rate in stage.trainable.items())
         facts[f"stage {stage.name}"] = (
-            f"{stage.steps} steps of {stage.batch_size}; {rules}; "
+            f"{stage.steps} steps of {stage.batch_size} samples; {rules}; "
             f"loss {result.loss_first:.2f} to {result.loss_last:.2f}; "
             f"{result.step_ms:.0f} ms a step (DeepSpeed ZeRO-{recipe.engine.zero_stage})"
         )
-    facts["precision"] = f"{metrics['precision']} (model.dtype: {recipe.model.dtype}), fp32 master weights"
+    facts["precision"] = f"{metrics['precision']} (model.dtype: {recipe.model.dtype})"
+    facts["precision"] += ", what learns has a copy in fp32" if metrics["precision"] == "bfloat16" else ""
     if metrics["ranks"] > 1:
         facts["ranks"] = f"{metrics['ranks']} in training; evaluated and swept by the first"
     machine = metrics["environment"]
