@@ -200,9 +200,10 @@ def _sweep_note(recipe: Recipe, cells: list[Cell]) -> str:
     asked = cells[0].accuracy.count if cells else 0
     trained = ", ".join(map(str, sorted({k for s in recipe.stages for k in s.visual_tokens}))) or "as many"
     return (
-        f"The model was trained at {recipe.model.image_size} px with {LABELS[recipe.model.compress]} ({trained} tokens), "
-        f"so other settings are strange to it. Every cell is scored on the same {asked} questions: compare intervals, not "
-        "points. Prefill is one image and its question, encoder included. A training step is "
+        f"The model was trained at {recipe.model.image_size} px with {LABELS[recipe.model.compress]} ({trained} "
+        "tokens), so other settings are strange to it. Every cell is scored on the same "
+        f"{asked} questions: compare intervals, not points. Prefill is one image and its question, encoder included. A "
+        "training step is "
         f"forward and backward of {recipe.bench.train_batch} samples, without the optimizer. Peak memory is what the "
         "tensors made in that step hold at once: not the weights, the optimizer's state or a kernel's own scratch."
     )

@@ -150,3 +150,17 @@ def outer(x, N):
     assert len(first.strip()) == 16
     assert digest("moved", blank="\n\n") == first
     assert digest("changed", one=2) != first
+
+
+def test_some_known_rows_are_proved_again_others_every_day(monkeypatch):
+    digests = [f"{k:016x}" for k in range(3000)]
+    drawn = {d for d in digests if aot._drawn(d)}
+    assert 1 <= len(drawn) <= 40
+
+    class Tomorrow(aot.datetime.date):
+        @classmethod
+        def today(cls):
+            return aot.datetime.date(2100, 1, 1)
+
+    monkeypatch.setattr(aot.datetime, "date", Tomorrow)
+    assert {d for d in digests if aot._drawn(d)} != drawn

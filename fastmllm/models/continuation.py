@@ -19,12 +19,10 @@ class Continuation:
 
     Args:
         language: the decoder.
-        rope_deltas: (S,) host integers, next position minus tokens so far (M-RoPE), or None.
         media: what the last row of each sequence sees across, or None.
     """
 
     language: LanguageModel
-    rope_deltas: Tensor | None = None
     media: Media | None = None
 
     def extend(self, tokens: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
@@ -39,9 +37,7 @@ class Continuation:
             (T, D) hidden states after the final norm.
         """
         device = tokens.device
-        lengths = torch.tensor(cache.lengths)
-        if self.rope_deltas is not None:
-            lengths = lengths + self.rope_deltas
+        lengths = torch.tensor(cache.next_positions)
         if all(n == 1 for n in counts):
             positions, owners, starts = lengths, None, torch.arange(len(counts) + 1)
         else:
@@ -60,5 +56,4 @@ class Continuation:
         """Take some sequences, in this order and as often as named; images are shared, not copied."""
         index = torch.tensor(list(rows))
         media = None if self.media is None else self.media.at(index.to(self.media.start.device))
-        deltas = None if self.rope_deltas is None else self.rope_deltas[index]
-        return replace(self, rope_deltas=deltas, media=media)
+        return replace(self, media=media)

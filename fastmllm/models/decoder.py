@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.cross_attention import cross_attention
-from fastmllm.kernels.rms_norm import rms_norm
 from fastmllm.kernels.vision_rope import vision_rope
 from fastmllm.models.kv_cache import CacheSlots, KVCache
 from fastmllm.models.rope import RopeScaling
+from fastmllm.modules.layer_norm import LayerNorm
+from fastmllm.modules.rms_norm import RMSNorm
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
+    "relu": F.relu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 
@@ -42,12 +44,16 @@ class LanguageConfig:
         qkv_bias: q, k and v projections have a bias (Qwen2; Llama's `attention_bias`).
         output_bias: the o projection has one too (Llama's `attention_bias`).
         qk_norm: queries and keys are normed over each head before they are turned (Qwen3).
-        activation: of the gated MLP, "silu" or "gelu_tanh".
+        activation: of the MLP, "silu", "gelu_tanh" or "relu".
+        gated_mlp: down(activation(gate(x)) * up(x)), without biases; else down(activation(up(x))), with (OPT).
+        layer_norm: LayerNorm instead of RMSNorm (OPT).
+        learned_positions: a table of positions is added to the embeddings instead of turning q and k (OPT).
         rope_scaling: how the rotary frequencies are stretched, or None.
         mrope_section: frequencies that follow time, row and column; positions are (3, T) then (Qwen2-VL), or None.
         mrope_interleaved: the three take turns (Qwen3-VL).
         sliding_window: tokens that a row sees, itself included (Mistral), or None.
         sliding_layers: layers with that window; None for all.
+        extra_embeddings: rows of the embedding table behind the vocabulary, which the head lacks (Llama-3.2-Vision).
     """
 
     vocab_size: int
@@ -65,11 +71,15 @@ class LanguageConfig:
     output_bias: bool = False
     qk_norm: bool = False
     activation: str = "silu"
+    gated_mlp: bool = True
+    layer_norm: bool = False
+    learned_positions: bool = False
     rope_scaling: RopeScaling | None = None
     mrope_section: tuple[int, int, int] | None = None
     mrope_interleaved: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] | None = None
+    extra_embeddings: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_positions")
@@ -93,8 +103,17 @@ class LanguageConfig:
                 f"fastmllm::LanguageConfig: mrope_section {section} must be three numbers with the sum head_dim / 2, "
                 f"head_dim is {self.head_dim}"
             )
+        if self.extra_embeddings < 0 or (self.tie_embeddings and self.extra_embeddings):
+            raise ValueError(
+                f"fastmllm::LanguageConfig: {self.extra_embeddings} extra_embeddings must not be negative, and have no "
+                "place in a head that is the table (tie_embeddings)"
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"fastmllm::LanguageConfig: sliding_window must be positive, got {self.sliding_window}")
+
+    def norm(self) -> LayerNorm | RMSNorm:
+        """Make a norm."""
+        return (LayerNorm if self.layer_norm else RMSNorm)(self.width, self.norm_eps)
 
     def slides(self, layer: int) -> bool:
         """Tell whether a layer has the sliding window."""
@@ -105,28 +124,13 @@ class LanguageConfig:
 class Pass:
     """What every layer of one forward shares."""
 
-    cos: Tensor  # (T, Dh/2), fp32 or wider
-    sin: Tensor
+    cos: Tensor | None  # (T, Dh/2), fp32 or wider; None where positions are learned
+    sin: Tensor | None
     cu_seqlens: Tensor  # (S+1,) int32
     max_seqlen: int
     window: tuple[Tensor, Tensor] | None  # (T,) int32 rows that a row sees through the sliding window, if it is full
     cache: KVCache | None
     slots: CacheSlots | None
-
-
-class RMSNorm(nn.Module):
-    """Scale to unit mean square over the last axis; statistics in fp32 (arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` (..., D)."""
-        y = rms_norm(x, self.weight, eps=self.eps)
-        assert isinstance(y, Tensor)
-        return y
 
 
 class Attention(nn.Module):
@@ -152,10 +156,11 @@ class Attention(nn.Module):
         value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        # joined, one operator turns both: less time than two calls even with the copy
-        query, key, _ = vision_rope(
-            torch.cat((query, key), dim=1), context.cos, context.sin, self.num_heads, self.num_kv_heads
-        )
+        if context.cos is not None and context.sin is not None:
+            # joined, one operator turns both: less time than two calls even with the copy
+            query, key, _ = vision_rope(
+                torch.cat((query, key), dim=1), context.cos, context.sin, self.num_heads, self.num_kv_heads
+            )
         if context.cache is None or context.slots is None:
             return self.o_proj(self._packed(query, key, value, context).flatten(1))
         keys, values = context.cache.write(self.layer, key, value, context.slots)
@@ -193,17 +198,20 @@ def _attend_cached(query: Tensor, keys: Tensor, values: Tensor, slots: CacheSlot
 
 
 class MLP(nn.Module):
-    """Gated MLP: down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """Gated MLP: down(activation(gate(x)) * up(x)) (arXiv 2002.05202); without gate, down(activation(up(x)))."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+        bias = not config.gated_mlp
+        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False) if config.gated_mlp else None
+        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=bias)
+        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=bias)
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token: (T, D) -> (T, D)."""
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -214,8 +222,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.input_layernorm = config.norm()
+        self.post_attention_layernorm = config.norm()
 
     def forward(self, x: Tensor, context: Pass, inner: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Apply the layer: (T, D) -> (T, D), with `inner` between attention and MLP."""

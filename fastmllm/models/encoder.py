@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
@@ -18,3 +22,12 @@ class Encoder(nn.Module):
 
     width: int
     stride: int
+
+
+def segment_bounds(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
+    """Return the cu_seqlens (S + 1,) int32 of packed segments, and the longest one, a host number.
+
+    The copy to a GPU does not wait for it.
+    """
+    bounds = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    return bounds.to(device, non_blocking=True), max(lengths, default=0)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmllm.kernels.cross_attention import segment_ranges
-from fastmllm.models.decoder import DecoderLayer, LanguageConfig, Pass, RMSNorm
+from fastmllm.models.decoder import DecoderLayer, LanguageConfig, Pass
 from fastmllm.models.kv_cache import CacheSlots, KVCache
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.rope import rope_frequencies, rope_tables
 from fastmllm.modules.lm_head import LMHead
+
+POSITION_OFFSET = 2  # rows of OPT's table in front of position 0
 
 
 class _Decoder(nn.Module):
@@ -25,16 +27,19 @@ class _Decoder(nn.Module):
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_embeddings, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.depth))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = config.norm()
+        self.embed_positions = None
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_positions + POSITION_OFFSET, config.width)
 
 
 class LanguageModel(nn.Module):
     """Decode packed sequences; parameter names and values of Hugging Face's LlamaForCausalLM and its relatives.
 
     Equal to transformers' Llama, Mistral, Qwen2 and Qwen3, to the text models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL,
-    and without its cross layers to that of Llama-3.2-Vision. Dropout is not applied.
+    without its cross layers to that of Llama-3.2-Vision, and to OPT with its norms in front. Dropout is not applied.
 
     Args:
         config: the shape.
@@ -96,7 +101,7 @@ class LanguageModel(nn.Module):
         """Look up token embeddings.
 
         Args:
-            input_ids: (T,) integers below V.
+            input_ids: (T,) integers below V, or V + `extra_embeddings`.
 
         Returns:
             (T, D).
@@ -148,6 +153,8 @@ class LanguageModel(nn.Module):
         self._check_slots(inputs_embeds, media, deepstack)
         context = self._context(position_ids, cu_seqlens, max_seqlen, cache)
         x = inputs_embeds
+        if self.model.embed_positions is not None:
+            x = x + self.model.embed_positions(position_ids + POSITION_OFFSET)
         for index, layer in enumerate(self.model.layers):
             x = self._cross(index, x, media)
             inner = None
@@ -171,6 +178,11 @@ class LanguageModel(nn.Module):
             counts = [1] * sequences if max_seqlen == 1 else cu_seqlens.diff().tolist()
             slots = cache.reserve(counts, config.sliding_window)
             longest = slots.limit
+        if config.learned_positions and longest > config.max_positions:
+            raise ValueError(
+                f"fastmllm::LanguageModel: a sequence of {longest} tokens is longer than the {config.max_positions} "
+                "learned positions: shorten it"
+            )
         if scaling is not None and scaling.kind == "dynamic" and longest > config.max_positions:
             raise ValueError(
                 f"fastmllm::LanguageModel: a sequence of {longest} tokens is longer than max_positions "
@@ -178,14 +190,16 @@ class LanguageModel(nn.Module):
             )
         if config.sliding_window is not None and max_seqlen > config.sliding_window:
             window = _window_ranges(cu_seqlens, position_ids.shape[-1], config.sliding_window)
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling, position_ids.device)
-        cos, sin = rope_tables(
-            position_ids,
-            frequencies,
-            config.mrope_section,
-            config.mrope_interleaved,
-            1.0 if scaling is None else scaling.table_factor,
-        )
+        cos = sin = None
+        if not config.learned_positions:
+            frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling, position_ids.device)
+            cos, sin = rope_tables(
+                position_ids,
+                frequencies,
+                config.mrope_section,
+                config.mrope_interleaved,
+                1.0 if scaling is None else scaling.table_factor,
+            )
         return Pass(
             cos=cos, sin=sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=window, cache=cache, slots=slots
         )

@@ -1,31 +1,29 @@
-"""Vision transformer encoder, pre-LN (Dosovitskiy et al., arXiv 2010.11929), with the variants of the CLIP, SigLIP and
-DINOv2 checkpoints as options.
+"""Vision transformer encoder (Dosovitskiy et al., arXiv 2010.11929), with the variants of the CLIP, SigLIP, SigLIP2,
+DINOv2, InternViT, EVA (BLIP-2, CogVLM) and Idefics checkpoints as options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmllm.kernels.attention import attention
 from fastmllm.models.encoder import Encoder
+from fastmllm.modules.attention_pool import AttentionPool
+from fastmllm.modules.gelu_mlp import ACTIVATIONS, GeluMLP
 from fastmllm.modules.layer_norm import LayerNorm
 from fastmllm.modules.patch_embed import PatchEmbed
+from fastmllm.modules.rms_norm import RMSNorm
 
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": _quick_gelu,
+# how positions come to a grid that the table was not made for -> PatchEmbed's options
+RESAMPLE: Mapping[str, Mapping[str, Any]] = {
+    "bicubic": {"mode": "bicubic"},
+    "antialias": {"mode": "bilinear", "antialias": True},  # SigLIP2-NaFlex
+    "none": {},  # such grids are refused
 }
 
 
@@ -36,18 +34,25 @@ class VisionConfig:
     width: int = 384
     depth: int = 12
     num_heads: int = 6
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # the MLP's middle over the width, rounded
     patch_size: int = 14
     image_size: int = 518  # pixels on a side that the position table was made for
+    resample: str = "bicubic"  # how the table comes to other grids: a name in RESAMPLE
     cls_token: bool = True
     layer_scale: float | None = 1.0  # initial value; None: no such parameters
     qkv_bias: bool = True
+    qk_norm: bool = False  # RMSNorm over all heads of q and of k (InternViT-6B)
     patch_bias: bool = True
     activation: str = "gelu"
     norm_eps: float = 1e-6
+    rms_norm: bool = False  # RMSNorm in the blocks (InternViT-6B)
     pre_norm: bool = False  # CLIP's norm in front of the first block
+    post_norm: bool = False  # x + norm(f(x)) in the blocks (EVA2-CLIP-E in CogVLM), not x + f(norm(x))
     final_norm: bool = True
-    layer: int | None = None  # return this block's output (1..depth); later blocks are not built
+    pool: bool = False  # SigLIP's pooling head behind the final norm
+    # Which hidden states to return, as transformers counts them: k is behind block k, 0 the embeddings, -1 behind the
+    # last block; several are joined along the channels; blocks behind the last one named are not built. None: -1.
+    layer: int | tuple[int, ...] | None = None
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -60,15 +65,57 @@ class VisionConfig:
             raise ValueError(
                 f"VisionConfig: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"VisionConfig: activation {self.activation!r} is not one of {sorted(_ACTIVATIONS)}")
-        if self.layer is not None and not 1 <= self.layer <= self.depth:
-            raise ValueError(f"VisionConfig: layer {self.layer} is not in 1..{self.depth}")
+        for name, value, known in (
+            ("activation", self.activation, ACTIVATIONS),
+            ("resample", self.resample, RESAMPLE),
+        ):
+            if value not in known:
+                raise ValueError(f"VisionConfig: {name} {value!r} is not one of {sorted(known)}")
+        if not self.layers or not all(0 <= k <= self.depth for k in self.layers):
+            raise ValueError(f"VisionConfig: layer {self.layer} is not in {-1 - self.depth}..{self.depth}")
+        if self.final_norm and len(self.layers) > 1:
+            raise ValueError(f"VisionConfig: final_norm needs one layer, but layer is {self.layer}")
+        if self.pool and not (self.final_norm and self.num_blocks == self.depth):
+            raise ValueError(f"VisionConfig: pool needs final_norm and the last layer, but layer is {self.layer}")
+        if self.post_norm and (self.layer_scale is not None or self.rms_norm):
+            raise ValueError("VisionConfig: post_norm has neither layer_scale nor rms_norm")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Hidden states to return, counted from the front: 0 is the embeddings."""
+        if self.layer is None:
+            return (self.depth,)
+        named = (self.layer,) if isinstance(self.layer, int) else self.layer
+        return tuple(k if k >= 0 else self.depth + 1 + k for k in named)
 
     @property
     def num_blocks(self) -> int:
         """Blocks that run."""
-        return self.layer or self.depth
+        return max(self.layers)
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP's middle."""
+        return round(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model's weights were read from, and what of it the model does not compute with.
+
+    Args:
+        kind: the layout, a model_type.
+        raw: config.json.
+        prefix: of the tower's names in the checkpoint.
+        rest: the checkpoint's tensors that are kept only to be written back, under its names.
+        processor: preprocessor_config.json, if there is one.
+    """
+
+    kind: str
+    raw: Mapping[str, Any]
+    prefix: str = ""
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
+    processor: Mapping[str, Any] | None = None
 
 
 class Attention(nn.Module):
@@ -78,67 +125,86 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.width // config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(config.width) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.width) if config.qk_norm else None
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, self.head_dim).unbind(1)  # (T, H, Dh) each
+        q, k, v = self.qkv(x).chunk(3, -1)  # (T, D) each
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)) for part in (q, k, v))
         y = attention(q, k, v, cu_seqlens, max_seqlen_q=max_seqlen, causal=False)
         return self.proj(y.reshape(x.shape))
 
 
-class MLP(nn.Module):
-    """Two linear layers and an activation."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        inner = int(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, inner)
-        self.fc2 = nn.Linear(inner, config.width)
-        self.activation = _ACTIVATIONS[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """One pre-LN block; its last add is left to the next norm, which does both in one pass."""
+    """One pre-norm block; its last add is left to the next norm, which does both in one pass."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(config.width, config.norm_eps)
+        norm = RMSNorm if config.rms_norm else LayerNorm
+        self.norm1 = norm(config.width, config.norm_eps)
         self.attn = Attention(config)
-        self.norm2 = LayerNorm(config.width, config.norm_eps)
-        self.mlp = MLP(config)
+        self.norm2 = norm(config.width, config.norm_eps)
+        self.mlp = GeluMLP(config.width, config.mlp_width, config.activation)
         scale = config.layer_scale
         self.scale1 = None if scale is None else nn.Parameter(torch.full((config.width,), float(scale)))
         self.scale2 = None if scale is None else nn.Parameter(torch.full((config.width,), float(scale)))
 
-    def forward(self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-        """Run the block on x + branch; return its residual stream and its last branch, not yet added, (T, D) each."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor, max_seqlen: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run the block on x + scale * branch; return its residual stream, last branch and scale, not yet added."""
         if branch is None:
             y = self.norm1(x)
         else:
-            y, x = self.norm1.add(branch, x)
-        y = self.attn(y, cu_seqlens, max_seqlen)
-        y, x = self.norm2.add(y if self.scale1 is None else y * self.scale1, x)
-        y = self.mlp(y)
-        return x, y if self.scale2 is None else y * self.scale2
+            y, x = self.norm1.add(branch, x, scale)
+        y, x = self.norm2.add(self.attn(y, cu_seqlens, max_seqlen), x, self.scale1)
+        return x, self.mlp(y), self.scale2
+
+
+class PostNormBlock(nn.Module):
+    """One block with its norms on the branches: x + norm(f(x)), as in CogVLM's EVA2-CLIP-E (arXiv 2311.03079)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.attn = Attention(config)
+        self.norm1 = LayerNorm(config.width, config.norm_eps)
+        self.mlp = GeluMLP(config.width, config.mlp_width, config.activation)
+        self.norm2 = LayerNorm(config.width, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor, max_seqlen: int
+    ) -> tuple[Tensor, Tensor, None]:
+        """As `Block.forward`."""
+        x = _settle(x, branch, scale)
+        x = x + self.norm1(self.attn(x, cu_seqlens, max_seqlen))
+        return x, self.norm2(self.mlp(x)), None
+
+
+def _settle(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> Tensor:
+    if branch is None:
+        return x
+    return x + branch if scale is None else torch.addcmul(x, branch, scale)
 
 
 class VisionTransformer(Encoder):
     """Encode images into patch tokens.
 
     Args:
-        config: sizes, variants, pixel normalisation, and the layer to return.
+        config: sizes, variants, pixel normalisation, and the layers to return.
 
-    Equal to transformers' Dinov2Model for the same weights: `last_hidden_state` with `final_norm` and no `layer`,
-    `hidden_states[layer]` with `layer` and without `final_norm`.
+    Equal to transformers' CLIPVisionModel, SiglipVisionModel, Siglip2VisionModel, Dinov2Model, InternVLVisionModel,
+    Blip2VisionModel and Idefics' vision tower for the same weights: `last_hidden_state` with the family's `final_norm`
+    and no `layer`, `hidden_states[layer]` with `layer` and without `final_norm`.
     """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.width, self.stride = config.width, config.patch_size
+        self.source: Source | None = None
+        self.width, self.stride = config.width * len(config.layers), config.patch_size
         self.patch_embed = PatchEmbed(
             config.patch_size,
             config.width,
@@ -146,12 +212,19 @@ class VisionTransformer(Encoder):
             grid=config.image_size // config.patch_size,
             mean=config.pixel_mean,
             std=config.pixel_std,
+            **RESAMPLE[config.resample],
         )
         self.cls_token = nn.Parameter(torch.zeros(config.width)) if config.cls_token else None
         self.cls_position = nn.Parameter(torch.zeros(config.width)) if config.cls_token else None
         self.pre_norm = LayerNorm(config.width, config.norm_eps) if config.pre_norm else None
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_blocks)])
+        block = PostNormBlock if config.post_norm else Block
+        self.blocks = nn.ModuleList([block(config) for _ in range(config.num_blocks)])
         self.norm = LayerNorm(config.width, config.norm_eps) if config.final_norm else None
+        self.head = (
+            AttentionPool(config.width, config.num_heads, config.mlp_width, config.activation, config.norm_eps)
+            if config.pool
+            else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -171,25 +244,106 @@ class VisionTransformer(Encoder):
             pixels: (I, H, W, 3) uint8, or float in 0..1; H and W multiples of the patch size.
 
         Returns:
-            (I, (H / P) * (W / P), D), row-major, without the class token.
+            (I, (H / P) * (W / P), D), row-major, without the class token; D is `width` of the encoder.
+
+        Raises:
+            ValueError: a size that does not fit the patches, or one that the positions are not resampled to.
         """
         tokens = self.forward_tokens(pixels)
         return tokens if self.cls_token is None else tokens[:, 1:]
 
     def forward_tokens(self, pixels: Tensor) -> Tensor:
         """Encode images; return (I, S, D) with the class token, if there is one, in front."""
-        x = self.patch_embed(pixels)  # (I, N, D)
+        x, cu_seqlens, length = self._embed(pixels, None, "hwc")
+        return self._encode(x, cu_seqlens, length).view(pixels.shape[0], length, self.width)
+
+    def forward_packed(
+        self,
+        pixels: Tensor | Sequence[Tensor],
+        grids: Sequence[Sequence[int]] | None = None,
+        layout: str = "hwc",
+        class_token: bool = False,
+    ) -> Tensor:
+        """Encode images of different sizes in one call.
+
+        Args:
+            pixels: list of images (H, W, 3), uint8 or float in 0..1, or a flat buffer of them with their grids; or
+                (M, P * P * 3) patches in (row, column, channel) order, already normalised, with their grids.
+            grids: (h, w) or (1, h, w) patches of each image that is not in a list, on the host.
+            layout: "hwc" or "chw", of each image.
+            class_token: keep it in front of each image, where the encoder has one.
+
+        Returns:
+            (N, D), N the patches of all images, row-major: `h * w` rows an image, one more with its class token.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        x, cu_seqlens, longest = self._embed(pixels, grids, layout)
+        y = self._encode(x, cu_seqlens, longest)
+        if self.cls_token is None or class_token:
+            return y
+        patch = torch.ones(y.shape[0], dtype=torch.bool)  # on the host: its boundaries are known there
+        sizes = self._sizes(pixels, grids, layout)
+        starts = torch.tensor([0, *[h * w + 1 for h, w in sizes]][: len(sizes)], dtype=torch.int64).cumsum(0)
+        patch[starts] = False
+        return y.index_select(0, patch.nonzero().squeeze(1).to(y.device, non_blocking=True))
+
+    def forward_pooled(
+        self, pixels: Tensor | Sequence[Tensor], grids: Sequence[Sequence[int]] | None = None, layout: str = "hwc"
+    ) -> Tensor:
+        """Encode images, (I, H, W, 3) or as `forward_packed`, into one vector each, (I, D), by the pooling head."""
+        if self.head is None:
+            raise ValueError("VisionTransformer: no pooling head; build it with VisionConfig(pool=True)")
+        x, cu_seqlens, longest = self._embed(pixels, grids, layout)
+        return self.head(self._encode(x, cu_seqlens, longest), cu_seqlens, longest)
+
+    def _sizes(
+        self, pixels: Tensor | Sequence[Tensor], grids: Sequence[Sequence[int]] | None, layout: str
+    ) -> list[tuple[int, int]]:
+        """Return (h, w) in patches of each image."""
+        if grids is not None:
+            return [(grid[-2], grid[-1]) for grid in grids for _ in range(grid[0] if len(grid) == 3 else 1)]
+        p, axes = self.config.patch_size, (slice(-2, None) if layout == "chw" else slice(-3, -1))
+        return [(h // p, w // p) for h, w in (image.shape[axes] for image in pixels)]
+
+    def _embed(
+        self, pixels: Tensor | Sequence[Tensor], grids: Sequence[Sequence[int]] | None, layout: str
+    ) -> tuple[Tensor, Tensor, int]:
+        """Return packed embeddings (T, D), their boundaries (I + 1,) int32, and the longest image."""
+        prefix = None
         if self.cls_token is not None and self.cls_position is not None:
-            cls = (self.cls_token + self.cls_position).to(x.dtype)
-            x = torch.cat([cls.expand(x.shape[0], 1, -1), x], 1)
-        num_images, length, width = x.shape
-        x = x.reshape(-1, width)  # (T, D): packed from here on
-        cu_seqlens = torch.arange(num_images + 1, dtype=torch.int32, device=x.device) * length
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
-        branch: Tensor | None = None
-        for block in self.blocks:
-            x, branch = block(x, branch, cu_seqlens, length)
-        assert branch is not None
-        x = x + branch if self.norm is None else self.norm.add(branch, x)[0]
-        return x.reshape(num_images, length, width)
+            prefix = (self.cls_token + self.cls_position)[None]
+        dense = isinstance(pixels, Tensor) and grids is None
+        if isinstance(pixels, Tensor) and dense and pixels.dim() != 4:
+            raise ValueError(f"VisionTransformer: pixels {tuple(pixels.shape)} need their grids, or be (I, H, W, 3)")
+        sizes = self._sizes(pixels[:1] if dense else pixels, grids, layout)
+        native = self.config.image_size // self.config.patch_size
+        if self.config.resample == "none" and any(size != (native, native) for size in sizes):
+            raise ValueError(
+                f"VisionTransformer: positions are not resampled here: images must be {self.config.image_size} x "
+                f"{self.config.image_size} pixels ({native} x {native} patches), but got {sizes[:8]} patches"
+            )
+        if isinstance(pixels, Tensor) and dense:
+            x = self.patch_embed(pixels, layout, prefix)  # (I, S, D)
+            count, longest, _ = x.shape
+            cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=x.device) * longest
+            return x.flatten(0, 1), cu_seqlens, longest
+        x, cu_seqlens = self.patch_embed.forward_packed(pixels, grids, layout, prefix=prefix)
+        return x, cu_seqlens, max((h * w for h, w in sizes), default=0) + (prefix is not None)
+
+    def _encode(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Run the blocks on packed embeddings (T, D); return the wanted hidden states (T, D * layers)."""
+        wanted = self.config.layers
+        x = x if self.pre_norm is None else self.pre_norm(x)
+        branch = scale = None
+        kept: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            if index in wanted:
+                x, branch, scale = _settle(x, branch, scale), None, None
+                kept[index] = x
+            x, branch, scale = block(x, branch, scale, cu_seqlens, max_seqlen)
+        if self.norm is not None:
+            return self.norm(x) if branch is None else self.norm.add(branch, x, scale)[0]
+        kept[len(self.blocks)] = _settle(x, branch, scale)
+        return kept[wanted[0]] if len(wanted) == 1 else torch.cat([kept[index] for index in wanted], -1)

@@ -29,7 +29,7 @@ class LayerNorm(nn.Module):
         assert isinstance(y, Tensor)
         return y
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (norm(x + residual), x + residual), both (..., D), in one pass."""
-        y, total = layer_norm(x, self.weight, self.bias, residual, self.eps)
+    def add(self, x: Tensor, residual: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (norm(h), h) with h = residual + scale * x, both (..., D), in one pass."""
+        y, total = layer_norm(x, self.weight, self.bias, residual, self.eps, scale=scale)
         return y, total

@@ -79,16 +79,17 @@ class PatchEmbed(nn.Module):
             merge_size=merge_size,
         )  # fmt: skip
 
-    def forward(self, pixels: Tensor, layout: str = "hwc") -> Tensor:
+    def forward(self, pixels: Tensor, layout: str = "hwc", prefix: Tensor | None = None) -> Tensor:
         """Embed images of one size.
 
         Args:
             pixels: (I, H, W, C) uint8, or float in 0..1; H and W multiples of the patch size. (I, C, H, W) in layout
                 "chw".
             layout: "hwc" or "chw".
+            prefix: (R, D) rows put before each image (a class token with its position), or None.
 
         Returns:
-            (I, N, D), N = (H / P) * (W / P), row-major.
+            (I, R + N, D), N = (H / P) * (W / P), row-major.
 
         Raises:
             ValueError: shape or dtype do not fit.
@@ -102,7 +103,7 @@ class PatchEmbed(nn.Module):
         position = self._position([(height // self.patch_size, width // self.patch_size)])
         return patch_embed(
             pixels, self._still_weight(), self.bias, position, mean=self.mean, std=self.std, patch_size=self.patch_size,
-            layout=layout,
+            layout=layout, prefix=prefix,
         )  # fmt: skip
 
     def forward_packed(
@@ -112,18 +113,21 @@ class PatchEmbed(nn.Module):
         layout: str = "hwc",
         merge_size: int = 1,
         still: bool = False,
+        prefix: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embed images and videos of different sizes.
 
         Args:
-            pixels: a list of images (H, W, C) and videos (F, H, W, C), or a flat buffer of them with their grids.
-            grid_thw: (t, h, w) or (h, w) patches of each image in a flat buffer.
+            pixels: a list of images (H, W, C) and videos (F, H, W, C), or a flat buffer of them with their grids; or
+                (M, K) patches in the order of the weight's rows, already normalised, with their grids.
+            grid_thw: (t, h, w) or (h, w) patches of each image that is not in a list.
             layout: "hwc" or "chw", of each image.
             merge_size: patches come in blocks of merge_size x merge_size; 1 is row-major.
             still: all are single frames that stand for `temporal_patch_size` equal ones.
+            prefix: (R, D) rows put before each frame, or None.
 
         Returns:
-            (M, D) and cu_seqlens (S + 1,) int32, a segment a frame.
+            (M + S * R, D) and cu_seqlens (S + 1,) int32, a segment a frame.
 
         Raises:
             ValueError: shapes or dtypes do not fit.
@@ -131,14 +135,16 @@ class PatchEmbed(nn.Module):
         frames = 1 if still else self.temporal_patch_size
         if not isinstance(pixels, Tensor):
             pixels, grid_thw = flatten_images(pixels, self.patch_size, frames, layout)
-        if grid_thw is None or pixels.dim() != 1:
+        if grid_thw is None or pixels.dim() not in (1, 2):
             raise ValueError(
-                f"PatchEmbed: pixels {tuple(pixels.shape)} must be a list of images, or flat with their grid_thw"
+                f"PatchEmbed: pixels {tuple(pixels.shape)} must be a list of images, or flat or (M, K) with their "
+                "grid_thw"
             )
+        mean, std = (None, None) if pixels.dim() == 2 else (self.mean, self.std)
         return patch_embed_packed(
             pixels, self._still_weight() if still else self.weight, self.bias, self._position(grid_thw, merge_size),
-            grid_thw=grid_thw, mean=self.mean, std=self.std, patch_size=self.patch_size, temporal_patch_size=frames,
-            merge_size=merge_size, layout=layout,
+            grid_thw=grid_thw, mean=mean, std=std, patch_size=self.patch_size, temporal_patch_size=frames,
+            merge_size=merge_size, layout=layout, prefix=prefix,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -1,26 +1,35 @@
-"""Token-level connector: an MLP from the encoder's width to the language model's, optionally after a pixel shuffle."""
+"""Token-level connectors: an MLP or a matrix to the language model's width, optionally behind a pixel shuffle."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
+from fastmllm.kernels.pixel_shuffle import pixel_shuffle
+from fastmllm.modules.gelu_mlp import GeluMLP
 from fastmllm.modules.layer_norm import LayerNorm
+
+Grid = Sequence[Sequence[int]]
 
 
 class Projector(nn.Module):
     """Project visual tokens: [pixel shuffle] [LayerNorm] Linear GELU Linear [LayerNorm].
 
     Args:
-        width_in: of the visual tokens.
+        width_in: of the visual tokens; of several encoder layers side by side, the sum.
         width_out: of the language model.
         hidden: width between the linear layers; None means `width_out`.
         shuffle: side of the block of tokens that becomes one; 1 keeps them.
-        norm: whether a LayerNorm stands in front.
+        norm: whether a LayerNorm stands in front, behind the shuffle.
         out_std: None, or the standard deviation of the language model's embeddings: a LayerNorm behind starts there, so
             that a frozen language model reads the new tokens as it reads words from the first step on.
+        activation: "gelu", "gelu_tanh" or "quick_gelu".
+        bias: whether the linear layers have one.
+        norm_eps: of the LayerNorm in front.
 
-    Equal to LLaVA-1.5's `mlp2x_gelu` (arXiv 2310.03744) as is, to InternVL's connector with shuffle=2 and norm.
+    Equal, by family: as is, LLaVA-1.5's `mlp2x_gelu` (arXiv 2310.03744), LLaVA-NeXT's and LLaVA-OneVision's; with norm,
+    VipLLaVA's over the concatenated layers; with shuffle=2 and norm, InternVL's (ps_version v2).
     """
 
     def __init__(
@@ -32,6 +41,9 @@ class Projector(nn.Module):
         shuffle: int = 1,
         norm: bool = False,
         out_std: float | None = None,
+        activation: str = "gelu",
+        bias: bool = True,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         hidden = width_out if hidden is None else hidden
@@ -39,9 +51,10 @@ class Projector(nn.Module):
             raise ValueError(f"Projector: sizes must be >= 1, got {width_in=}, {width_out=}, {hidden=}, {shuffle=}")
         self.shuffle = shuffle
         width = width_in * shuffle * shuffle
-        self.norm = LayerNorm(width) if norm else None
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width_out)
+        self.norm = _ShuffledNorm(width, norm_eps, shuffle) if norm else None
+        self.mlp = GeluMLP(width, hidden, activation, width_out=width_out, bias=bias)
+        for parameter, fan_in in zip(self.mlp.parameters(), (width, hidden) * 2, strict=False):
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)  # nn.Linear's: connectors learn from scratch
         self.out_norm = None
         if out_std is not None:
             self.out_norm = LayerNorm(width_out)
@@ -51,50 +64,65 @@ class Projector(nn.Module):
         """Return the tokens that a grid of rows x columns becomes."""
         return (rows // self.shuffle) * (columns // self.shuffle)
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Project the tokens of images of one size.
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Project the tokens of all images.
 
         Args:
-            x: (..., N, width_in), row-major.
-            grid: rows and columns with rows * columns = N; needed for a shuffle of a grid that is not square.
+            x: (..., width_in); where there is a shuffle, (I, N, width_in) or (M, width_in) packed, row-major.
+            grid: (h, w) or (t, h, w) of each image, on the host; read by the shuffle only. None for (I, N, width_in)
+                means a square, and one entry means that all images have it.
 
         Returns:
-            (..., N / shuffle^2, width_out).
+            (..., width_out), with 1 / shuffle^2 as many tokens.
 
         Raises:
-            ValueError: the grid does not fit the tokens or the shuffle.
+            ValueError: the grids do not fit the tokens or the shuffle.
         """
-        if self.shuffle > 1:
-            if grid is None:
-                side = round(x.shape[-2] ** 0.5)
-                grid = (side, side)
-            x = pixel_shuffle(x, *grid, self.shuffle)
         if self.norm is not None:
-            x = self.norm(x)
-        x = self.fc2(F.gelu(self.fc1(x)))
+            x = self.norm(x, grid)
+        elif self.shuffle > 1:
+            x = pixel_shuffle(x, grid, self.shuffle)
+        x = self.mlp(x)
         return x if self.out_norm is None else self.out_norm(x)
 
 
-def pixel_shuffle(x: Tensor, rows: int, columns: int, factor: int) -> Tensor:
-    """Turn each factor x factor block of tokens into one, its channels in (row, column, channel) order.
+class _ShuffledNorm(LayerNorm):
+    """A LayerNorm over shuffled tokens, in the pass that shuffles them."""
+
+    def __init__(self, width: int, eps: float, factor: int) -> None:
+        super().__init__(width, eps)
+        self.factor = factor
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        if self.factor == 1:
+            return super().forward(x)
+        return pixel_shuffle(x, grid, self.factor, "rows", self.weight, self.bias, self.eps)
+
+
+class ShuffleProjector(nn.Module):
+    """Project visual tokens by a pixel shuffle and one linear layer without bias.
 
     Args:
-        x: (..., N, D), N = rows * columns, row-major.
-        rows, columns: of the grid, multiples of `factor`.
-        factor: side of a block.
+        width_in: of the visual tokens.
+        width_out: of the language model.
+        shuffle: side of the block of tokens that becomes one.
 
-    Returns:
-        (..., N / factor^2, D * factor^2), row-major.
-
-    Raises:
-        ValueError: the grid does not fit.
-
-    Equal to InternVL's pixel_shuffle, version v2 (arXiv 2404.16821).
+    Equal to the connectors of Idefics3 (arXiv 2408.12637) and SmolVLM (2504.05299) with shuffle=2 or more, and to
+    nanoVLM's with shuffle=4.
     """
-    if x.dim() < 2 or x.shape[-2] != rows * columns or rows % factor or columns % factor:
-        raise ValueError(
-            f"pixel_shuffle: x {tuple(x.shape)} must hold rows * columns = {rows} * {columns} tokens, each a multiple "
-            f"of {factor}; choose an image size that gives such a grid"
-        )
-    blocks = x.reshape(*x.shape[:-2], rows // factor, factor, columns // factor, factor, x.shape[-1])
-    return blocks.transpose(-4, -3).reshape(*x.shape[:-2], -1, factor * factor * x.shape[-1])
+
+    def __init__(self, width_in: int, width_out: int, *, shuffle: int = 2) -> None:
+        super().__init__()
+        if min(width_in, width_out, shuffle) < 1:
+            raise ValueError(f"ShuffleProjector: sizes must be >= 1, got {width_in=}, {width_out=}, {shuffle=}")
+        self.shuffle = shuffle
+        self.proj = nn.Linear(width_in * shuffle * shuffle, width_out, bias=False)
+        nn.init.normal_(self.proj.weight, std=0.02)
+
+    def num_tokens(self, rows: int, columns: int) -> int:
+        """Return the tokens that a grid of rows x columns becomes."""
+        return (rows // self.shuffle) * (columns // self.shuffle)
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Project `x` (I, N, width_in) or (M, width_in) packed, as `Projector.forward` does."""
+        return self.proj(pixel_shuffle(x, grid, self.shuffle))

@@ -199,18 +199,27 @@ def test_sharded_folder(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "gpt2"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rotary scaling 'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks a number 'factor'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks a number 'low_freq_factor'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "rotary scaling 'mrope'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"mlp_bias": True}, "bias in the MLP"),
-        ({"use_sliding_window": True}, "sliding"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "sliding window of None tokens"),
+        ({"model_type": "qwen2"}, "lacks: model.layers.0.self_attn.q_proj.bias"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
-        ({"num_hidden_layers": 3}, "does not fit its own config"),
+        ({"hidden_size": "64"}, "no whole number"),
+        ({"num_hidden_layers": 3}, "lacks: model.layers.2"),
+        ({"num_hidden_layers": 1}, "has what the model does not: model.layers.1"),
+        ({"intermediate_size": 97}, "other shapes than its config says: model.layers.0.mlp.gate_proj.weight"),
     ],
 )
 def test_folder_rejects_what_it_cannot_compute(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     weights.save_language(tiny(), tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=message):
         weights.load_language(tmp_path)
 

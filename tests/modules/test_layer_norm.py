@@ -19,6 +19,10 @@ def test_equals_torch_and_takes_its_state() -> None:
     y, total = module.add(x, residual)
     torch.testing.assert_close(total, x + residual)
     torch.testing.assert_close(y, reference(x + residual))
+    scale = torch.randn(12)
+    y, total = module.add(x, residual, scale)
+    torch.testing.assert_close(total, x * scale + residual)
+    torch.testing.assert_close(y, reference(x * scale + residual))
 
 
 def test_without_bias() -> None:

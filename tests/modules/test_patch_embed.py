@@ -86,6 +86,25 @@ def test_a_still_image_is_equal_frames() -> None:
     assert torch.equal(module.conv_weight(), weight)
 
 
+def test_a_prefix_stands_before_each_image_and_cut_patches_are_images() -> None:
+    torch.manual_seed(0)
+    module = PatchEmbed(2, 8, grid=4, mean=MEAN, std=STD)
+    prefix = torch.randn(1, 8, requires_grad=True)
+    images = [pixels(4, 8, 3), pixels(6, 2, 3)]
+    got, cu_seqlens = module.forward_packed(images, prefix=prefix)
+    assert cu_seqlens.tolist() == [0, 9, 13]
+    for x, part in zip(images, got.split([9, 4]), strict=True):
+        assert torch.equal(part[:1], prefix)
+        torch.testing.assert_close(part[1:], module(x[None])[0])
+        torch.testing.assert_close(part, module(x[None], prefix=prefix)[0])
+    normed = [((x.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).float() for x in images]
+    cut = [x.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2).reshape(-1, 12) for x in normed]
+    again, _ = module.forward_packed(torch.cat(cut), [(2, 4), (3, 1)], prefix=prefix)
+    torch.testing.assert_close(again, got)
+    again.sum().backward()
+    assert torch.equal(prefix.grad, torch.full((1, 8), 2.0))
+
+
 def test_rejects_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         PatchEmbed(4, 8)(pixels(1, 6, 8, 3))
@@ -95,5 +114,5 @@ def test_rejects_what_does_not_fit() -> None:
         PatchEmbed(4, 8, mean=MEAN)
     with pytest.raises(ValueError, match="patch_size=0"):
         PatchEmbed(0, 8)
-    with pytest.raises(ValueError, match="flat with their grid_thw"):
+    with pytest.raises(ValueError, match="with their grid_thw"):
         PatchEmbed(4, 8).forward_packed(pixels(48))

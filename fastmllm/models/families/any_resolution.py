@@ -1,0 +1,121 @@
+"""LLaVA-NeXT and LLaVA-OneVision (arXiv 2408.03326): an overview and tiles, joined again with newlines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmllm.data.resolution.anyres import PINPOINTS, AnyRes
+from fastmllm.data.resolution.plan import Regrid
+from fastmllm.models.families.llava import ALIASES, refuse_class_token
+from fastmllm.models.families.parts import (
+    TilePath,
+    decoder,
+    decoder_rules,
+    decoder_unused,
+    feature_layer,
+    host_list,
+    vision_tower,
+)
+from fastmllm.models.image_path import Seen, Visual
+from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.vision import VisionTransformer
+from fastmllm.models.weights.connectors import read_projector
+from fastmllm.models.weights.mapping import Rule, prefixed
+from fastmllm.modules.anyres import AnyResPacker
+
+
+class AnyResPath(TilePath):
+    """Encode and project all tiles in one call, and join those of each image.
+
+    Args:
+        vision: the encoder.
+        connector: to the language model's width.
+        width: of the language model.
+        policy: how an image's size chose its tiles.
+    """
+
+    def __init__(self, vision: VisionTransformer, connector: nn.Module, width: int, policy: AnyRes) -> None:
+        super().__init__(vision, connector, width)
+        self.policy, self.packer = policy, AnyResPacker(width)
+
+    def forward(
+        self, patches: Tensor, tiles: int, grid: tuple[int, int], regrids: Sequence[Regrid | None] = ()
+    ) -> Visual:
+        """Encode cut tiles; `regrids` say how those of each image lie."""
+        return Visual(tokens=self.packer(self.project(patches, tiles, grid), regrids)[0])
+
+    def read(self, batch: Mapping[str, Any]) -> Seen | None:
+        """Take `pixel_values` (I, most tiles, 3, H, W) and `image_sizes` (I, 2), height first, out of a batch."""
+        pixels, sizes = batch.get("pixel_values"), batch.get("image_sizes")
+        for name in ("pixel_values_videos", "image_sizes_videos"):
+            if batch.get(name) is not None:
+                raise ValueError(f"fastmllm::MLLM: {name}: videos are not packed here for this family")
+        if pixels is None or not len(pixels):
+            return None
+        if sizes is None:
+            raise ValueError("fastmllm::MLLM: pixel_values come with image_sizes, (height, width) of each image")
+        alone = [True] * len(sizes)
+        if batch.get("batch_num_images") is not None:
+            alone = [
+                n == 1 for (n,) in host_list(torch.as_tensor(batch["batch_num_images"])[:, None]) for _ in range(n)
+            ]
+        regrids = [
+            self.policy.plan(width, height).regrid if tiled else None
+            for (height, width), tiled in zip(host_list(sizes), alone, strict=True)
+        ]
+        counts = [1 if r is None else 1 + r.rows * r.columns for r in regrids]
+        if pixels.dim() == 5:
+            pixels = torch.cat([image[:n] for image, n in zip(pixels, counts, strict=True)])
+        if len(pixels) != sum(counts):
+            raise ValueError(
+                f"fastmllm::MLLM: {len(pixels)} tiles, but images of {host_list(sizes)[:4]} have {counts[:4]}"
+            )
+        arguments = self.arguments(pixels) | {"regrids": regrids}
+        base = self.num_tokens(arguments["grid"]) + 1
+        return Seen(arguments=arguments, counts=[base if r is None else r.num_tokens for r in regrids])
+
+
+def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
+    """Build the parts of a LLaVA-NeXT or a LLaVA-OneVision."""
+    onevision = raw["model_type"] == "llava_onevision"
+    layer = feature_layer(raw, origin, -1 if onevision else -2)
+    tower = vision_tower(raw["vision_config"], "vision_tower.", origin, **layer)
+    refuse_class_token(raw, tower.module.config.cls_token, origin)
+    tied = bool(raw.get("tie_word_embeddings", False))
+    language = decoder(raw["text_config"], origin, tied=tied, kind="qwen2" if onevision else "llama")
+    width = language.config.width
+    connector, rules = read_projector(raw, tower.module.config.width, width)
+    policy = AnyRes(
+        image_size=tower.module.config.image_size, patch_size=tower.module.config.patch_size,
+        pinpoints=tuple(host_list(raw.get("image_grid_pinpoints") or PINPOINTS)),  # type: ignore[arg-type]
+        max_tiles=_most_tiles(raw, origin) if onevision else None,
+    )  # fmt: skip
+    return Blueprint(
+        images=AnyResPath(tower.module, connector, width, policy),
+        language=language,
+        layout=Layout(
+            rules=[
+                *tower.rules,
+                *prefixed(rules, "images.connector."),
+                Rule("images.packer.newline", "image_newline"),
+                *decoder_rules("language_model.model.", "language_model."),
+            ],
+            aliases=(*ALIASES, ("model.image_newline", "image_newline")),
+            unused=[*tower.unused, *decoder_unused("language_model.model.")],
+            spare=tower.spare,
+            tied=tied,
+        ),
+        placeholders=(raw.get("image_token_id", raw.get("image_token_index", 151646 if onevision else 32000)),),
+    )
+
+
+def _most_tiles(raw: Mapping[str, Any], origin: str) -> int:
+    ratio = raw.get("vision_aspect_ratio", "anyres_max_9")
+    digits = ratio.removeprefix("anyres_max_")
+    if not digits.isdigit():
+        raise ValueError(f"fastmllm::MLLM: {origin}: vision_aspect_ratio {ratio!r} is not computed here (anyres_max_k)")
+    return int(digits)

@@ -1,0 +1,64 @@
+"""LLaVA-1.5 (arXiv 2310.03744): CLIP, an MLP, tokens in the text; transformers' LlavaForConditionalGeneration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastmllm.models.families.parts import (
+    TilePath,
+    decoder,
+    decoder_rules,
+    decoder_unused,
+    feature_layer,
+    vision_tower,
+)
+from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.weights.connectors import read_projector
+from fastmllm.models.weights.mapping import prefixed
+
+ALIASES = (
+    ("vision_tower.vision_model.", "vision_tower."),  # transformers 4
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+
+def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
+    """Build the parts of a LLaVA."""
+    tower = vision_tower(raw["vision_config"], "vision_tower.", origin, **feature_layer(raw, origin, -2))
+    refuse_class_token(raw, tower.module.config.cls_token, origin)
+    tied = bool(raw.get("tie_word_embeddings", False))
+    language = decoder(raw["text_config"], origin, tied=tied)
+    connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
+    return Blueprint(
+        images=TilePath(tower.module, connector, language.config.width),
+        language=language,
+        layout=Layout(
+            rules=[
+                *tower.rules,
+                *prefixed(rules, "images.connector."),
+                *decoder_rules("language_model.model.", "language_model."),
+            ],
+            aliases=ALIASES,
+            unused=[*tower.unused, *decoder_unused("language_model.model.")],
+            spare=tower.spare,
+            tied=tied,
+        ),
+        placeholders=(raw.get("image_token_id", raw.get("image_token_index", 32000)),),
+    )
+
+
+def refuse_class_token(raw: Mapping[str, Any], has_one: bool, origin: str) -> None:
+    """Refuse features with a class token among them.
+
+    Raises:
+        ValueError: the checkpoint wants them.
+    """
+    if has_one and raw.get("vision_feature_select_strategy", "default") == "full":
+        raise ValueError(
+            f"fastmllm::MLLM: {origin}: vision_feature_select_strategy 'full' keeps the class token; only the patches "
+            "('default') are computed here"
+        )

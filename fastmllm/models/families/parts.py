@@ -1,0 +1,141 @@
+"""What several families are made of: a plain encoder, a decoder, and the path from tiles to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmllm.models.image_path import ImagePath, Seen, Visual
+from fastmllm.models.language import LanguageModel
+from fastmllm.models.vision import VisionTransformer
+from fastmllm.models.weights.language import DECODER_RULES, UNUSED, language_config
+from fastmllm.models.weights.mapping import Rule, prefixed
+from fastmllm.models.weights.towers import family_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tower:
+    """An encoder and its part of a layout: our names begin with "images.vision."."""
+
+    module: VisionTransformer
+    rules: list[Rule]
+    unused: list[str]
+    spare: tuple[str, ...] = ("images.vision.blocks.", "images.vision.norm.")
+
+
+def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: Any) -> Tower:
+    """Build the encoder that a `vision_config` describes.
+
+    Args:
+        raw: the configuration, with its model_type.
+        prefix: of its names in the checkpoint.
+        origin: what the messages call it.
+        changes: fields of VisionConfig that the model decides, such as `layer` and `final_norm`.
+    """
+    family = family_of(raw.get("model_type"), origin)
+    stored = family.config(raw)
+    rules = prefixed(family.rules(replace(stored, **changes)), "images.vision.", prefix)
+    return Tower(
+        module=VisionTransformer(replace(stored, **changes)), rules=rules, unused=[prefix + n for n in family.unused]
+    )
+
+
+def feature_layer(raw: Mapping[str, Any], origin: str, default: int | list[int]) -> dict[str, Any]:
+    """Read which hidden states of a CLIP-like encoder a LLaVA uses.
+
+    Raises:
+        ValueError: the class token is among the features.
+    """
+    if raw.get("vision_feature_select_strategy", "default") not in ("default", "full"):
+        raise ValueError(f"fastmllm::MLLM: {origin}: vision_feature_select_strategy is neither 'default' nor 'full'")
+    layer = raw.get("vision_feature_layer", default)
+    return {"layer": layer if isinstance(layer, int) else tuple(layer), "final_norm": False}
+
+
+def decoder(raw: Mapping[str, Any], origin: str, *, tied: bool, kind: str = "llama") -> LanguageModel:
+    """Build the decoder that a `text_config` describes.
+
+    Args:
+        raw: the configuration.
+        origin: what the messages call it.
+        tied: what the whole model says of tied embeddings.
+        kind: its model_type where `raw` has none.
+    """
+    return LanguageModel(language_config({"model_type": kind, **raw, "tie_word_embeddings": tied}, origin))
+
+
+def decoder_rules(body: str, head: str) -> list[Rule]:
+    """Return a decoder's table: `body` stands in front of "embed_tokens", `head` in front of "lm_head"."""
+    return [
+        *prefixed(DECODER_RULES, "language.model.", body),
+        Rule("language.lm_head.weight", f"{head}lm_head.weight"),
+    ]
+
+
+def decoder_unused(body: str) -> list[str]:
+    """Return what old files hold beside a decoder's parameters."""
+    return [body.removesuffix("model.") + name for name in UNUSED]
+
+
+def cut(pixels: Tensor, patch_size: int) -> Tensor:
+    """Cut normalised images (n, C, H, W) into patches (n * h * w, P * P * C) in (row, column, channel) order."""
+    n, c, height, width = pixels.shape
+    p = patch_size
+    if height % p or width % p:
+        raise ValueError(f"fastmllm::MLLM: images of {height} x {width} pixels are no multiples of the patch size {p}")
+    blocks = pixels.reshape(n, c, height // p, p, width // p, p)
+    return blocks.permute(0, 2, 4, 3, 5, 1).reshape(-1, p * p * c)
+
+
+class TilePath(ImagePath):
+    """Encode images or tiles of one size, project their tokens, and take them one after the other.
+
+    Args:
+        vision: the encoder.
+        connector: (n, N, Dv) -> (n, K, D); its `num_tokens(h, w)`, where it has one, is K.
+        width: D.
+    """
+
+    def __init__(self, vision: VisionTransformer, connector: nn.Module, width: int) -> None:
+        super().__init__()
+        self.vision, self.connector, self.width = vision, connector, width
+
+    def forward(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Visual:
+        """Encode cut tiles (tiles * h * w, P * P * 3) of one grid (h, w)."""
+        return Visual(tokens=self.project(patches, tiles, grid).flatten(0, 1))
+
+    def project(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Tensor:
+        """Return (tiles, K, D)."""
+        features = self.vision.forward_packed(patches, [grid] * tiles)
+        return self.connector(features.unflatten(0, (tiles, -1)))
+
+    def read(self, batch: Mapping[str, Any]) -> Seen | None:
+        """Take `pixel_values` (n, 3, H, W) out of a processor's batch."""
+        pixels = batch.get("pixel_values")
+        if pixels is None or not len(pixels):
+            return None
+        arguments = self.arguments(pixels)
+        return Seen(arguments=arguments, counts=[self.num_tokens(arguments["grid"])] * len(pixels))
+
+    def num_tokens(self, grid: tuple[int, int]) -> int:
+        """Return K for a tile of (h, w) patches."""
+        count = getattr(self.connector, "num_tokens", None)
+        return grid[0] * grid[1] if count is None else int(count(*grid))
+
+    def arguments(self, pixels: Tensor) -> dict[str, Any]:
+        """Return the arguments of `forward` for normalised tiles (n, 3, H, W)."""
+        if pixels.dim() != 4:
+            raise ValueError(f"fastmllm::MLLM: pixel_values must be (n, 3, H, W), got {tuple(pixels.shape)}")
+        p = self.vision.config.patch_size
+        grid = (pixels.shape[2] // p, pixels.shape[3] // p)
+        return {"patches": cut(pixels, p), "tiles": len(pixels), "grid": grid}
+
+
+def host_list(values: Tensor | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Return rows of integers as tuples."""
+    rows = values.tolist() if isinstance(values, torch.Tensor) else values
+    return [tuple(int(v) for v in row) for row in rows]

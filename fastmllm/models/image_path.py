@@ -1,0 +1,63 @@
+"""The image half of a model: what a processor's batch holds of images, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visual:
+    """What images become.
+
+    Args:
+        tokens: (N, D) of all images, packed.
+        planes: further (N, D), added behind the first layers of the language model (Qwen3-VL's DeepStack).
+    """
+
+    tokens: Tensor
+    planes: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """How a batch's images fit its text, on the host.
+
+    Args:
+        arguments: of the image path's forward.
+        counts: visual tokens of each image, in order; or
+        grids: (t, h, w) of each image, for M-RoPE;
+        time_intervals: of the grids' frames;
+        media: start, stop (B, L) and the longest range, where layers look across; no token is spliced then.
+    """
+
+    arguments: Mapping[str, Any]
+    counts: Sequence[int] | None = None
+    grids: Sequence[Sequence[int]] | None = None
+    time_intervals: Sequence[float] | None = None
+    media: tuple[Tensor, Tensor, int] | None = None
+
+
+class ImagePath(nn.Module):
+    """Encoder, resolution strategy and connector of a family.
+
+    Attributes:
+        width: of the tokens that come out.
+        merge_size: patches of a grid on a side that make one visual token.
+
+    forward(**arguments) -> Visual takes what `read` found.
+    """
+
+    width: int
+    merge_size: int = 1
+
+    def read(self, batch: Mapping[str, Any]) -> Seen | None:
+        """Take the images out of what the family's processor in transformers made; None without images.
+
+        Raises:
+            ValueError: a part is missing or does not fit.
+        """
+        raise NotImplementedError

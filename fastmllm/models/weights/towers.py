@@ -1,0 +1,131 @@
+"""Vision towers in and out of checkpoints: the layouts by name, one reader and one writer for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmllm.models.vision import Source, VisionConfig, VisionTransformer
+from fastmllm.models.weights.mapping import Rule, fill, to_ours, to_theirs
+from fastmllm.models.weights.tower_layouts import (
+    blip2_rules,
+    blip2_vision_config,
+    clip_rules,
+    clip_vision_config,
+    dinov2_rules,
+    dinov2_vision_config,
+    eva2_clip_e_rules,
+    eva2_clip_e_vision_config,
+    idefics_vision_config,
+    internvl_rules,
+    internvl_vision_config,
+    siglip2_rules,
+    siglip2_vision_config,
+    siglip_rules,
+    siglip_vision_config,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One checkpoint layout.
+
+    Args:
+        config: reads config.json, or its `vision_config`.
+        rules: the table for a configuration.
+        norm_unused: the file holds a final norm that the family does not apply to all tokens.
+        unused: patterns of names that no encoder here computes with.
+    """
+
+    config: Callable[[Mapping[str, Any]], VisionConfig]
+    rules: Callable[[VisionConfig], list[Rule]]
+    norm_unused: bool = False
+    unused: tuple[str, ...] = ()
+
+
+_HEAD = ("head.probe", "head.attention.in_proj_{p}", "head.attention.out_proj.{p}", "head.layernorm.{p}",
+         "head.mlp.{layer}.{p}")  # fmt: skip
+_CLIP = Family(clip_vision_config, clip_rules, norm_unused=True, unused=("embeddings.position_ids",))
+_SIGLIP = Family(siglip_vision_config, siglip_rules, unused=("embeddings.position_ids", *_HEAD))
+_SIGLIP2 = Family(siglip2_vision_config, siglip2_rules, unused=_HEAD)
+_BLIP2 = Family(blip2_vision_config, blip2_rules)
+FAMILIES: Mapping[str, Family] = {
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "siglip2": _SIGLIP2,
+    "siglip2_vision_model": _SIGLIP2,
+    "dinov2": Family(dinov2_vision_config, dinov2_rules, unused=("embeddings.mask_token",)),
+    "internvl_vision": Family(internvl_vision_config, internvl_rules, unused=("embeddings.mask_token",)),
+    "blip_2_vision_model": _BLIP2,
+    "instructblip_vision_model": _BLIP2,
+    "idefics_vision": replace(_CLIP, config=idefics_vision_config),
+    "eva2_clip_e": Family(eva2_clip_e_vision_config, eva2_clip_e_rules),
+}
+
+
+def family_of(kind: object, origin: str) -> Family:
+    """Find a layout by its model_type.
+
+    Raises:
+        ValueError: no encoder here has it.
+    """
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"fastmllm::weights: {origin}: model_type {kind!r} is none of {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def read_tower(
+    raw: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    origin: str,
+    *,
+    kind: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> VisionTransformer:
+    """Build a tower from its part of a checkpoint.
+
+    Args:
+        raw: config.json, or its `vision_config`.
+        state: the tower's tensors under transformers' names without the tower's prefix.
+        origin: what the messages call the checkpoint.
+        kind: the model_type where `raw` has none (older files, CogAgent).
+        changes: fields of VisionConfig that differ from the family's, such as `layer`, `final_norm`, `pool`.
+
+    Returns:
+        The encoder in eval mode; what it does not compute with is in `source.rest`, under the checkpoint's names.
+
+    Raises:
+        ValueError: an unknown family or variant; a tensor is missing, of another shape, or unknown.
+    """
+    kind = kind or str(raw.get("model_type"))
+    family = family_of(kind, origin)
+    stored = family.config(raw)
+    config = replace(stored, **(changes or {}))
+    stored = replace(config, layer=None, final_norm=stored.final_norm or family.norm_unused)
+    rules = family.rules(config)
+    ours, rest = to_ours(state, rules, origin, family.unused)
+    with torch.device("meta"):
+        whole, model = VisionTransformer(stored), VisionTransformer(config)
+    fill(whole, ours, origin)  # the blocks that are not used must be sound too: they are written back
+    fill(model, {name: ours.pop(name) for name in model.state_dict()}, origin)
+    model.source = Source(kind, raw, rest=to_theirs(ours, rules, rest))
+    return model.eval()
+
+
+def tower_state(model: VisionTransformer) -> dict[str, Tensor]:
+    """Return a tower's tensors under the names of the checkpoint that it was read from, and what was kept apart.
+
+    Raises:
+        ValueError: it was not read from one.
+    """
+    if model.source is None:
+        raise ValueError("fastmllm::weights: this encoder was not read from a checkpoint, so it has no layout to write")
+    rules = family_of(model.source.kind, "this encoder").rules(model.config)
+    theirs = to_theirs(model.state_dict(), rules)
+    return {model.source.prefix + name: tensor for name, tensor in theirs.items()} | dict(model.source.rest)

@@ -1,0 +1,285 @@
+"""BLIP-2's first stage (arXiv 2301.12597): a Q-Former learns from image-text pairs by contrast, matching, captioning.
+
+Shapes: S pairs of this rank, W pairs of all ranks, Q queries, D width, E feature width, V vocabulary. All ranks bring
+equally many pairs and the same `max_tokens` and `max_seqlen`; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.modules.layer_norm import LayerNorm
+from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QFormerLosses:
+    """The three losses of a batch, scalars in fp32 or wider; BLIP-2 trains on their sum."""
+
+    itc: Tensor
+    itm: Tensor
+    itg: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.itc + self.itm + self.itg
+
+
+def max_similarity(images: Tensor, texts: Tensor) -> Tensor:
+    """Return the similarity (A, B) of images (A, Q, E) and texts (B, E): that of the query which is most alike."""
+    return (images @ texts.t()).amax(1)
+
+
+def contrastive_loss(image_to_text: Tensor, text_to_image: Tensor, same: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Contrast each pair with all others (ITC), both ways.
+
+    Args:
+        image_to_text: (S, W) logits of this rank's images.
+        text_to_image: (S, W) logits of this rank's texts.
+        same: (S, W) bool, true where both are of one image; at least the pair itself.
+        smoothing: share of the target that is spread over all W.
+
+    Returns:
+        The mean of both cross-entropies.
+    """
+    targets = same / same.sum(1, keepdim=True)
+    rows = [F.cross_entropy(logits, targets.to(logits), label_smoothing=smoothing)
+            for logits in (image_to_text, text_to_image)]  # fmt: skip
+    return (rows[0] + rows[1]) / 2
+
+
+@torch.no_grad()
+def hard_negatives(logits: Tensor, same: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one other pair for each row, with the probabilities that the softmax gives those that are not `same`.
+
+    Args:
+        logits: (S, W).
+        same: (S, W) bool; these are never drawn.
+        uniform: (S,) fp64 in [0, 1), which of them.
+
+    Returns:
+        (S,) int64, below W.
+
+    Raises:
+        ValueError: a row has no other pair (fewer than 2 pairs; on a CPU also: all of one image).
+    """
+    if logits.shape[1] < 2 or (same.is_cpu and bool(same.all(1).any())):
+        raise ValueError(f"fastmllm::hard_negatives: a row of logits {tuple(logits.shape)} has no pair but its own")
+    chances = logits.double().masked_fill(same, -torch.inf).softmax(1).cumsum(1)
+    total = chances[:, -1:]
+    # strictly below the total: then the first sum above the mark belongs to a pair that has a chance
+    mark = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(chances, mark, right=True).squeeze(1)
+
+
+class _CaptionHead(nn.Module):
+    """BERT's prediction head, whose matrix is the embedding table, and its label-smoothed loss."""
+
+    def __init__(self, table: nn.Parameter, norm_eps: float) -> None:
+        super().__init__()
+        vocab_size, width = table.shape
+        self.transform = nn.Linear(width, width)
+        self.norm = LayerNorm(width, norm_eps)
+        self.weight = table
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor, labels: Tensor, smoothing: float, divisor: Tensor | float | None) -> Tensor:
+        hidden = self.norm(F.gelu(self.transform(hidden)))
+        scored = labels != -100
+        divisor = scored.sum().clamp(min=1) if divisor is None else divisor
+        # the bias is one more column, of ones on the other side; eight keep rows aligned
+        ones = F.pad(hidden.new_ones(len(hidden), 1), (0, 7))
+        weight = torch.cat([self.weight, F.pad(self.bias[:, None], (0, 7))], 1)
+        loss = linear_cross_entropy(torch.cat([hidden, ones], 1), weight, labels, divisor=divisor)
+        # smoothed = CE + smoothing * (logit of the label - mean logit)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        label = labels.clamp(min=0)
+        above = self.weight[label].to(wide) - self.weight.to(wide).mean(0)
+        excess = (hidden.to(wide) * above).sum(1) + self.bias[label].to(wide) - self.bias.to(wide).mean()
+        return loss + smoothing * torch.where(scored, excess, 0).sum() / divisor
+
+
+class QFormerPretraining(nn.Module):
+    """A Q-Former with what its first stage needs beside it: feature projections, matching head, caption head.
+
+    Args:
+        qformer: with text.
+        feature_width: E.
+        temperature: what the learned temperature starts from.
+        smoothing: of the labels, in ITC and ITG.
+
+    Equal to LAVIS' Blip2Qformer without dropout, with `image_ids` to its retrieval fine-tuning. Two things differ on
+    more than one rank: features of other ranks carry gradients (there they are cut off, so that its gradient depends on
+    the number of ranks), and negatives do not depend on how pairs lie on ranks. `itm_head` and the features are those
+    of transformers' Blip2ForImageTextRetrieval.
+    """
+
+    def __init__(
+        self, qformer: QFormer, *, feature_width: int = 256, temperature: float = 0.07, smoothing: float = 0.1
+    ) -> None:
+        super().__init__()
+        config = qformer.config
+        if not config.vocab_size or feature_width < 1 or temperature <= 0 or not 0 <= smoothing < 1:
+            raise ValueError(
+                f"QFormerPretraining: needs a Q-Former with text (vocab_size {config.vocab_size}), {feature_width=} >= "
+                f"1, {temperature=} > 0 and {smoothing=} in [0, 1)"
+            )
+        self.qformer, self.smoothing = qformer, smoothing
+        self.image_proj = nn.Linear(config.width, feature_width)
+        self.text_proj = nn.Linear(config.width, feature_width)
+        self.itm_head = nn.Linear(config.width, 2)
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+        self.caption_head = _CaptionHead(cast("nn.Parameter", qformer.word_embeddings.weight), config.norm_eps)
+
+    def tie(self) -> None:
+        """Make the caption head's matrix the embedding table again (after an assigning load)."""
+        self.caption_head.weight = cast("nn.Parameter", self.qformer.word_embeddings.weight)
+
+    def image_features(self, queries: Tensor) -> Tensor:
+        """Return (S, Q, E) unit vectors of `encode_images`' (S * Q, D)."""
+        return _unit(self.image_proj(queries)).unflatten(0, (-1, self.qformer.config.num_queries))
+
+    def text_features(self, hidden: Tensor, text: PackedText) -> Tensor:
+        """Return (S, E) unit vectors of `encode_text`'s (T, D): of the first row of each text, its [CLS]."""
+        return _unit(self.text_proj(hidden.index_select(0, text.cu_seqlens[:-1].long())))
+
+    def match(self, media: ImageTokens, text: PackedText) -> Tensor:
+        """Return (P, 2) logits that text and image do not, or do, belong together: the mean over the queries."""
+        logits = self.itm_head(self.qformer(media, text))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).unflatten(
+            0, (media.start.numel(), self.qformer.config.num_queries)
+        ).mean(1)  # fmt: skip
+
+    def forward(
+        self,
+        media: ImageTokens,
+        text: PackedText,
+        *,
+        bos_token_id: int,
+        generator: torch.Generator,
+        image_ids: Tensor | None = None,
+        divisor: Tensor | float | None = None,
+    ) -> QFormerLosses:
+        """Score a batch of pairs.
+
+        Args:
+            media: one image a pair.
+            text: S captions, each with its [CLS] in front.
+            bos_token_id: what stands in place of [CLS] where the caption is written.
+            generator: of the CPU, in the same state on every rank; draws the negatives.
+            image_ids: (S,) int64, equal for captions of one image, which are then no negatives; None: all differ.
+            divisor: of ITG's sum over tokens; None for this batch's tokens. For a mean over ranks give the tokens of
+                all ranks divided by their number.
+
+        Returns:
+            The losses, means over this rank's pairs.
+
+        Raises:
+            ValueError: media and text differ in pairs, or there is no negative.
+        """
+        pairs, device = media.start.numel(), media.tokens.device
+        if text.cu_seqlens.numel() != pairs + 1 or pairs < 1:
+            raise ValueError(f"QFormerPretraining: {pairs} images for {text.cu_seqlens.numel() - 1} texts")
+        rank, ranks = _place()
+        own = slice(rank * pairs, (rank + 1) * pairs)
+        ids = torch.arange(ranks * pairs, device=device) if image_ids is None else _gather(image_ids)
+        same = ids[own, None] == ids[None]  # (S, W)
+
+        queries, kept = self.qformer.encode_images(media, keep=True)
+        images = self.image_features(queries)
+        texts = self.text_features(self.qformer.encode_text(text), text)
+        image_to_text = max_similarity(images, _gather(texts)) / self.temperature
+        text_to_image = max_similarity(_gather(images), texts).t() / self.temperature
+        itc = contrastive_loss(image_to_text, text_to_image, same, self.smoothing)
+
+        uniform = torch.rand(2, ranks * pairs, generator=generator, dtype=torch.float64)[:, own]
+        uniform = uniform.to(device, non_blocking=True)
+        other_image = hard_negatives(text_to_image, same, uniform[0])
+        other_text = hard_negatives(image_to_text, same, uniform[1])
+        # image and text of the pair, another image, another text
+        logits = self.match(_with_other_images(media, other_image), _with_other_texts(text, other_text))
+        labels = torch.arange(3 * pairs, device=device) < pairs
+        itm = F.cross_entropy(logits, labels.long())
+
+        written, labels = _written(text, bos_token_id)
+        hidden = self.qformer.encode_text(written, kept)
+        return QFormerLosses(itc=itc, itm=itm, itg=self.caption_head(hidden, labels, self.smoothing, divisor))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def _place() -> tuple[int, int]:
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _gather(x: Tensor) -> Tensor:
+    """Join the tensors of all ranks along the first axis; gradients come back summed."""
+    return x if _place()[1] == 1 else torch.cat(all_gather(x))
+
+
+def _all_ranges(start: Tensor, stop: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Return start and length of every pair's segment in the joined buffers of all ranks, `capacity` rows each."""
+    first = torch.arange(_place()[1], device=start.device).repeat_interleave(start.numel()) * capacity
+    return _gather(start.long()) + first, _gather((stop - start).long())
+
+
+def _filled(x: Tensor, capacity: int) -> Tensor:
+    """Bring (N, ...) to the number of rows that every rank has, and join; rows behind that are padding."""
+    if _place()[1] == 1:
+        return x
+    return _gather(F.pad(x, (0, 0) * (x.dim() - 1) + (0, capacity - len(x))))  # a negative number cuts
+
+
+def _with_other_images(media: ImageTokens, other: Tensor) -> ImageTokens:
+    """Return what 3 S pairs see: their image, another one, their image again. Images of this rank stay in place."""
+    pairs, longest, here = media.start.numel(), media.max_tokens, len(media.tokens)
+    capacity = max(pairs * longest, 1)
+    world = _filled(media.tokens, capacity)
+    start, length = (t[other] for t in _all_ranges(media.start, media.stop, capacity))
+    rows = start[:, None] + torch.arange(longest, device=start.device)
+    tokens = world.index_select(0, rows.flatten().clamp(max=len(world) - 1))  # what is too much nobody sees
+    first = here + torch.arange(pairs, device=start.device) * longest
+    return ImageTokens(
+        tokens=torch.cat([media.tokens, tokens]),
+        start=torch.cat([media.start, first.int(), media.start]),
+        stop=torch.cat([media.stop, (first + length).int(), media.stop]),
+        max_tokens=longest,
+    )
+
+
+def _with_other_texts(text: PackedText, other: Tensor) -> PackedText:
+    """Return 3 S texts: each twice, then another one; rows behind the last are padding."""
+    pairs = text.cu_seqlens.numel() - 1
+    capacity = pairs * text.max_seqlen
+    world = _filled(text.ids, capacity)
+    start, length = _all_ranges(text.cu_seqlens[:-1], text.cu_seqlens[1:], capacity)
+    rank, _ = _place()
+    which = torch.cat([torch.arange(pairs, device=other.device) + rank * pairs] * 2 + [other])
+    start, length = start[which], length[which]
+    cu_seqlens = F.pad(length.cumsum(0), (1, 0))
+    rows = torch.arange(2 * len(text.ids) + pairs * text.max_seqlen, device=other.device)
+    mine = torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp(max=3 * pairs - 1)
+    ids = world[(start[mine] + rows - cu_seqlens[mine]).clamp(max=len(world) - 1)]
+    return PackedText(ids=ids, cu_seqlens=cu_seqlens.int(), max_seqlen=text.max_seqlen)
+
+
+def _written(text: PackedText, bos_token_id: int) -> tuple[PackedText, Tensor]:
+    """Return the captions behind the token that starts writing, and the next token of each row (-100 at the end)."""
+    rows = torch.arange(len(text.ids), device=text.ids.device)
+    bounds = F.pad(text.cu_seqlens, (0, 1), value=0)  # rows behind the last text end before they start
+    mine = torch.searchsorted(text.cu_seqlens[1:].long(), rows, right=True)
+    ids = torch.where(rows == bounds[mine], bos_token_id, text.ids)
+    labels = torch.where(rows + 1 < bounds[mine + 1], text.ids.roll(-1), -100)
+    return PackedText(ids=ids, cu_seqlens=text.cu_seqlens, max_seqlen=text.max_seqlen), labels
