@@ -143,6 +143,8 @@ class BuildOrExplain(build_ext):
 
     def run(self) -> None:
         binary = Path(self.get_ext_fullpath("fastmllm.kernels._C"))
+        # dates alone miss a file that came with an old one
+        self.force = self.force or SOURCES["outdated"](binary, ROOT / "csrc")
         try:
             super().run()
         except Exception as error:
