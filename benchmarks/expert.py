@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from fastmllm.data.tasks import PROMPTS
-from fastmllm.demo import Session, environment, write_atomically
 from fastmllm.eval.runner import evaluate
 from fastmllm.infer.expert import ExpertResponder
 from fastmllm.infer.respond import Responder
 from fastmllm.recipe import Recipe
 from fastmllm.run import load_model
+from fastmllm.session import Session, environment, write_text
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("name", "group", "exists", "yes_no")
@@ -47,7 +47,7 @@ def main() -> None:
             print(name, {t: round(100 * report.get(t).estimate.value) for t in TASKS}, flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = ROOT / "benchmarks" / "results" / device / "expert.json"
-    write_atomically(path, json.dumps({"environment": environment(), "rows": rows}, indent=1, default=str))
+    write_text(path, json.dumps({"environment": environment(), "rows": rows}, indent=1, default=str))
     print(path.relative_to(ROOT))
 
 

@@ -51,16 +51,30 @@ def _cell(e: Mapping[str, float]) -> str:
     return f"{100 * e['value']:.0f} [{100 * e['low']:.0f}, {100 * e['high']:.0f}]"
 
 
+def blind(row: Mapping[str, Any]) -> str:
+    """Say what blind is, from its row; in runs stored before it was given the closed set it is something else."""
+    if row["unparsed"]:
+        return (
+            f"Blind wrote freely in this run: {100 * row['unparsed']:.0f} % of its names could not be read and count "
+            "as wrong, so it may lie below chance."
+        )
+    return "Blind is the answer of the task's closed set that the model finds most probable without the image."
+
+
 def _prose(metrics: Mapping[str, Any], found: Mapping[tuple[str, str, str], Any]) -> list[str]:
     def value(task: str, metric: str, condition: str = "model") -> float:
         return found[task, metric, condition]["estimate"]["value"]
 
-    text = []
+    text = [
+        f"{blind(found['name', 'accuracy', 'blind'])} Forced choice: the right name is more probable than that of an "
+        "absent thing of its group."
+    ]
     if ("caption", "CIDEr-D", "model") in found:
         both = [100 * value("caption", "CHAIRs", c) for c in ("model", "blind")]
         text.append(
             f"Captions: CIDEr-D {value('caption', 'CIDEr-D'):.2f} (blind {value('caption', 'CIDEr-D', 'blind'):.2f}), "
-            f"CHAIRs {both[0]:.0f} % (blind {both[1]:.0f} %)."
+            f"CHAIRs {both[0]:.0f} % (blind {both[1]:.0f} %). CIDEr-D: rare n-grams shared with the references, 0 to "
+            "10; CHAIRs: captions that name something absent, less is better, and who names nothing has none."
         )
     if ("retrieval", "R@1 image to text", "model") in found:
         n = found["retrieval", "R@1 image to text", "model"]["estimate"]["count"]
@@ -75,11 +89,11 @@ def _prose(metrics: Mapping[str, Any], found: Mapping[tuple[str, str, str], Any]
     machine, seconds = metrics["environment"], metrics["seconds"]
     total = sum(v for k, v in seconds.items() if k != "this run")
     text += [
-        f"Sweep: the best of {len(cells)} cells names {100 * best['accuracy']['value']:.0f} % right "
+        f"Sweep: the best of {len(cells)} cells names {_cell(best['accuracy'])} % of {best['accuracy']['count']} right "
         f"({_setting(best)}); the fastest within its interval takes {cheap['prefill_ms']:.0f} ms a prefill "
         f"instead of {best['prefill_ms']:.0f} ({_setting(cheap)}).",
-        f"One run on {machine['device'].strip()}, {machine['threads']} threads, torch {machine['torch']}: "
-        f"{total / 60:.1f} minutes, {metrics['peak_memory_gib']:.1f} GiB at the most.",
+        f"One run on {machine['device'].strip()}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{metrics['precision']}: {total / 60:.1f} minutes, {metrics['peak_memory_gib']:.1f} GiB at the most.",
     ]
     return text
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,8 @@ def build(out: Path, stub: Path | None = None) -> None:
         temporary = out.with_suffix(".tmp")
         _run(nvcc, "-shared", *objects, *search, "-Xlinker", "--no-as-needed", *needed, "-o", str(temporary))
         temporary.replace(out)
+    if out.name == "_cuda.so":
+        runpy.run_path(str(SOURCES.parent / "fastmllm" / "kernels" / "_sources.py"))["record"](out, SOURCES)
 
 
 def _stub(folder: Path) -> None:

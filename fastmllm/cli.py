@@ -28,7 +28,7 @@ def demo(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/de
     run_demo(_load(recipe, overrides), out)
 
 
-def train(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/run")) -> None:
+def train(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
     """Train every stage of a recipe.
 
     Args:
@@ -36,12 +36,12 @@ def train(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/r
         overrides: changes to it.
         out: folder of the run.
     """
-    from fastmllm.demo import Session
+    from fastmllm.session import Session
 
     Session(_load(recipe, overrides), out).train()
 
 
-def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/run")) -> None:
+def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
     """Train what is not trained yet, then evaluate beside blind, wrong image, majority and random.
 
     Args:
@@ -49,15 +49,16 @@ def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("ou
         overrides: changes to it.
         out: folder of the run.
     """
-    from fastmllm.demo import Session
+    from fastmllm.session import Session
 
     session = Session(_load(recipe, overrides), out)
     session.train()
-    session.console.print(session.evaluate().table())
+    if session.first:
+        session.console.print(session.evaluate().table())
 
 
 def generate(
-    recipe: RecipePath, image: Path, prompt: str, overrides: Overrides = (), out: Path = Path("out/run")
+    recipe: RecipePath, image: Path, prompt: str, overrides: Overrides = (), out: Path = Path("out/demo")
 ) -> None:
     """Ask the model of a finished run one question about one image.
 
@@ -68,12 +69,12 @@ def generate(
         overrides: the changes that the run was made with.
         out: folder of the run.
     """
-    from fastmllm.demo import Session
+    from fastmllm.session import Session
 
     print(Session(_load(recipe, overrides), out).ask(str(image), prompt))
 
 
-def bench(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/run")) -> None:
+def bench(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
     """Train what is not trained yet, then sweep resolution x visual tokens x compressor.
 
     Args:
@@ -82,11 +83,12 @@ def bench(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/r
         out: folder of the run.
     """
     from fastmllm.bench.sweep import table
-    from fastmllm.demo import Session
+    from fastmllm.session import Session
 
     session = Session(_load(recipe, overrides), out)
     session.train()
-    session.console.print(table(session.sweep()))
+    if session.first:
+        session.console.print(table(session.sweep()))
 
 
 def data(recipe: RecipePath, overrides: Overrides = ()) -> None:
@@ -129,8 +131,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     """Run a command; what the caller or the machine got wrong ends in one line, not in a traceback.
 
-    Exit code 2 for those, 130 for Ctrl-C. Programming errors (TypeError, KeyError, ...) keep their traceback;
-    `python -X dev -m fastmllm ...` keeps every one.
+    Exit code 2 for those, 130 for Ctrl-C, 141 for a closed pipe. Programming errors (TypeError, KeyError, ...) keep
+    their traceback; `python -X dev -m fastmllm ...` keeps every one.
     """
     # Read when torch loads. Threads that sleep at once make a step 1.7 times slower on an idle machine, threads that
     # spin as long as by default ten times slower on a busy one.
@@ -138,6 +140,10 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has what it wanted: `fastmllm backends | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        sys.exit(141)  # as a program that SIGPIPE ends
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

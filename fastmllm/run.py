@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import fastmllm
 from fastmllm.data.build import Splits
 from fastmllm.data.cache import cache_dir
 from fastmllm.data.images import load_image
 from fastmllm.data.mixture import MixtureSampler
 from fastmllm.data.packing import Batch
+from fastmllm.data.progress import progress_bar, waiting
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import screen
 from fastmllm.infer.respond import collate_for, template_of
 from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
+from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.stages import StageConfig
 from fastmllm.train.trainer import StageResult, Trainer
@@ -37,23 +35,10 @@ TASKS = (
 )
 
 
-@contextmanager
-def progress_bar(console: Console, label: str):
-    """Give a callback (done, total) that draws a bar on a terminal, and prints a line at the ends elsewhere."""
-    if not console.is_terminal:
-        start = time.perf_counter()
-        yield lambda done, total: None
-        console.print(f"{label}: {time.perf_counter() - start:.1f} s")
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def load_model(config: ModelConfig, seed: int = 0) -> VLM:
+def load_model(config: ModelConfig, seed: int = 0, console: Console | None = None) -> VLM:
     """Build a recipe's model, keeping converted weights in the asset cache."""
-    return build_vlm(config, cache=cache_dir() / "weights", seed=seed)
+    with waiting(f"loading {config.vision} and {config.language}", console):
+        return build_vlm(config, cache=cache_dir() / "weights", seed=seed)
 
 
 def images_of(splits: Splits) -> list[str]:
@@ -145,25 +130,48 @@ def train_stage(
         model: trained in place.
         splits: of `fastmllm.data.build`.
         stage: what learns, from which mixture, for how long.
-        engine: ZeRO stage and accumulation; the dtype follows the model.
+        engine: ZeRO stage and accumulation; its dtype is the model's (`engine_for`).
         out_dir: checkpoints, log and weights of this stage.
         save_every: steps between checkpoints.
         on_mismatch: what to do when out_dir holds another recipe's run: "error" or "fresh".
         console: where progress goes.
     """
-    dtype = "bfloat16" if model.config.torch_dtype() is torch.bfloat16 else "float32"
     trainer = Trainer(
         model,
         stage,
-        replace(engine, dtype=dtype),
+        engine_for(model.config, engine),
         batches_of(model, splits.train, stage),
         Path(out_dir) / stage.name,
-        recipe={"model": asdict(model.config), "questions": fingerprint(questions_of(splits.train))},
+        recipe={
+            "model": asdict(model.config),
+            "questions": fingerprint(questions_of(splits.train)),
+            "version": fastmllm.__version__,
+        },
         on_mismatch=on_mismatch,
         save_every=save_every,
         console=console,
     )
     return trainer.run()
+
+
+def precision_of(config: ModelConfig) -> str:
+    """Return the dtype that `model.dtype` means on this machine, by name; it is also the engine's."""
+    return str(config.torch_dtype()).removeprefix("torch.")
+
+
+def engine_for(config: ModelConfig, engine: EngineConfig) -> EngineConfig:
+    """Return the engine's configuration in the model's dtype.
+
+    Raises:
+        ValueError: `engine.dtype` is set, and to another one.
+    """
+    dtype = precision_of(config)
+    if engine.dtype not in ("auto", dtype):
+        raise ValueError(
+            f"engine.dtype is {engine.dtype}, but model.dtype={config.dtype} means {dtype} on this machine; leave "
+            f"engine.dtype out, or set model.dtype={engine.dtype}"
+        )
+    return replace(engine, dtype=dtype)
 
 
 def questions_of(part: Mapping[str, Sequence[Sample]]) -> list[Any]:
@@ -174,12 +182,7 @@ def questions_of(part: Mapping[str, Sequence[Sample]]) -> list[Any]:
             stat = os.stat(sample.image)
             stamps[sample.image] = (sample.image, stat.st_size, stat.st_mtime_ns)
     return [
-        (task, s.id, s.prompt, s.answer, s.choices, s.references, stamps.get(s.image or ""))
+        (task, s.id, s.prompt, s.answer, s.choices, s.references, dict(s.truth), stamps.get(s.image or ""))
         for task, samples in sorted(part.items())
         for s in samples
     ]
-
-
-def fingerprint(value: Any) -> str:
-    """Return a short hash of something JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
+import subprocess
 import sys
 
 import pytest
@@ -100,8 +102,8 @@ def test_bad_yaml_in_a_recipe_or_an_override_is_one_line(monkeypatch, capsys, tm
 
 
 def test_the_parts_of_a_run_share_a_folder():
-    commands = (cli.train, cli.evaluate, cli.generate, cli.bench)
-    assert {str(inspect.signature(command).parameters["out"].default) for command in commands} == {"out/run"}
+    commands = (cli.demo, cli.train, cli.evaluate, cli.generate, cli.bench)
+    assert {str(inspect.signature(command).parameters["out"].default) for command in commands} == {"out/demo"}
 
 
 def test_backends_are_reported(monkeypatch, capsys):
@@ -109,6 +111,16 @@ def test_backends_are_reported(monkeypatch, capsys):
     assert code == 0
     for name in ("C++ operators", "triton", "flash-attn", "deepspeed"):
         assert name in text
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = "import sys; sys.argv = ['fastmllm', 'backends']; from fastmllm.cli import main; main()"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 141
 
 
 def test_help_names_every_command(monkeypatch, capsys):

@@ -145,6 +145,23 @@ def _operators() -> list[str]:
     return sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_"))
 
 
+def _jitted(name: str) -> set[str]:
+    """Return the Triton functions of a kernel file and of the private files that it imports."""
+    tree = ast.parse((ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8"))
+    found = {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    }
+    private = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module]
+    return found.union(*(_jitted(module) for module in private if module != "_triton"))
+
+
+def test_a_comment_is_no_kernel():
+    assert not _jitted("insert_features")  # CUDA C++ only
+    assert _jitted("layer_norm") == _jitted("_norm") != set()
+
+
 @pytest.mark.parametrize("op", _operators())
 def test_an_operator_has_its_places(op):
     text = (ROOT / "kernels" / f"{op}.py").read_text(encoding="utf-8")
@@ -156,7 +173,7 @@ def test_an_operator_has_its_places(op):
     assert not missing, f"kernels/{op}.py lacks the headings {missing}, with dashes to column 120"
     for place in (f"tests/kernels/test_{op}.py", f"benchmarks/bench_{op}.py"):
         assert (ROOT / place).is_file(), f"{op} needs {place}: CONTRIBUTING says what goes in"
-    if "@triton.jit" in text:
+    if _jitted(op):
         assert '.register_kernel("cuda")' in text, f'kernels/{op}.py: add _{op}.register_kernel("cuda")({op}_triton)'
         bench = ast.parse((ROOT / "benchmarks" / f"bench_{op}.py").read_text(encoding="utf-8")).body
         named = {node.name for node in bench if isinstance(node, ast.FunctionDef)}

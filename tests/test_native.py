@@ -9,13 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_build import judge
 
 from fastmllm.kernels import _native
+from fastmllm.kernels._sources import outdated, record
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -28,6 +31,38 @@ def extension() -> Path:
     from fastmllm.kernels import _C
 
     return Path(_C.__file__)
+
+
+def test_other_sources_are_seen_and_another_date_is_not(tmp_path):
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    binary = tmp_path / "_C.abi3.so"
+    binary.touch()
+    assert outdated(binary, csrc)  # nobody says what it was built from
+    record(binary, csrc)
+    os.utime(csrc / "ops" / "patch_embed.cpp", ns=(1, 2**62))
+    assert not outdated(binary, csrc)
+    (csrc / "ops" / "x.cpp").touch()
+    assert outdated(binary, csrc)
+    assert not outdated(binary, tmp_path / "installed without sources")
+
+
+def test_a_skip_for_want_of_the_operators_is_a_failure():
+    for reason, outcome in (("the C++ operators are not built: x", "failed"), ("triton is missing", "skipped")):
+        report = SimpleNamespace(skipped=True, outcome="skipped", longrepr=("file", 1, f"Skipped: {reason}"))
+        judge(report, "not built: x")
+        assert report.outcome == outcome
+
+
+def test_the_reason_of_a_failed_build_is_repeated(tmp_path):
+    """The build leaves its reason beside the Python files, and loading them says it again."""
+    (tmp_path / "kernels").mkdir()
+    for name in ("_native.py", "_sources.py"):
+        shutil.copy(ROOT / "kernels" / name, tmp_path / "kernels" / name)
+    (tmp_path / "kernels" / "_C.failed").write_text("/usr/include has no Python.h (apt install python3-dev)\n")
+    code = "import kernels._native as n; print(n.EXTENSION_MISSING)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("not built: /usr/include has no Python.h (apt install python3-dev)")
 
 
 def test_the_extension_is_stable(extension):

@@ -32,7 +32,7 @@ for name in names:
 import fastmllm.ops
 from fastmllm.backends import backends
 report = backends()
-assert report["C++ operators"].startswith("not built"), report
+assert report["C++ operators"].startswith("not built: FASTMLLM_BUILD=0"), report
 assert "pip install triton" in report["triton"], report
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.patch_embed import patch_embed
@@ -67,7 +67,7 @@ def built(tmp_path_factory) -> tuple[Path, Path, str]:
     for name in ("fastmllm", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             _run("cp", "-a", ROOT / name, source / name)
-    for binary in (*source.rglob("*.so"), *source.rglob("*.pyc")):
+    for binary in (*source.rglob("*.so"), *source.rglob("*.pyc"), *source.rglob("*.sources")):
         binary.unlink()
     _run(sys.executable, "-c", SDIST, out, cwd=source, FASTMLLM_BUILD="0")
     sdist = next(out.glob("*.tar.gz"))
@@ -134,6 +134,15 @@ def test_the_build_fails_on_request_where_it_cannot_build(tmp_path):
     environment["FASTMLLM_BUILD"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
+    bare = tmp_path / "bin"  # a compiler, and no headers of Python
+    bare.mkdir()
+    (bare / "g++").touch(0o755)
+    code = "import sysconfig; sysconfig.get_path = lambda *a: '/no/headers'; " + command[-1]
+    environment = {k: v for k, v in environment.items() if k != "FASTMLLM_BUILD"} | {"PATH": str(bare)}
+    bad = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "/no/headers has no Python.h (on Debian and Ubuntu: apt install python3-dev)" in bad.stderr
     assert "FASTMLLM_BUILD=1, but the native code cannot be built: no C++ compiler" in done.stderr
 
 

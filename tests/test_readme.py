@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+
+from fastmllm import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +37,19 @@ def test_the_python_runs_as_it_stands(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "Evaluation" in run.stdout
     assert "exists" in run.stdout
-    assert run.stdout.strip().splitlines()[-1].strip()  # the answer to the last question
+    after = run.stdout.rpartition("└")[2].partition("\n")[2]  # behind the table's last line
+    assert after.strip(), "the last question got no answer"
+
+
+def test_the_real_thing_runs_as_the_comment_says(monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    whole, count = re.subn(
+        r"small = \(  # (small = \(\)) for the real thing\n.*?\)\.split\(\)", r"\1", code, flags=re.DOTALL
+    )
+    assert count == 1
+    monkeypatch.chdir(ROOT)
+    exec(whole.partition("\ndata = ")[0], names := {})
+    assert names["recipe"] == names["Recipe"].load("recipes/emoji.yaml")
 
 
 def test_the_numbers_are_those_of_the_stored_run():
@@ -54,6 +69,12 @@ def test_the_files_it_names_exist():
     for name in re.findall(r"`((?:benchmarks|recipes|docs|kernels|tests|csrc)/[\w./-]*)`|\]\(([\w./]+)\)", README):
         path = next(filter(None, name))
         assert (ROOT / path).exists(), path
+
+
+def test_its_command_lines_are_whole():
+    required = [n for n, p in inspect.signature(cli.generate).parameters.items() if p.default is p.empty]
+    line = re.search(r"`fastmllm generate RECIPE ([^`]*)`", README)[1]
+    assert re.findall(r"--(\w+)", line) == [name for name in required if name != "recipe"]
 
 
 def test_make_targets_exist():

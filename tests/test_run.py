@@ -11,11 +11,15 @@ import torch
 from rich.console import Console
 from tiny_vlm import colour_photos, tiny_vlm
 
-from fastmllm import demo
+import fastmllm
+from fastmllm import demo, session
 from fastmllm.config import ConfigError
 from fastmllm.data.build import DataConfig, build
+from fastmllm.eval.intervals import share
+from fastmllm.eval.runner import Report, Row
 from fastmllm.recipe import Recipe
-from fastmllm.run import available, batches_of, cache_features, images_of, screen_splits
+from fastmllm.run import available, batches_of, cache_features, engine_for, images_of, questions_of, screen_splits
+from fastmllm.train.checkpoint import CheckpointError
 from fastmllm.train.stages import StageConfig
 
 RECIPE = """
@@ -40,7 +44,7 @@ def finished(tmp_path_factory):
     path.write_text(RECIPE)
     recipe = Recipe.load(path, [f"data.path={photos}", f"data.cache={root / 'cache'}"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "load_model", lambda config, seed: tiny_vlm(seed))
+        patch.setattr(session, "load_model", lambda config, seed, console: tiny_vlm(seed))
         metrics = demo.run_demo(recipe, root / "out", Console(file=(root / "log").open("w"), width=150))
         yield root, recipe, metrics
 
@@ -70,6 +74,13 @@ def test_a_second_run_reuses_everything(finished):
     assert again["evaluation"] == metrics["evaluation"]
     assert again["sweep"] == metrics["sweep"]
     assert [s["reused"] for s in again["stages"]] == [True, True]
+    # what was measured while a part was made stays with it
+    first, second = ({k: v for k, v in m["seconds"].items() if k != "this run"} for m in (metrics, again))
+    assert second == first
+    assert again["peak_memory_gib"] == metrics["peak_memory_gib"]
+    assert again["environment"] == metrics["environment"]
+    assert metrics["reused"] == []
+    assert set(again["reused"]) == set(first)
     assert (root / "out" / "evaluation.json").stat().st_mtime_ns == stamp
 
 
@@ -81,10 +92,10 @@ def test_a_changed_model_setting_reuses_nothing(finished, change, tmp_path):
     changed = replace(recipe, model=replace(recipe.model, **{key: int(value) if value.isdigit() else value}))
     console = Console(file=(tmp_path / "log").open("w"), width=150)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "load_model", lambda config, seed: tiny_vlm(seed, config))
-        session = demo.Session(changed, tmp_path / "out", console)
-        assert [r.reused for r in session.train()] == [False, False]
-        session.evaluate()
+        patch.setattr(session, "load_model", lambda config, seed, console: tiny_vlm(seed, config))
+        changed_run = session.Session(changed, tmp_path / "out", console)
+        assert [r.reused for r in changed_run.train()] == [False, False]
+        changed_run.evaluate()
     assert "reused" not in (tmp_path / "log").read_text()
 
 
@@ -103,7 +114,85 @@ def test_what_does_not_fit_is_said_before_the_long_work(tmp_path, change, messag
     path.write_text(RECIPE)
     recipe = Recipe.load(path, [change])
     with pytest.raises(ValueError, match=message):
-        demo.check_recipe(recipe, tiny_vlm(config=recipe.model))
+        session.check_recipe(recipe, tiny_vlm(config=recipe.model))
+
+
+def test_the_precision_and_the_ranks_are_recorded(finished):
+    root, recipe, metrics = finished
+    assert (metrics["precision"], metrics["ranks"]) == ("float32", 1)
+    assert "float32 (model.dtype: float32)" in (root / "out" / "report.html").read_text()
+    engine = replace(recipe.engine, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"engine\.dtype is bfloat16, but model\.dtype=float32 means float32"):
+        engine_for(recipe.model, engine)
+    assert engine_for(replace(recipe.model, dtype="bfloat16"), recipe.engine).dtype == "bfloat16"
+
+
+def test_a_report_is_about_its_own_data(finished):
+    root, _, _ = finished
+    page = (root / "out" / "report.html").read_text()
+    assert "<h1>fastmllm: 4 classes of photographs in photos</h1>" in page
+    assert "Encoders on the same budget" not in page  # a stored table, of the shipped recipe
+    source, rows = demo._candidates(Recipe.load("recipes/emoji.yaml"))
+    assert len(rows) == 3
+    assert "benchmarks/results/cpu/encoders.json" in source
+    assert "threads" in source
+
+
+def test_the_chart_shows_shares_only(finished, monkeypatch):
+    root, recipe, _ = finished
+    shown = []
+    monkeypatch.setattr(demo, "render", lambda page: shown.append(page) or "")
+    run = demo.run_demo(recipe, root / "out", Console(file=(root / "log5").open("w"), width=150))
+    scene = Report(
+        rows=[Row("scene", "model", "CIDEr-D", share([True])), Row("name", "model", "accuracy", share([True]))]
+    )
+    assert shown[0].chart_tasks == ["name", "exists", "yes_no"]
+    assert demo.charted(scene) == ["name"]
+    assert run["evaluation"]
+
+
+def test_the_announcement_follows_the_recipe():
+    shipped = Recipe.load("recipes/emoji.yaml", ["model.dtype=bfloat16"])
+    whole = demo.expected_seconds(shipped)
+    short = demo.expected_seconds(
+        Recipe.load("recipes/emoji.yaml", ["stages.0.steps=75", "stages.1.steps=75", "model.dtype=bfloat16"])
+    )
+    assert short["training"] == pytest.approx(whole["training"] / 2)
+    assert short["sweep"] == whole["sweep"]
+    cells = demo.expected_seconds(Recipe.load("recipes/emoji.yaml", ["bench.image_sizes=[160]", "eval.limit=30"]))
+    assert cells["sweep"] < 0.5 * demo.expected_seconds(Recipe.load("recipes/emoji.yaml"))["sweep"]
+    assert cells["evaluation"] < 0.5 * demo.expected_seconds(Recipe.load("recipes/emoji.yaml"))["evaluation"]
+    slow = demo.expected_seconds(Recipe.load("recipes/emoji.yaml", ["model.dtype=float32"]))
+    assert slow["training"] == pytest.approx(demo.EXPECTED_S["training"] * demo.WITHOUT_BFLOAT16)
+    assert slow["data"] == whole["data"]
+
+
+def test_other_ranks_only_train(finished, monkeypatch, tmp_path):
+    _, recipe, _ = finished
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(session.Session, "train", lambda self: [])
+    monkeypatch.setattr(session, "load_model", lambda config, seed, console: tiny_vlm(seed))
+    assert demo.run_demo(recipe, tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_needs_its_image_and_a_finished_run(finished, monkeypatch, tmp_path):
+    root, recipe, _ = finished
+    image = next((root / "photos").rglob("*.png"))
+    monkeypatch.setattr(session, "load_model", lambda config, seed, console: tiny_vlm(seed, config))
+    console = Console(file=(tmp_path / "log").open("w"))
+    with pytest.raises(ValueError, match=r"gone\.png: no such image"):
+        session.Session(recipe, tmp_path / "out", console).ask("gone.png", "What is this?")
+    with pytest.raises(ValueError, match="no finished run, stage 'pretrain' is missing"):
+        session.Session(recipe, tmp_path / "out", console).ask(str(image), "What is this?")
+    assert not (tmp_path / "out").exists()
+    assert session.Session(recipe, root / "out", console).ask(str(image), "What is this?")
+    other = replace(recipe, model=replace(recipe.model, compress="bipartite_merge"))
+    with pytest.raises(CheckpointError, match="holds a run of another recipe"):
+        session.Session(other, root / "out", console).ask(str(image), "What is this?")
+    monkeypatch.setattr(fastmllm, "__version__", "99")  # other code may give other weights
+    with pytest.raises(CheckpointError, match=r"given\.version: .* -> 99"):
+        session.Session(recipe, root / "out", console).ask(str(image), "What is this?")
 
 
 def test_the_sweep_has_every_cell(finished):
@@ -140,6 +229,13 @@ def test_batches_are_a_function_of_their_index(tmp_path):
     assert len(counts) > 1
 
 
+def test_the_reuse_key_knows_the_truth(tmp_path):
+    splits = build(DataConfig(path=str(colour_photos(tmp_path / "photos", count=1)), cache=str(tmp_path / "cache")))
+    sample = splits.eval["name"][0]
+    other = replace(sample, truth={**sample.truth, "objects": ["another"]})  # CHAIR reads it
+    assert questions_of({"name": [sample]}) != questions_of({"name": [other]})
+
+
 def test_what_cannot_be_learned_is_left_out_and_counted(tmp_path):
     splits = build(DataConfig(path=str(colour_photos(tmp_path / "photos", count=2)), cache=str(tmp_path / "cache")))
     good = splits.train["name"][0]
@@ -158,22 +254,6 @@ def test_a_mixture_must_make_sense():
     wrong = StageConfig(name="s", steps=1, trainable={"a": 1.0}, mixture={"nmae": 1.0})
     with pytest.raises(ValueError, match=r"mixture names \['nmae'\], no such task; known: name"):
         available(wrong, {})
-
-
-def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.json"
-    demo.write_atomically(path, "old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(demo.os, "replace", full)
-    with pytest.raises(
-        OSError, match=r"metrics\.json could not be written \(No space left on device\); free some space"
-    ):
-        demo.write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_recipe_errors_name_the_key(tmp_path):

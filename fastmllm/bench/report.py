@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastmllm.bench import plots
 from fastmllm.bench.sweep import LABELS, Cell, pareto
+from fastmllm.data.images import open_image
 from fastmllm.eval.intervals import Estimate
-from fastmllm.eval.runner import CONDITIONS, MODEL, Report
+from fastmllm.eval.runner import CONDITIONS, MODEL, Report, unparsed
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
@@ -46,6 +48,7 @@ class Page:
         title: heading. summary: first paragraphs. notes: what the reader must know to read the numbers.
         facts: label -> value, the set-up. histories: stage -> (step, loss). report: evaluation. cells: sweep.
         examples: held-out answers. seconds: phase -> wall time. candidates: rows of other runs on the same budget.
+        sweep_note, candidates_note: how those were measured, and where.
         licences: asset, source, licence.
     """
 
@@ -57,9 +60,11 @@ class Page:
     report: Report | None = None
     chart_tasks: Sequence[str] = ()
     cells: Sequence[Cell] = ()
+    sweep_note: str = ""
     examples: Sequence[Example] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     candidates: Sequence[Mapping[str, str]] = ()
+    candidates_note: str = ""
     licences: Sequence[tuple[str, str, str]] = ()
 
 
@@ -77,10 +82,14 @@ def render(page: Page) -> str:
         blind = None
         if page.report is not None:
             blind = page.report.get("name", "blind").estimate.value
-        parts += ["<h2>What a pixel and a visual token cost and buy</h2>", _sweep_text(page.cells)]
+        parts += [
+            "<h2>What a pixel and a visual token cost and buy</h2>",
+            _sweep_text(page.cells),
+            _note(page.sweep_note),
+        ]
         parts += [plots.pareto_chart(page.cells, blind), _sweep(page.cells)]
     if page.candidates:
-        parts += ["<h2>Encoders on the same budget</h2>", _rows(page.candidates)]
+        parts += ["<h2>Encoders on the same budget</h2>", _note(page.candidates_note), _rows(page.candidates)]
     if page.histories:
         parts += ["<h2>Training</h2>", plots.loss_curves(page.histories)]
     if page.facts:
@@ -98,17 +107,25 @@ def render(page: Page) -> str:
     )
 
 
+def _note(text: str) -> str:
+    return f'<p class="muted">{html.escape(text)}</p>' if text else ""
+
+
 def _evaluation_text() -> str:
     return (
-        '<p class="muted">Every score stands beside the same questions without an image (blind), with another image '
+        '<p class="muted">Every score stands beside the same questions without an image (blind: the answer of the '
+        "task's closed set that the model then finds most probable; captions are written freely), with another image "
         "(wrong image), the most frequent training answer (majority) and a random answer; retrieval stands beside "
-        "chance. Brackets are 95 % intervals. "
-        "Bold: the model's interval lies above those of all its controls. Unparsed answers count as wrong.</p>"
+        "chance. Brackets are 95 % intervals. Bold: the model's interval lies above those of all its controls. "
+        "Unparsed answers count as wrong; their shares stand in the order of the columns. Forced choice: the right "
+        "name has a higher log-probability than an absent one. CIDEr-D: how many rare n-grams a caption shares with "
+        "its references, 0 to 10. CHAIR, less is better: the share of captions (s) or of mentioned objects (i) that "
+        "name something absent; who names nothing has none, so read it with the object recall.</p>"
     )
 
 
 def _evaluation(report: Report) -> str:
-    names = ("task", "metric", "n", *CONDITIONS, "unparsed")
+    names = ("task", "metric", "n", *CONDITIONS, "unparsed, %")
     head = "".join(f'<th class="text">{n}</th>' if n == "metric" else f"<th>{n}</th>" for n in names)
     lines = []
     for task, metric in dict.fromkeys((r.task, r.metric) for r in report.rows):
@@ -121,10 +138,9 @@ def _evaluation(report: Report) -> str:
         for condition in CONDITIONS:
             text = _estimate(found[condition].estimate, metric) if condition in found else "–"
             cells.append(f'<td class="win">{text}</td>' if win and condition == MODEL else f"<td>{text}</td>")
-        unparsed = "–" if mine.unparsed is None else f"{100 * mine.unparsed:.0f} %"
         lines.append(
             f'<tr><td>{html.escape(task)}</td><td class="text">{html.escape(metric)}</td><td>{mine.estimate.count}</td>'
-            f"{''.join(cells)}<td>{unparsed}</td></tr>"
+            f"{''.join(cells)}<td>{unparsed(found) or '–'}</td></tr>"
         )
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
@@ -135,13 +151,17 @@ def _estimate(e: Estimate, metric: str) -> str:
     return f"{100 * e.value:.1f} % <span class='muted'>[{100 * e.low:.0f}, {100 * e.high:.0f}]</span>"
 
 
+def _percent(e: Estimate) -> str:
+    return f"{100 * e.value:.0f} % [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+
+
 def _sweep_text(cells: Sequence[Cell]) -> str:
     front = pareto(cells)
     best = max(cells, key=lambda c: c.accuracy.value)
     cheap = next((c for c in front if c.accuracy.value >= best.accuracy.low), best)
     text = (
         f"The weights are those trained above; only resolution, token count and compressor change. The best cell "
-        f"names {100 * best.accuracy.value:.0f} % right ({best}); the fastest cell within its "
+        f"names {_percent(best.accuracy)} of {best.accuracy.count} right ({best}); the fastest cell within its "
         f"interval takes {cheap.prefill_ms:.0f} ms instead of {best.prefill_ms:.0f} ({cheap})."
     )
     return f"<p>{html.escape(text)}</p>"
@@ -154,7 +174,7 @@ def _sweep(cells: Sequence[Cell]) -> str:
             "resolution": f"{c.image_size} px",
             "visual tokens": f"{c.visual_tokens} of {c.grid_tokens}",
             "method": LABELS.get(c.method, c.method),
-            "named right": f"{100 * c.accuracy.value:.0f} % [{100 * c.accuracy.low:.0f}, {100 * c.accuracy.high:.0f}]",
+            "named right": _percent(c.accuracy),
             "encoder, ms": f"{c.encoder_ms:.1f}",
             "prefill, ms": f"{c.prefill_ms:.1f}",
             "training step, ms": f"{c.step_ms:.0f}",
@@ -178,12 +198,20 @@ def _pairs(pairs: Mapping[str, str]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+def _embedded(path: Path) -> tuple[str, str]:
+    """Return an image's kind and base64; what not every browser shows (TIFF) becomes a PNG."""
+    kinds = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
+    if kind := kinds.get(path.suffix.lower()):
+        return kind, base64.b64encode(path.read_bytes()).decode()
+    buffer = io.BytesIO()
+    open_image(path).save(buffer, format="PNG")
+    return "png", base64.b64encode(buffer.getvalue()).decode()
+
+
 def _gallery(examples: Sequence[Example]) -> str:
     figures = []
     for e in examples:
-        path = Path(e.image)
-        kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
-        data = base64.b64encode(path.read_bytes()).decode()
+        kind, data = _embedded(Path(e.image))
         verdict = "right" if e.correct else "wrong"
         truth = "" if e.correct else f'<br><span class="muted">{html.escape(e.answer)}</span>'
         figures.append(

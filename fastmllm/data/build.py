@@ -87,6 +87,11 @@ class DataConfig:
         if not 0.0 < self.eval_share < 1.0:
             raise ValueError(f"data.eval_share must be between 0 and 1, got {self.eval_share}")
 
+    @property
+    def photographs(self) -> bool:
+        """Tell whether a folder is read, and not the emoji."""
+        return self.source == "folder" or (self.source == "auto" and bool(self.path))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
@@ -129,7 +134,7 @@ def build(config: DataConfig) -> Splits:
         SourceError: no drawings or no names from any source.
     """
     cache = Path(config.cache).expanduser() if config.cache else cache_dir()
-    if config.source == "folder" or (config.source == "auto" and config.path):
+    if config.photographs:
         return _build_folder(config, cache)
     return _build_emoji(config, cache)
 

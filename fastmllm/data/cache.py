@@ -36,7 +36,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        # the process that a leftover belonged to stands at its end
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp-{os.getpid()}", dir=path.parent)
         temporary = Path(name)
         os.close(handle)
         os.chmod(temporary, 0o644)

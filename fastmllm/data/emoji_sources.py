@@ -17,6 +17,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fastmllm.data.progress import waiting
+
 # team -> (npm package, version, licence of the drawings)
 NPM_TEAMS: dict[str, tuple[str, str, str]] = {
     "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0 (Google Noto Emoji)"),
@@ -88,7 +90,8 @@ def fetch_npm(package: str, version: str, cache: Path) -> Path:
         # Retries are off: offline, each would cost a minute before the fallback is tried.
         command = [npm, "pack", f"{package}@{version}", "--ignore-scripts", "--loglevel=error", "--fetch-retries=0"]
         try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT_S)
+            with waiting(f"fetching {package} {version} with npm, once (at most {NPM_TIMEOUT_S} s)"):
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
             raise SourceError(f"npm pack {package}@{version} took more than {NPM_TIMEOUT_S} s; try again") from error
         except OSError as error:
@@ -177,9 +180,9 @@ def debian_noto(cache: Path) -> Team:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".apt-", dir=target.parent) as folder:
             try:
-                subprocess.run(
-                    ["apt-get", "download", DEBIAN_FONT], cwd=folder, capture_output=True, check=True, timeout=120
-                )
+                command = ["apt-get", "download", DEBIAN_FONT]
+                with waiting(f"fetching {DEBIAN_FONT} with apt-get, once"):
+                    subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=120)
                 package = next(Path(folder).glob("*.deb"))
                 subprocess.run(["dpkg-deb", "-x", str(package), folder], capture_output=True, check=True, timeout=60)
                 os.replace(next(Path(folder).rglob("NotoColorEmoji.ttf")), target)

@@ -18,8 +18,9 @@ from fastmllm.data.augment import rng_of
 from fastmllm.data.cache import atomic_path
 from fastmllm.data.images import ImageError, open_image
 from fastmllm.data.progress import track
+from fastmllm.data.text import normalise
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "val", "test")
@@ -107,7 +108,8 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
         Photographs by class; files that cannot be decoded are counted in `skipped`.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, or a split without usable photographs.
+        ValueError: no such folder, fewer than two classes, a split without usable photographs, or two classes whose
+            names are one name once answers are compared.
     """
     notes: list[str] = []
     root = _open(path, cache, notes)
@@ -117,7 +119,7 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
     train_root = next((parts[name] for name in TRAIN_NAMES if name in parts), None)
     eval_root = next((parts[name] for name in EVAL_NAMES if name in parts), None)
     skipped: Counter[str] = Counter()
-    checks = _checked(root, cache, skipped)
+    checks = _checked(root, cache, skipped, notes)
     if train_root is not None and eval_root is not None:
         train, held = _classes(train_root, checks), _classes(eval_root, checks)
         notes.append(f"split of the folder itself: {train_root.name}/ and {eval_root.name}/")
@@ -125,9 +127,12 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
         train, held = _split(_classes(train_root or root, checks), eval_share, seed)
         notes.append(f"no split in the folder: {eval_share:.0%} of each class held out, seed {seed}")
     _drop_copies(train, held, checks, skipped)
-    classes = tuple(sorted(name for name in train if train[name] and held.get(name)))
+    classes = tuple(sorted(name for name in train if train[name] and held.get(name) and _speakable(name)))
     for name in sorted((set(train) | set(held)) - set(classes)):
-        notes.append(f"class {name!r} left out: no usable photograph in one of the two splits")
+        empty = "no usable photograph in one of the two splits"
+        reason = empty if _speakable(name) else "no letter or digit in its name"
+        notes.append(f"class {name!r} left out: {reason}")
+    _tell_apart(path, classes)
     if len(classes) < 2:
         raise ValueError(
             f"data.path={path}: {len(classes)} usable classes; found {_describe(train, held, skipped)}; "
@@ -140,6 +145,20 @@ def read_folder(path: str | Path, *, cache: Path, eval_share: float = 0.2, seed:
         skipped=skipped,
         notes=tuple(notes),
     )
+
+
+def _speakable(name: str) -> bool:
+    return any(char.isalnum() for char in name)
+
+
+def _tell_apart(path: str | Path, classes: tuple[str, ...]) -> None:
+    seen: dict[str, str] = {}
+    for name in classes:
+        if (other := seen.setdefault(normalise(name), name)) != name:
+            raise ValueError(
+                f"data.path={path}: classes {other!r} and {name!r} are both {normalise(name)!r} once punctuation is "
+                "dropped, as answers are compared; rename one of the folders"
+            )
 
 
 def _open(path: str | Path, cache: Path, notes: list[str]) -> Path:
@@ -184,16 +203,20 @@ def _folders(path: Path) -> list[Path]:
 def _classes(root: Path, checks: Mapping[Path, str]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for folder in _folders(root):
-        name = " ".join(folder.name.replace("_", " ").lower().split())
+        name = " ".join(folder.name.replace("_", " ").lower().split()) or folder.name
         files = sorted(file for file in folder.rglob("*") if file in checks)
         found.setdefault(name, []).extend(files)
     return found
 
 
-def _checked(root: Path, cache: Path, skipped: Counter[str]) -> dict[Path, str]:
+def _checked(root: Path, cache: Path, skipped: Counter[str], notes: list[str]) -> dict[Path, str]:
     # Usable file -> digest of its bytes. Decoding is the only way to find a truncated file, so it is done once
     # for each (path, size, time) and remembered.
-    files = sorted(file for file in root.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+    named = [file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES]
+    files = sorted(file for file in named if file.is_file())
+    if lost := sorted(str(file.relative_to(root)) for file in named if not file.exists()):
+        skipped["link that leads nowhere"] += len(lost)
+        notes.append(f"links that lead nowhere: {_some(lost)}")
     stamp = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     record = cache / "photos" / f"checked-{stamp}.json"
     try:
@@ -218,10 +241,14 @@ def _checked(root: Path, cache: Path, skipped: Counter[str]) -> dict[Path, str]:
     if fresh != known:
         with atomic_path(record) as temporary:
             temporary.write_text(json.dumps(fresh), encoding="utf-8")
-    for _, digest, _ in results:
-        if not digest:
-            skipped["unreadable image"] += 1
+    if bad := [str(file.relative_to(root)) for file, (_, digest, _) in zip(files, results, strict=True) if not digest]:
+        skipped["unreadable image"] += len(bad)
+        notes.append(f"unreadable images: {_some(bad)}")
     return {file: digest for file, (_, digest, _) in zip(files, results, strict=True) if digest}
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _split(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,14 @@ from fastmllm.data.sample import Sample
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+def normalise(text: str) -> str:
+    """Return a text as answers are compared: fold case, width, punctuation and white space; drop a leading article."""
+    text = unicodedata.normalize("NFKC", text).casefold().strip()
+    text = re.sub(r"[^\w\s'-]+", " ", text)
+    text = re.sub(r"^(?:an?|the)\s+", "", text.strip())
+    return " ".join(text.split())
 
 
 class TextError(ValueError):

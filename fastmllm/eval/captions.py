@@ -128,7 +128,7 @@ def chair(captions: Sequence[str], truths: Sequence[set[str]], vocabulary: Mappi
     """Count object mentions that the image does not hold.
 
     Args:
-        captions: one a image.
+        captions: one an image.
         truths: the objects that the image holds.
         vocabulary: see `mentioned`.
     """

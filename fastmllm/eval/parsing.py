@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
+from fastmllm.data.text import normalise
+
 _NEGATIONS = {"no", "not", "none", "without", "isn't", "aren't", "doesn't", "don't", "cannot", "can't"}
-
-
-def normalise(text: str) -> str:
-    """Fold case, width, punctuation and white space; drop a leading article."""
-    text = unicodedata.normalize("NFKC", text).casefold().strip()
-    text = re.sub(r"[^\w\s'-]+", " ", text)
-    text = re.sub(r"^(?:an?|the)\s+", "", text.strip())
-    return " ".join(text.split())
 
 
 def parse_choice(text: str, choices: Sequence[str]) -> str | None:

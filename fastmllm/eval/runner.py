@@ -87,9 +87,9 @@ class Report:
         return [r.to_json() for r in self.rows]
 
     def table(self) -> Table:
-        """Return a rich table: a line a task and metric, a column a condition."""
-        table = Table(title="Evaluation: % and 95 % interval (CIDEr-D is a score)")
-        for name in ("task", "metric", "n", *CONDITIONS, "unread"):
+        """Return a rich table: a line a task and metric, a column a condition; unparsed shares in their order."""
+        table = Table(title="Evaluation: % and 95 % interval (CIDEr-D is a score; less CHAIR is better)")
+        for name in ("task", "metric", "n", *CONDITIONS, "unparsed, %"):
             table.add_column(name, justify="left" if name in ("task", "metric") else "right")
         for task, metric in dict.fromkeys((r.task, r.metric) for r in self.rows):
             cells = {r.condition: r for r in self.rows if (r.task, r.metric) == (task, metric)}
@@ -99,9 +99,17 @@ class Report:
                 metric,
                 str(mine.estimate.count),
                 *(_cell(cells[c].estimate, metric) if c in cells else "-" for c in CONDITIONS),
-                "-" if mine.unparsed is None else f"{100 * mine.unparsed:.0f}",
+                unparsed(cells) or "-",
             )
         return table
+
+
+def unparsed(row: Mapping[str, Row]) -> str:
+    """Return the unparsed shares of a line of the table, in the order of `CONDITIONS`: "3 / 0 / 1 / 0 / 0"."""
+    shares = [row[c].unparsed for c in CONDITIONS if c in row]
+    return (
+        " / ".join("-" if s is None else f"{100 * s:.0f}" for s in shares) if any(s is not None for s in shares) else ""
+    )
 
 
 def _cell(e: Estimate, metric: str) -> str:
@@ -122,7 +130,8 @@ def evaluate(
     Args:
         responder: the model.
         samples: task -> held-out questions. `exists` is forced choice by log-probability; `caption` and `scene`
-            are scored by CIDEr-D and CHAIR; yes/no answers are parsed strictly; the rest is exact match.
+            are scored by CIDEr-D and CHAIR; yes/no answers are parsed strictly; the rest is exact match. Blind is
+            the task's answer that the model finds most probable without an image; captions it writes freely.
         train: task -> training questions, for the majority answer and the closed sets.
         config: limits and seeds.
         progress: called as (task, done, total) before each round of questions.
@@ -173,13 +182,34 @@ def _variants(items: list[Sample], config: EvalConfig) -> dict[str, list[Sample]
 
 
 def _answers(
-    responder: Responder, items: list[Sample], known: list[Sample], closed: Sequence[str], config: EvalConfig
+    responder: Responder,
+    items: list[Sample],
+    known: list[Sample],
+    closed: Sequence[str],
+    config: EvalConfig,
+    guess: bool = False,
 ) -> dict[str, list[str]]:
-    asked = _variants(items, config)
-    texts = {c: responder.answer(s, config.max_new_tokens) for c, s in asked.items()}
+    """Answer under every condition; with `guess`, blind picks from the closed set instead of writing freely."""
+    texts = {}
+    for condition, asked in _variants(items, config).items():
+        if guess and condition == controls.BLIND:
+            texts[condition] = _most_probable(responder, asked, closed)
+        else:
+            texts[condition] = responder.answer(asked, config.max_new_tokens)
     texts[controls.MAJORITY] = controls.majority_answer(items, known, config.seed)
     texts[controls.RANDOM] = controls.random_answer(items, closed, config.seed)
     return texts
+
+
+def _most_probable(responder: Responder, asked: Sequence[Sample], closed: Sequence[str]) -> list[str]:
+    """Pick each question's answer from its choices or the closed set; equal questions are scored once.
+
+    Left to itself a model that misses its image may say nothing, and would then lie below chance.
+    """
+    different = {(s.prompt, s.choices): replace(s, choices=tuple(sorted(s.choices or closed))) for s in asked}
+    scores = dict(zip(different, responder.score(list(different.values())), strict=True))
+    picks = {key: max(zip(scores[key], s.choices, strict=True))[1] for key, s in different.items()}
+    return [picks[s.prompt, s.choices] for s in asked]
 
 
 def _exact_match(
@@ -187,7 +217,7 @@ def _exact_match(
 ) -> None:
     closed = sorted({s.answer for s in (*known, *items)} | {c for s in items for c in s.choices})
     verdicts = {normalise(c) for c in closed} <= {"yes", "no"}
-    for condition, texts in _answers(responder, items, known, closed, config).items():
+    for condition, texts in _answers(responder, items, known, closed, config, guess=True).items():
         parsed = [
             parse_yes_no(t) if verdicts else parse_choice(t, s.choices or closed)
             for t, s in zip(texts, items, strict=True)
@@ -200,7 +230,7 @@ def _exact_match(
         if verdicts:
             yes = [p == "yes" for p in parsed]
             report.rows.append(Row(task, condition, "yes ratio", share(yes, [s.image for s in items]), missing))
-        _record(report, condition, items, texts, correct)
+        _record(report, task, condition, items, texts, correct)
 
 
 def _forced_choice(
@@ -219,7 +249,7 @@ def _forced_choice(
     for condition, chosen in picks.items():
         correct = [c == s.answer for c, s in zip(chosen, items, strict=True)]
         report.rows.append(Row("exists", condition, "forced choice", share(correct, [s.image for s in items])))
-        _record(report, condition, items, chosen, correct)
+        _record(report, "exists", condition, items, chosen, correct)
 
 
 def _captions(
@@ -245,7 +275,7 @@ def _captions(
                 flags = [i < hit for hit, total in zip(hits, totals, strict=True) for i in range(total)]
                 clusters = [image for image, total in zip(images, totals, strict=True) for _ in range(total)]
                 report.rows.append(Row(task, condition, metric, share(flags, clusters)))
-        _record(report, condition, items, texts, scores)
+        _record(report, task, condition, items, texts, scores)
 
 
 def _retrieval(report: Report, responder: Responder, items: list[Sample], config: EvalConfig) -> None:
@@ -265,13 +295,13 @@ def _retrieval(report: Report, responder: Responder, items: list[Sample], config
 
 
 def _record(
-    report: Report, condition: str, items: Sequence[Sample], texts: Sequence[str], verdicts: Sequence[Any]
+    report: Report, task: str, condition: str, items: Sequence[Sample], texts: Sequence[str], verdicts: Sequence[Any]
 ) -> None:
     for sample, text, verdict in zip(items, texts, verdicts, strict=True):
         report.records.append(
             {
                 "id": sample.id,
-                "task": sample.task,
+                "task": task,
                 "condition": condition,
                 "answer": sample.answer,
                 "said": text,

@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastmllm.models.weights.folder import renamed
 
-def fingerprint(module: nn.Module, *extra: object) -> str:
+
+def encoder_fingerprint(module: nn.Module, *extra: object) -> str:
     """Return a short hash over a module's weights and whatever else its output depends on."""
     digest = hashlib.sha256(repr(extra).encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -40,7 +42,7 @@ class FeatureCache:
     ) -> None:
         self.encoder, self.image_size, self.load = encoder, image_size, load
         self.features: dict[str, Tensor] = {}
-        self.path = folder / f"features-{fingerprint(encoder, image_size)}.safetensors" if folder else None
+        self.path = folder / f"features-{encoder_fingerprint(encoder, image_size)}.safetensors" if folder else None
         self._stored = self._read()
 
     def _read(self) -> dict[str, Tensor]:
@@ -80,14 +82,11 @@ class FeatureCache:
 
     def _write(self) -> None:
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         entries = {self._key(p): f for p, f in self.features.items()}
-        temporary = self.path.with_suffix(f".tmp-{os.getpid()}")
         try:
-            save_file({**self._stored, **entries}, temporary)
-            os.replace(temporary, self.path)
+            with renamed(self.path) as temporary:
+                save_file({**self._stored, **entries}, temporary)
         except (OSError, SafetensorError) as error:  # a cache that cannot be written costs time, not the run
-            temporary.unlink(missing_ok=True)
             print(f"feature cache {self.path}: not written ({error}); features stay in memory for this run")
         self._stored.update(entries)
 

@@ -55,9 +55,10 @@ class Projector(nn.Module):
         self.mlp = GeluMLP(width, hidden, activation, width_out=width_out, bias=bias)
         for parameter, fan_in in zip(self.mlp.parameters(), (width, hidden) * 2, strict=False):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)  # nn.Linear's: connectors learn from scratch
-        self.out_norm = None if out_std is None else LayerNorm(width_out)
-        if self.out_norm is not None:
-            nn.init.constant_(self.out_norm.weight, float(out_std or 0.0))
+        self.out_norm = None
+        if out_std is not None:
+            self.out_norm = LayerNorm(width_out)
+            nn.init.constant_(self.out_norm.weight, out_std)
 
     def num_tokens(self, rows: int, columns: int) -> int:
         """Return the tokens that a grid of rows x columns becomes."""

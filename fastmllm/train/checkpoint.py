@@ -11,22 +11,25 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from fastmllm.data.cache import atomic_path
 
 ENGINE_TAG = "engine"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or belongs to another run."""
+    """A checkpoint cannot be written or read, or belongs to another run."""
 
 
 class EngineLike(Protocol):
@@ -46,7 +49,7 @@ class EngineLike(Protocol):
 
 def fingerprint(value: Any) -> str:
     """Return 16 hexadecimal digits of a JSON-able value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -85,14 +88,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the body or the rename failed to write; names the space left.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            yield temporary
+            _flush(temporary)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
         if _is_write_problem(error):
             raise CheckpointError(_full_disk(path, str(error), "what was there before is intact")) from error
         raise
@@ -102,7 +102,7 @@ def _is_write_problem(error: Exception) -> bool:
     """True for an OSError and for the errors that torch and safetensors make of one."""
     if isinstance(error, OSError):
         return True
-    return type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+    return isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
 
 
 def _full_disk(path: Path, problem: str, kept: str) -> str:
@@ -221,17 +221,42 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """Return what `save_checkpoint` was given as meta."""
-    meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    assert isinstance(meta, dict)
-    return meta
+def read_meta(checkpoint: Path, needed: Sequence[str] = ("step",)) -> dict[str, Any]:
+    """Return what `save_checkpoint` was given as meta.
+
+    Raises:
+        CheckpointError: damaged, or one of the needed keys is missing.
+    """
+    return read_json(checkpoint / "meta.json", needed, f"delete {checkpoint}, then the run starts from an earlier step")
+
+
+def read_json(path: Path, needed: Sequence[str], remedy: str) -> dict[str, Any]:
+    """Read a file of a run and see that it holds what it should.
+
+    Raises:
+        CheckpointError: damaged, with the remedy.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or any(key not in found for key in needed):
+            raise ValueError(f"it must hold {', '.join(needed)}")
+    except ValueError as error:
+        raise _damaged(path, error, remedy) from error
+    return found
+
+
+def _damaged(path: Path, error: Exception, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({(str(error) or repr(error)).splitlines()[0]}); {remedy}")
 
 
 def load_checkpoint(engine: EngineLike, checkpoint: Path) -> None:
     """Bring parameters, optimizer state and random state of a checkpoint back, to the bit; called by all ranks."""
-    engine.load(checkpoint, ENGINE_TAG)
-    state = torch.load(checkpoint / f"rng-{engine.rank}.pt", weights_only=True)
+    try:
+        engine.load(checkpoint, ENGINE_TAG)
+        state = torch.load(checkpoint / f"rng-{engine.rank}.pt", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        remedy = f"delete {checkpoint}, then the run starts from an earlier step"
+        raise _damaged(checkpoint, error, remedy) from error
     torch.set_rng_state(state["cpu"])
     if "device" in state and engine.device.type == "cuda":
         torch.cuda.set_rng_state(state["device"], engine.device)
@@ -288,8 +313,19 @@ def load_trainable(model: nn.Module, path: Path | str) -> dict[str, str]:
         the file's metadata.
 
     Raises:
-        CheckpointError: a tensor has no place of its name and shape in the model; nothing is copied.
+        CheckpointError: the file is missing or damaged, or a tensor has no place of its name and shape in the model;
+            nothing is copied.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the weights are missing; put the file back")
+    try:
+        return _load_trainable(model, path)
+    except SafetensorError as error:
+        raise _damaged(path, error, "put a whole copy there") from error
+
+
+def _load_trainable(model: nn.Module, path: Path) -> dict[str, str]:
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     with safe_open(str(path), framework="pt") as file:
         names = list(file.keys())

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("auto", "float32", "bfloat16")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 HYPERPARAMETERS = ("weight_decay", "betas", "eps")
 
@@ -31,7 +31,8 @@ class EngineConfig:
     Args:
         zero_stage: what the ranks share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
         dtype: parameters in the forward pass, "float32" or "bfloat16" (fp32 master copy). "float32" casts
-            nothing: a frozen part that was loaded in bfloat16 stays so.
+            nothing: a frozen part that was loaded in bfloat16 stays so. "auto" is the one that a recipe's `model.dtype`
+            decides on (`fastmllm.run.engine_for`); by itself it casts nothing either.
         accumulation: micro-batches in a step, on each rank.
         bucket_elements: upper bound on a reduction bucket; the trainable count is used when it is smaller.
         offload: "none", or "cpu" to keep the optimizer state in host memory (stages 2 and 3).
@@ -39,7 +40,7 @@ class EngineConfig:
     """
 
     zero_stage: int = 2
-    dtype: str = "float32"
+    dtype: str = "auto"
     accumulation: int = 1
     bucket_elements: int = 50_000_000
     offload: str = "none"

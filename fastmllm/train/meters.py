@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
+from fastmllm.data.progress import bar
 from fastmllm.train.checkpoint import atomic_file
 
 
@@ -95,14 +96,7 @@ class ProgressReport:
         self._every = max(1, steps // 10)
         self._bar: Progress | None = None
         if not quiet and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self._bar = bar(console, TextColumn("{task.fields[figures]}"))
             self._task = self._bar.add_task(title, total=steps, completed=start, figures="")
 
     def __enter__(self) -> ProgressReport:

@@ -28,6 +28,7 @@ from fastmllm.train.checkpoint import (
     load_checkpoint,
     load_trainable,
     model_fingerprint,
+    read_json,
     read_meta,
     remove_leftovers,
     save_checkpoint,
@@ -37,6 +38,8 @@ from fastmllm.train.checkpoint import (
 from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log
 from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
+
+META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
 
 
 class BatchLike(Protocol):
@@ -95,7 +98,7 @@ class Trainer:
         recipe: JSON-able identity of what the trainer cannot see (data, tokenizer); part of the fingerprint.
         on_mismatch: what to do when out_dir holds another recipe's run: "error", or "fresh" to rename that
             folder and start.
-        save_every: steps between checkpoints; 0 saves on a stop only.
+        save_every: steps between checkpoints, and one after the last step; 0 saves on a stop only.
         keep: newest checkpoints that stay.
         on_step: called after each step, on every rank.
         console: of rank 0's output; the standard output by default.
@@ -133,7 +136,7 @@ class Trainer:
             json.dumps(
                 {
                     "stage": asdict(stage),
-                    "dtype": engine_config.dtype,
+                    "dtype": engine_config.dtype.replace("auto", "float32"),  # both cast nothing
                     "micro_batches": engine_config.accumulation * self.world_size,
                     "frozen_weights": model_fingerprint(model, trainable=False),
                     "initial_weights": model_fingerprint(model, trainable=True),
@@ -200,9 +203,9 @@ class Trainer:
         checkpoint = latest_checkpoint(self.checkpoints)
         result = self.out_dir / "result.json"
         if result.exists():
-            lines = differences(json.loads(result.read_text(encoding="utf-8"))["recipe"], self.recipe)
+            lines = differences(self._read_result()["recipe"], self.recipe)
         elif checkpoint is not None:
-            meta = read_meta(checkpoint)
+            meta = read_meta(checkpoint, META)
             lines = differences(meta["recipe"], self.recipe) + differences(meta["layout"], self.layout)
         else:
             return None
@@ -220,13 +223,22 @@ class Trainer:
         path = self.out_dir / "result.json"
         if not path.exists():
             return None
-        result = StageResult(**json.loads(path.read_text(encoding="utf-8"))["result"])
+        result = StageResult(**self._read_result()["result"])
         weights = self.out_dir / "trainable.safetensors"
-        load_trainable(self.model, weights)
+        try:
+            load_trainable(self.model, weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}, or {self._again()}") from error
         self.model.eval()
         if self._is_first():
             self.console.print(f"{self.stage.name}: finished before ({self.out_dir}); its weights are reused")
         return replace(result, reused=True, weights=str(weights))
+
+    def _read_result(self) -> dict[str, Any]:
+        return read_json(self.out_dir / "result.json", ("recipe", "result"), self._again())
+
+    def _again(self) -> str:
+        return f"delete {self.out_dir / 'result.json'} and run the same again: it goes on from the last checkpoint"
 
     def _is_first(self) -> bool:
         return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -243,7 +255,7 @@ class Trainer:
         began = time.perf_counter()
         try:
             with self._signals(), ThreadPoolExecutor(max_workers=1) as ahead, progress:
-                upcoming = ahead.submit(self._micro_batches, start, engine.rank)
+                upcoming = ahead.submit(self._micro_batches, min(start, stage.steps - 1), engine.rank)
                 for step in range(start, stage.steps):
                     tick = time.perf_counter()
                     micro = upcoming.result()
@@ -267,7 +279,8 @@ class Trainer:
                     progress.update(record)
                     if self.on_step is not None:
                         self.on_step(record)
-                    if self.save_every and (step + 1) % self.save_every == 0 and step + 1 < stage.steps:
+                    # after the last step too: the export may find a full disk
+                    if self.save_every and ((step + 1) % self.save_every == 0 or step + 1 == stage.steps):
                         self._save(engine, step + 1, seconds + time.perf_counter() - began)
         finally:
             if log is not None:

@@ -45,7 +45,7 @@ def test_pareto_front():
 
 
 def test_report_shows_every_section(tmp_path):
-    image = tmp_path / "a.png"
+    image = tmp_path / "a.tif"
     Image.new("RGB", (4, 4)).save(image)
     report = Report(rows=[Row("name", c, "accuracy", share([c == "model"] * 20), 0.0) for c in CONDITIONS])
     report.rows.append(Row("caption", "model", "CIDEr-D", share([True]), None))

@@ -58,8 +58,31 @@ def test_unreadable_photographs_are_skipped_and_counted(plain: Path, tmp_path: P
         photos = read_folder(plain, cache=tmp_path / "c")
         assert photos.skipped == {"unreadable image": 2}
         assert broken not in photos.train["hat"] + photos.eval["hat"]
+        assert "unreadable images: hat/x.png, shoe/y.jpg" in photos.notes
     photo(broken, 77)  # mended: looked at again
     assert read_folder(plain, cache=tmp_path / "c").skipped == {"unreadable image": 1}
+
+
+def test_tiff_is_read_and_a_dangling_link_is_counted(plain: Path, tmp_path: Path) -> None:
+    scan = photo(plain / "hat" / "scan.tif", 6)
+    (plain / "shoe" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    photos = read_folder(plain, cache=tmp_path / "c")
+    assert scan in (*photos.train["hat"], *photos.eval["hat"])
+    assert photos.skipped == {"link that leads nowhere": 1}
+    assert "links that lead nowhere: shoe/gone.png" in photos.notes
+
+
+def test_a_class_needs_a_name_of_its_own(plain: Path, tmp_path: Path) -> None:
+    for i in range(3):
+        photo(plain / "_" / f"{i}.png", 500 + i)
+    splits = build(DataConfig(path=str(plain), cache=str(tmp_path / "c")))
+    assert splits.concepts == ("hat", "long shirt", "shoe")
+    assert "class '_' left out: no letter or digit in its name" in splits.notes
+    for name in ("c++", "c#"):
+        for i in range(3):
+            photo(plain / name / f"{i}.png", 600 + i + 10 * len(name))
+    with pytest.raises(ValueError, match=r"classes 'c#' and 'c\+\+' are both 'c' once punctuation is dropped.*rename"):
+        read_folder(plain, cache=tmp_path / "c")
 
 
 def test_a_copy_of_a_training_photograph_is_not_tested_on(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_seeing_model_beats_every_control(seen):
         assert seen.beats_controls(task), task
     assert seen.get("exists", controls.BLIND).estimate.value == 0.0  # ties are no knowledge
     assert seen.get("name", controls.WRONG).estimate.value == 0.0
-    assert seen.get("name", controls.BLIND).unparsed == 1.0
+    assert seen.get("name", controls.BLIND).unparsed == 0.0  # it picks from the closed set
     assert seen.get("retrieval", metric="R@1 image to text").estimate.value == 1.0
     assert seen.get("yes_no", metric="yes ratio").estimate.value == 0.5
     assert seen.get("caption", controls.WRONG, "CHAIRs").estimate.value == 1.0
@@ -86,6 +86,37 @@ def test_a_blind_model_beats_none():
     samples = _samples()
     report = evaluate(Blind(), samples, samples, EvalConfig(gallery=0))
     assert not any(report.beats_controls(task) for task in ("name", "group", "exists"))
+
+
+def test_blind_is_the_most_probable_answer_of_the_closed_set():
+    """One that says nothing without its image would lie below chance, and any model above it."""
+
+    class Prior(Seeing):
+        asked = 0
+
+        def score(self, samples):
+            self.asked += len(samples)
+            return [[float(c in ("food", "no")) for c in s.choices] for s in samples]
+
+    samples = {task: _samples()[task] for task in ("group", "yes_no")}
+    model = Prior()
+    report = evaluate(model, samples, samples, EvalConfig(gallery=0))
+    assert report.get("group", controls.BLIND).estimate.value == 0.25  # as good as its prior, no worse
+    assert report.get("yes_no", controls.BLIND).estimate.value == 0.5
+    assert model.asked == 1 + len({s.prompt for s in samples["yes_no"]})  # equal questions once
+
+
+def test_every_condition_says_what_could_not_be_parsed():
+    class Mute(Seeing):
+        def answer(self, samples, max_new_tokens):
+            return ["?" if "3" in s.image else "thing 1" for s in samples]
+
+    names = {"name": _samples()["name"]}
+    report = evaluate(Mute(), names, names, EvalConfig(gallery=0))
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.table())
+    wrong = round(100 * report.get("name", controls.WRONG).unparsed)
+    assert f"32 / 0 / {wrong} / 0 / 0" in console.export_text()
 
 
 def test_every_answer_is_kept_and_the_table_prints(seen):

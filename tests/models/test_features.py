@@ -10,7 +10,7 @@ from tiny_vlm import colour_photos
 from torch import nn
 
 from fastmllm.data.images import load_image
-from fastmllm.models.features import FeatureCache, fingerprint
+from fastmllm.models.features import FeatureCache, encoder_fingerprint
 
 
 class Counting(nn.Module):
@@ -52,7 +52,7 @@ def test_a_changed_key_never_hits(paths, tmp_path):
     touched = Counting()
     FeatureCache(touched, 8, load_image, tmp_path).add(paths)
     assert touched.images == 1  # another file under the same name
-    assert fingerprint(Counting()) != fingerprint(Counting(2.0))
+    assert encoder_fingerprint(Counting()) != encoder_fingerprint(Counting(2.0))
 
 
 def test_a_damaged_file_is_rebuilt(paths, tmp_path):

@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 Builder, Handle, Executor = interpreter.InterpreterBuilder, interpreter.TensorHandle, interpreter.GridExecutor
 ZONE = 16384  # bytes on either side of a storage; all ones: NaN in every float format, -1 in integers
-iterations = 0  # of of programs and of their loops, since a test set it to 0
+iterations = 0  # of programs and of their loops, since a test set it to 0
 
 
 def _is_bf16(handle) -> bool:

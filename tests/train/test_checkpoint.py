@@ -213,6 +213,33 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         load_trainable(nn.Linear(2, 2), path)
 
 
+def test_damaged_and_missing_weights_say_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    model = toy()
+    apply_rules(model, RULES)
+    save_trainable(model, path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged \(.+\); put a whole"):
+        load_trainable(toy(), path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: the weights are missing; put"):
+        load_trainable(toy(), path)
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    path = save_checkpoint(OneRank(), tmp_path, {"step": 3, "seconds": 1.0, "recipe": {}, "layout": {}})
+    for file in (path / "rng-0.pt", path / "engine" / "state.pt"):
+        before = file.read_bytes()
+        file.write_bytes(before[:20])
+        with pytest.raises(CheckpointError, match=r"step-00000003 is damaged .*; delete .*step-00000003, then the run"):
+            load_checkpoint(OneRank(), path)
+        file.write_bytes(before)
+    for text in ("{", "[]", '{"seconds": 3}', "3"):
+        (path / "meta.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"meta\.json is damaged .*; delete .*step-00000003"):
+            read_meta(path)
+
+
 def test_buffers_beside_trainable_weights_are_exported(tmp_path: Path) -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     apply_rules(model, {"1.*": 1e-3})

@@ -282,3 +282,29 @@ def test_the_log_and_the_lines(tmp_path: Path) -> None:
     assert "what learns" in printed
     assert 8 <= printed.count("ms/step") <= 12
     assert printed.index("what learns") < printed.index("step 1/30")
+
+
+def test_a_damaged_result_says_what_to_do(tmp_path: Path) -> None:
+    trainer(tmp_path, toy()).run()
+    (tmp_path / "result.json").write_text('{"result": "\x01')
+    with pytest.raises(CheckpointError, match=r"json is damaged \(Invalid control.*; delete .*json and run"):
+        trainer(tmp_path, toy()).run()
+
+
+def test_a_failed_export_repeats_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, model = toy(), toy()
+    trainer(tmp_path / "a", straight).run()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise CheckpointError("cannot write: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastmllm.train.trainer.save_trainable", full)
+        with pytest.raises(CheckpointError, match="No space"):
+            trainer(tmp_path / "b", model, save_every=4).run()
+    steps: list[int] = []
+    resumed = toy()
+    result = trainer(tmp_path / "b", resumed, save_every=4, on_step=lambda record: steps.append(record.step)).run()
+    assert steps == []
+    assert (result.steps, result.loss_last) == (6, losses(tmp_path / "a")[-1])
+    assert all(torch.equal(value, values(resumed)[name]) for name, value in values(straight).items())
