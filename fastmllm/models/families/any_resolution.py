@@ -10,21 +10,19 @@ from torch import Tensor, nn
 
 from fastmllm.data.resolution.anyres import PINPOINTS, AnyRes
 from fastmllm.data.resolution.plan import Regrid
-from fastmllm.models.families.llava import ALIASES, refuse_class_token
+from fastmllm.models.families.llava import ALIASES, blueprint, refuse_class_token
 from fastmllm.models.families.parts import (
     TilePath,
     decoder,
-    decoder_rules,
-    decoder_unused,
     feature_layer,
     host_list,
     vision_tower,
 )
 from fastmllm.models.image_path import Seen, Visual
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.connectors import read_projector
-from fastmllm.models.weights.mapping import Rule, prefixed
+from fastmllm.models.weights.mapping import Rule
 from fastmllm.modules.anyres import AnyResPacker
 
 
@@ -94,23 +92,12 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
         pinpoints=tuple(host_list(raw.get("image_grid_pinpoints") or PINPOINTS)),  # type: ignore[arg-type]
         max_tiles=_most_tiles(raw, origin) if onevision else None,
     )  # fmt: skip
-    return Blueprint(
-        images=AnyResPath(tower.module, connector, width, policy),
-        language=language,
-        layout=Layout(
-            rules=[
-                *tower.rules,
-                *prefixed(rules, "images.connector."),
-                Rule("images.packer.newline", "image_newline"),
-                *decoder_rules("language_model.model.", "language_model."),
-            ],
-            aliases=(*ALIASES, ("model.image_newline", "image_newline")),
-            unused=[*tower.unused, *decoder_unused("language_model.model.")],
-            spare=tower.spare,
-            tied=tied,
-        ),
-        placeholders=(raw.get("image_token_id", raw.get("image_token_index", 151646 if onevision else 32000)),),
-    )
+    placeholder = raw.get("image_token_id", raw.get("image_token_index", 151646 if onevision else 32000))
+    return blueprint(
+        tower, AnyResPath(tower.module, connector, width, policy), language, rules, tied=tied, placeholder=placeholder,
+        more=[Rule("images.packer.newline", "image_newline")],
+        aliases=(*ALIASES, ("model.image_newline", "image_newline")),
+    )  # fmt: skip
 
 
 def _most_tiles(raw: Mapping[str, Any], origin: str) -> int:

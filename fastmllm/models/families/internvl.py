@@ -5,24 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastmllm.models.families.llava import refuse_class_token
-from fastmllm.models.families.parts import (
-    TilePath,
-    decoder,
-    decoder_rules,
-    decoder_unused,
-    vision_tower,
-)
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.families.llava import ALIASES, blueprint, refuse_class_token
+from fastmllm.models.families.parts import TilePath, decoder, vision_tower
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.weights.connectors import read_projector
-from fastmllm.models.weights.mapping import prefixed
-
-ALIASES = (
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-)
 
 
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
@@ -37,19 +23,6 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     tied = bool(raw.get("tie_word_embeddings", True))
     language = decoder(raw["text_config"], origin, tied=tied, kind="qwen2")
     connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
-    return Blueprint(
-        images=TilePath(tower.module, connector, language.config.width),
-        language=language,
-        layout=Layout(
-            rules=[
-                *tower.rules,
-                *prefixed(rules, "images.connector."),
-                *decoder_rules("language_model.model.", "language_model."),
-            ],
-            aliases=ALIASES,
-            unused=[*tower.unused, *decoder_unused("language_model.model.")],
-            spare=tower.spare,
-            tied=tied,
-        ),
-        placeholders=(raw.get("image_token_id", 151667),),
-    )
+    path = TilePath(tower.module, connector, language.config.width)
+    placeholder = raw.get("image_token_id", 151667)
+    return blueprint(tower, path, language, rules, tied=tied, placeholder=placeholder, aliases=ALIASES[1:])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmllm.models.families.parts import (
     TilePath,
+    Tower,
     decoder,
     decoder_rules,
     decoder_unused,
     feature_layer,
     vision_tower,
 )
+from fastmllm.models.language import LanguageModel
 from fastmllm.models.mllm import Blueprint, Layout
 from fastmllm.models.weights.connectors import read_projector
-from fastmllm.models.weights.mapping import prefixed
+from fastmllm.models.weights.mapping import Rule, prefixed
 
 ALIASES = (
     ("vision_tower.vision_model.", "vision_tower."),  # transformers 4
@@ -33,21 +35,41 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     tied = bool(raw.get("tie_word_embeddings", False))
     language = decoder(raw["text_config"], origin, tied=tied)
     connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
+    path = TilePath(tower.module, connector, language.config.width)
+    placeholder = raw.get("image_token_id", raw.get("image_token_index", 32000))
+    return blueprint(tower, path, language, rules, tied=tied, placeholder=placeholder)
+
+
+def blueprint(
+    tower: Tower, path: TilePath, language: LanguageModel, connector: Sequence[Rule], *, tied: bool, placeholder: int,
+    more: Sequence[Rule] = (), aliases: Sequence[tuple[str, str]] = ALIASES,
+) -> Blueprint:  # fmt: skip
+    """Lay out what LLaVA and its relatives share: encoder, projector and decoder, each under its own prefix.
+
+    Args:
+        tower, path, language: the parts.
+        connector: table of the projector.
+        tied: the head is the embedding table.
+        placeholder: token that visual tokens replace.
+        more: further rules.
+        aliases: as in `Layout`.
+    """
     return Blueprint(
-        images=TilePath(tower.module, connector, language.config.width),
+        images=path,
         language=language,
         layout=Layout(
             rules=[
                 *tower.rules,
-                *prefixed(rules, "images.connector."),
+                *prefixed(connector, "images.connector."),
+                *more,
                 *decoder_rules("language_model.model.", "language_model."),
             ],
-            aliases=ALIASES,
+            aliases=aliases,
             unused=[*tower.unused, *decoder_unused("language_model.model.")],
             spare=tower.spare,
             tied=tied,
         ),
-        placeholders=(raw.get("image_token_id", raw.get("image_token_index", 32000)),),
+        placeholders=(placeholder,),
     )
 
 
