@@ -1,0 +1,136 @@
+"""Fresh compositions: what must hold of every one that is allowed, and CogAgent against its formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmllm.infer.generate import generate
+from fastmllm.models.mllm import MLLM
+from tests.support.tiny_compositions import IMAGE, allowed, labels, picture, redrawn, samples, tiny
+
+ALLOWED = allowed()
+ONE_A_FUSION = sorted(
+    {(fusion, resolution): (e, resolution, c, fusion) for e, resolution, c, fusion in ALLOWED}.values()
+)
+names = {"ids": lambda parts: "-".join(parts)}
+
+
+def relative(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}  # every parameter has one
+
+
+@pytest.mark.parametrize("parts", ALLOWED, **names)
+def test_packed_equals_unpacked_gradients_reach_every_parameter_and_pixels_count(parts):
+    model, batch = redrawn(tiny(*parts)), samples()
+    together = model.pack(batch, labels(batch))
+    loss = model(together)
+    found = gradients(model, loss)
+    assert not [name for name, gradient in found.items() if not gradient.any()]
+    alone = [model.pack([s], labels([s])) for s in batch]
+    losses = [model(one) for one in alone]
+    assert relative(loss, sum(losses)) <= 1e-6
+    model.zero_grad()
+    sum(losses).backward()
+    largest = max(g.abs().max() for g in found.values())
+    for name, p in model.named_parameters():
+        assert (p.grad - found[name]).abs().max() <= 1e-5 * largest, name
+    with torch.no_grad():
+        assert relative(torch.cat([model.logits(one) for one in alone]), model.logits(together)) <= 2e-6
+    other = model(model.pack(samples(7), labels(samples(7))))
+    assert loss.item() != other.item()
+    moved = gradients(model, other)
+    towers = [name for name in found if name.endswith("patch_embed.weight")]
+    assert len(towers) == 1 + (parts[1] == "dual")
+    assert all(relative(moved[name], found[name]) > 1e-3 for name in towers)
+
+
+@pytest.mark.parametrize("parts", ALLOWED, **names)
+def test_pictures_move_the_rows_behind_them_and_no_other(parts):
+    model, before = redrawn(tiny(*parts)), samples()
+    after = [list(s) for s in before]
+    after[0][4] = 255 - before[0][4]  # the first sample's second picture
+    packed = model.pack(before)
+    tokens = packed.plan.input_ids.tolist()
+    first = len(tokens) if parts[3] == "cogagent" else tokens.index(11) + 1  # behind the text between the pictures
+    end = int(packed.cu_seqlens[1])
+    with torch.no_grad():
+        same = (model.logits(packed) == model.logits(model.pack(after))).all(-1)
+    if parts[3] != "cogagent":  # there every row sees its sample's pictures
+        assert same[:first].all()
+    assert not same[end - 2 : end].any()
+    assert same[end:].all()
+
+
+@pytest.mark.parametrize("parts", ALLOWED, **names)
+def test_text_alone_works(parts):
+    model, batch = redrawn(tiny(*parts)), [[1, 30, 31], [1, 20, 21, 22]]
+    packed = model.pack(batch, labels(batch))
+    assert packed.images is None
+    loss = model(packed)
+    loss.backward()
+    assert torch.isfinite(loss)
+    mixed = model.pack([*samples()[:1], *batch])
+    with torch.no_grad():
+        assert relative(model.logits(mixed)[-7:], model.logits(packed)) <= 2e-6
+
+
+@pytest.mark.parametrize("parts", ONE_A_FUSION, **names)
+def test_generation_equals_recomputing_without_a_cache(parts):
+    model, batch = redrawn(tiny(*parts)), samples()
+    found = generate(model, model.pack(batch), max_new_tokens=4, stop=[IMAGE])
+    for sample, new in zip(batch, found, strict=True):
+        for k, token in enumerate(new):
+            with torch.no_grad():
+                assert model.logits(model.pack([[*sample, *new[:k]]]))[-1].argmax() == token
+
+
+@pytest.mark.parametrize("parts", [p for p in ONE_A_FUSION if p[3] in ("flamingo", "idefics", "mllama")], **names)
+def test_a_fresh_model_with_gates_is_its_language_model(parts):
+    model = MLLM.from_config(tiny(*parts))
+    packed = model.pack(samples())
+    plan = packed.plan
+    with torch.no_grad():
+        plain = model.language(
+            model.language.embed(packed.input_ids), plan.position_ids, plan.cu_seqlens, plan.max_seqlen
+        )
+        assert torch.equal(model.start(packed)[0], plain)
+
+
+def test_the_seed_decides_the_weights_and_nothing_else():
+    config = tiny("vit", "fixed", "mlp", "flamingo")
+    state = torch.get_rng_state()
+    one, two, other = (MLLM.from_config(config, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["images.vision.patch_embed.weight"], other["images.vision.patch_embed.weight"])
+    assert not any(one[name].any() for name in one if name.endswith("_gate"))
+    assert one["language.cross_layers.1.q_proj.weight"].std() == pytest.approx(0.02, rel=0.2)
+
+
+def test_what_pack_refuses():
+    model = MLLM.from_config(tiny("vit", "fixed", "mlp", "tokens"))
+    with pytest.raises(ValueError, match=r"labels of \[2\] for samples of \[3\]"):
+        model.pack([[1, picture(0), 2]], [[1, 2]])
+    with pytest.raises(ValueError, match="0 images are given, but the text has places for 1"):
+        model.pack([[1, IMAGE, 2]])
+    model.packing = None
+    with pytest.raises(ValueError, match="names no resolution policy"):
+        model.pack([[1, 2]])
+
+
+@pytest.mark.parametrize("parts", ONE_A_FUSION, **names)
+def test_a_saved_composition_is_the_same_model(parts, tmp_path):
+    model = redrawn(tiny(*parts))
+    model.save_pretrained(tmp_path)
+    again = MLLM.from_pretrained(tmp_path)
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    with torch.no_grad():
+        assert torch.equal(again.logits(again.pack(samples())), model.logits(model.pack(samples())))
