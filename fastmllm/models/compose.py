@@ -61,7 +61,9 @@ def compose(config: MLLMConfig, seed: int = 0) -> MLLM:
     if published is None:
         return MLLM(made, {"model_type": "fastmllm", **to_json(config)})
     assert made.packing is not None
-    return MLLM(replace(made, layout=published.layout), published.raw | {"fastmllm": made.packing.to_json()})
+    model = MLLM(replace(made, layout=published.layout), published.raw | {"fastmllm": made.packing.to_json()})
+    model.checkpoint.spare = published.spare
+    return model
 
 
 def blueprint(config: MLLMConfig) -> Blueprint:
