@@ -254,11 +254,23 @@ def _read(cls: type, raw: Mapping[str, Any], origin: str) -> Any:
         raise ValueError(f"fastmllm::MLLM: {origin}: {cls.__name__} {what}")
     hints = get_type_hints(cls)
     values = {name: _value(hints[name], value, f"{origin}: {name}") for name, value in raw.items()}
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a word where a number belongs
+        raise ValueError(f"fastmllm::MLLM: {origin}: {cls.__name__}: {error}") from error
 
 
 def _value(hint: Any, value: Any, origin: str) -> Any:
+    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    nested = tuple(option for option in options if isinstance(option, type) and is_dataclass(option))
+    if not nested:
+        return _tuples(value)
     if isinstance(value, Mapping):
-        options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        return _read(next(option for option in options if is_dataclass(option)), value, origin)  # type: ignore[arg-type]
-    return tuple(_value(None, v, origin) for v in value) if isinstance(value, list | tuple) else value
+        return _read(nested[0], value, origin)
+    if isinstance(value, nested) or (value is None and types.NoneType in options):
+        return value
+    raise ValueError(f"fastmllm::MLLM: {origin}: {value!r} is no {nested[0].__name__}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
