@@ -97,6 +97,9 @@ def _any_names() -> list[str]:
 def make_policy(config: MLLMConfig) -> Policy:
     """Make the resolution policy of a composition.
 
+    What its plans say of tokens is right where the connector keeps a grid or the resolution is fixed; what stands in a
+    batch is counted by the image path.
+
     Raises:
         ValueError: its sizes do not fit the encoder's or the connector's.
     """

@@ -198,17 +198,20 @@ class MLLM(nn.Module):
         keep = torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
         return packed.with_media(seen.media[0][keep], seen.media[1][keep], seen.media[2])
 
-    def pack(self, samples: Sequence[Sample], labels: Sequence[Sequence[int]] | None = None) -> Inputs:
+    def pack(
+        self, samples: Sequence[Sample], labels: Sequence[Sequence[int]] | None = None, sees: str = "latest"
+    ) -> Inputs:
         """Pack token ids and pictures, by the model's own resolution policy.
 
         Args:
             samples: each a sequence of token ids and, where pictures stand, PIL images or (H, W, 3) uint8. The text
                 that a policy puts around pictures (`Plan.text`) is the caller's, as token ids.
             labels: aligned with the samples; -100 where a token is not scored. They are shifted here.
+            sees: what a row looks at across, where layers do: a policy of `media_ranges`. "latest" is the picture last
+                introduced, with all of its tiles; its placeholder sees it too. In CogAgent it is always the sample.
 
         Returns:
-            The packed batch, on the CPU. A row sees across the latest picture in front of it (its placeholder too),
-            with all of its tiles; in CogAgent all pictures of its sample.
+            The packed batch, on the CPU.
 
         Raises:
             ValueError: no policy is known, labels do not fit, or a picture that the policy refuses.
@@ -220,7 +223,7 @@ class MLLM(nn.Module):
         inner = bool(self.language.inner_layers)
         return pack(
             samples, labels, self.images, self.packing, spliced=inner or not self.looks_across,
-            across="sample" if inner else "latest" if self.looks_across else None,
+            across="sample" if inner else sees if self.looks_across else None,
             mrope=self.language.config.mrope_section is not None,
         )  # fmt: skip
 

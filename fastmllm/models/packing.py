@@ -71,7 +71,7 @@ def pack(
         path: of the model.
         packing: of the model.
         spliced: visual tokens stand in the text.
-        across: which pictures a row sees across: "latest", the one last introduced; "sample", all of its sample; None.
+        across: which pictures a row sees across: a policy of `media_ranges`; "sample", all of its sample; or None.
         mrope: the language model has positions of grids.
 
     Returns:
@@ -90,8 +90,8 @@ def pack(
     targets = None
     if labels is not None:
         targets = [
-            [IGNORE if at in set(places) else int(n) for at, n in enumerate(row)]
-            for row, places in zip(labels, pictures, strict=True)
+            [int(n) if _is_token(item) else IGNORE for item, n in zip(s, row, strict=True)]
+            for s, row in zip(samples, labels, strict=True)
         ]
     images: list[Pixels] = [s[at] for s, places in zip(samples, pictures, strict=True) for at in places]  # type: ignore[misc]
     placeholders = (packing.image_token,) if spliced else ()
@@ -114,17 +114,14 @@ def pack(
     if across == "sample":
         counts = [plan.cross_tokens for plan in plans]
     bounds = torch.tensor([0, *counts]).cumsum(0).int()
-    owned = [len(places) for places in pictures]
     if across == "sample":
-        per_sample = bounds[torch.tensor([0, *owned]).cumsum(0)]
-        ranges = segment_ranges(packed.cu_seqlens, per_sample, len(packed.plan.source))
-        longest = int(per_sample.diff().max())
+        owned = torch.tensor([0, *map(len, pictures)]).cumsum(0)
+        start, stop = segment_ranges(packed.cu_seqlens, bounds[owned], len(packed.plan.source))
     else:
-        marked = torch.tensor(
-            [at in places for s, places in zip(samples, pictures, strict=True) for at in range(len(s))]
-        )
-        ranges, longest = media_ranges(marked, packed.cu_seqlens, bounds, across), max(counts)
-    return packed.with_media(*ranges, longest)
+        places = [set(p) for p in pictures]
+        marked = [at in p for s, p in zip(samples, places, strict=True) for at in range(len(s))]
+        start, stop = media_ranges(torch.tensor(marked), packed.cu_seqlens, bounds, across)
+    return packed.with_media(start, stop, int((stop - start).max()))
 
 
 def _is_token(item: object) -> bool:

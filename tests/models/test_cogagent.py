@@ -1,6 +1,6 @@
 """The whole of CogAgent (arXiv 2312.08914) against its formula in fp64, dense, one sample at a time.
 
-Each decoder layer: h' = MSA(LN x) + x; h'' = MCA(LN h', X_high) + h'; FFN(LN h'') + h''. No class of transformers has it.
+Each decoder layer: h' = MSA(LN x) + x; h'' = MCA(LN h', X_high) + h'; FFN(LN h'') + h''. transformers has none.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ CONNECTORS = (*RULES["encoder", "connector"]["vit"], "merger")
     [
         ({"resolution": "anyres", "connector": "qformer"},
          "resolution 'anyres' and connector 'qformer' do not go together: resolution 'anyres' goes with connector mlp, "
-         "pixel_shuffle, abstractor, ldp, token_packer; connector 'qformer' with resolution fixed, tiles, dual, native"),
+         "pixel_shuffle, abstractor, ldp, token_packer; connector 'qformer' with resolution fixed, tiles, dual, nat"),
         ({"encoder": QWEN, "connector": "merger"},
          "resolution 'fixed' and encoder 'qwen' do not go together: resolution 'fixed' goes with encoder vit; encoder "
          "'qwen' with resolution native"),
