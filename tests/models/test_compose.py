@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastmllm.infer.generate import generate
+from fastmllm.models.compose import make_policy
 from fastmllm.models.mllm import MLLM
 from tests.support.tiny_compositions import IMAGE, LANGUAGE, allowed, labels, picture, redrawn, samples, tiny
 
@@ -128,6 +129,13 @@ def test_rows_see_the_latest_picture_or_all_so_far():
         ranges = torch.stack([packed.media_start, packed.media_stop], 1) // each
         assert [tuple(r) for r in ranges.tolist()] == bounds
         assert packed.max_media == each * max(b - a for a, b in bounds)
+
+
+@pytest.mark.parametrize("parts", [p for p in ALLOWED if p[1] in ("fixed", "anyres") and p[3] == "tokens"], **names)
+def test_a_plan_says_what_stands_in_the_batch(parts):
+    config, image = tiny(*parts), picture(5, 20, 44)
+    plan = make_policy(config).plan(44, 20)
+    assert redrawn(config).pack([[1, image, 2]]).max_seqlen == 2 + plan.llm_tokens
 
 
 def test_native_grids_go_with_plain_positions_too():
