@@ -154,5 +154,23 @@ def test_what_no_family_computes_is_written_in_our_own_layout(name, changes):
     assert model.checkpoint.raw["model_type"] == "fastmllm"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": {"name": "panorama"}}, "panorama"),
+        ({"resolution": {"name": "fixed", "sides": 3}}, "sides"),
+        ({"resolution": {"name": "fixed", "fit": "tear"}}, "fit 'tear' must be one of"),
+        ({"resolution": 3}, "is no resolution policy"),
+        ({"image_token_id": None}, "is no resolution policy"),
+    ],
+)
+def test_a_spoilt_policy_is_named(change, message, tmp_path):
+    model = MLLM.from_config(CONFIGS["llava"])
+    model.checkpoint.raw["fastmllm"] |= change
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        MLLM.from_pretrained(tmp_path)
+
+
 def test_the_tiny_towers_are_those_of_the_batches():
     assert (CLIP["image_size"], SIGLIP["image_size"], TEXT["hidden_size"]) == (28, 28, LLAMA.width)
