@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmllm.data.resolution.plan import Plan
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Visual:
@@ -16,10 +18,12 @@ class Visual:
     Args:
         tokens: (N, D) of all images, packed.
         planes: further (N, D), added behind the first layers of the language model (Qwen3-VL's DeepStack).
+        across: (M, Dm) of another encoder, which layers look at while `tokens` stand in the text (CogAgent).
     """
 
     tokens: Tensor
     planes: tuple[Tensor, ...] = ()
+    across: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +51,14 @@ class ImagePath(nn.Module):
     Attributes:
         width: of the tokens that come out.
         merge_size: patches of a grid on a side that make one visual token.
+        across_width: of the tokens of another encoder that layers look at, where there is one.
 
-    forward(**arguments) -> Visual takes what `read` found.
+    forward(**arguments) -> Visual takes what `read` or `take` found.
     """
 
     width: int
     merge_size: int = 1
+    across_width: int | None = None
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take the images out of what the family's processor in transformers made; None without images.
@@ -61,3 +67,18 @@ class ImagePath(nn.Module):
             ValueError: a part is missing or does not fit.
         """
         raise NotImplementedError
+
+    def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
+        """Take what a resolution policy made of images.
+
+        Args:
+            tiles: (n, H, W, 3) uint8 for each encoder, of each image.
+            plans: of each image.
+
+        Returns:
+            The arguments, and the tokens or the grid of each image; without media.
+
+        Raises:
+            ValueError: this path has no such way, or the tiles are not its own.
+        """
+        raise ValueError(f"fastmllm::MLLM: {type(self).__name__} takes a processor's batch only: call inputs()")

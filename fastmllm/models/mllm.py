@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ from fastmllm.models.inputs import Inputs, make_inputs, unpad
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.media import Deepstack, Media
+from fastmllm.models.packing import Packing, Sample, pack
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
 from fastmllm.models.weights.mapping import Rule, fill, to_ours, to_theirs
+
+if TYPE_CHECKING:
+    from fastmllm.models.composition import MLLMConfig
 
 SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer, processor, chat template; never code
 NOT_SIDECARS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -54,12 +58,14 @@ class Blueprint:
         language: the decoder.
         layout: of its checkpoints.
         placeholders: tokens that visual tokens replace; none where layers look across instead.
+        packing: how it takes pictures, where that is known: a processor's batch needs none.
     """
 
     images: ImagePath
     language: LanguageModel
     layout: Layout
     placeholders: tuple[int, ...] = ()
+    packing: Packing | None = None
 
 
 @dataclass(slots=True)
@@ -81,15 +87,25 @@ class MLLM(nn.Module):
         blueprint: the parts.
         raw: the config.json that they were made from.
 
-    Build one with `from_pretrained`, or `fastmllm.models.compose` for fresh compositions.
+    Build one with `from_pretrained`, or `from_config` for a fresh composition.
+
+    Attributes:
+        packing: what `pack` does with pictures; None for a checkpoint of others, until one is set.
     """
 
     def __init__(self, blueprint: Blueprint, raw: Mapping[str, Any]) -> None:
         super().__init__()
         self.images: ImagePath = blueprint.images
         self.language: LanguageModel = blueprint.language
-        self.placeholders = blueprint.placeholders
+        self.placeholders, self.packing = blueprint.placeholders, blueprint.packing
         self.checkpoint = _Checkpoint(dict(raw), blueprint.layout)
+
+    @classmethod
+    def from_config(cls, config: MLLMConfig, seed: int = 0) -> MLLM:
+        """Compose a fresh model: see `fastmllm.models.compose.compose`."""
+        from fastmllm.models.compose import compose
+
+        return compose(config, seed)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
     @classmethod
@@ -182,6 +198,35 @@ class MLLM(nn.Module):
         keep = torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
         return packed.with_media(seen.media[0][keep], seen.media[1][keep], seen.media[2])
 
+    def pack(
+        self, samples: Sequence[Sample], labels: Sequence[Sequence[int]] | None = None, sees: str = "latest"
+    ) -> Inputs:
+        """Pack token ids and pictures, by the model's own resolution policy.
+
+        Args:
+            samples: each a sequence of token ids and, where pictures stand, PIL images or (H, W, 3) uint8. The text
+                that a policy puts around pictures (`Plan.text`) is the caller's, as token ids.
+            labels: aligned with the samples; -100 where a token is not scored. They are shifted here.
+            sees: what a row looks at across, where layers do: a policy of `media_ranges`. "latest" is the picture last
+                introduced, with all of its tiles; its placeholder sees it too. In CogAgent it is always the sample.
+
+        Returns:
+            The packed batch, on the CPU.
+
+        Raises:
+            ValueError: no policy is known, labels do not fit, or a picture that the policy refuses.
+        """
+        if self.packing is None:
+            raise ValueError(
+                "fastmllm::MLLM.pack: this checkpoint names no resolution policy: set `packing`, or use inputs()"
+            )
+        inner = bool(self.language.inner_layers)
+        return pack(
+            samples, labels, self.images, self.packing, spliced=inner or not self.looks_across,
+            across="sample" if inner else sees if self.looks_across else None,
+            mrope=self.language.config.mrope_section is not None,
+        )  # fmt: skip
+
     # Computation ------------------------------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:
@@ -210,7 +255,7 @@ class MLLM(nn.Module):
         deepstack = media = None
         if self.looks_across:
             media = self._media(visual, inputs)
-        elif visual is not None:
+        if visual is not None and (media is None or visual.across is not None):
             x = splice_tokens(x, visual.tokens.to(x.dtype), plan)
             if visual.planes:
                 deepstack = Deepstack(tokens=visual.planes, index=plan.visual_rows)
@@ -225,9 +270,10 @@ class MLLM(nn.Module):
         """Say what each row sees; without images every row sees nothing, as a row without one does beside others."""
         if visual is not None and inputs.media_start is not None and inputs.media_stop is not None:
             start, stop = inputs.media_start, inputs.media_stop
-            return Media(tokens=visual.tokens, start=start, stop=stop, max_tokens=inputs.max_media)
+            tokens = visual.tokens if visual.across is None else visual.across
+            return Media(tokens=tokens, start=start, stop=stop, max_tokens=inputs.max_media)
         nothing = torch.zeros(inputs.plan.source.shape, dtype=torch.int32, device=self.device)
-        tokens = self.language.head_weight.new_zeros(0, self.images.width)
+        tokens = self.language.head_weight.new_zeros(0, self.images.across_width or self.images.width)
         return Media(tokens=tokens, start=nothing, stop=nothing, max_tokens=0)
 
     def logits(self, inputs: Inputs) -> Tensor:

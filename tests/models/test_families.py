@@ -12,7 +12,18 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 
-from fastmllm.models.families import FAMILIES, any_resolution, blip2, build, idefics, internvl, llava, mllama, qwen_vl
+from fastmllm.models.families import (
+    FAMILIES,
+    any_resolution,
+    blip2,
+    build,
+    composed,
+    idefics,
+    internvl,
+    llava,
+    mllama,
+    qwen_vl,
+)
 from fastmllm.models.families.parts import cut
 from fastmllm.models.mllm import MLLM
 from tests.support.tiny_mllm import alone, oracle
@@ -47,7 +58,10 @@ def config_of(folder):
 
 
 def test_every_family_has_its_file():
-    files = {m.__name__.rsplit(".", 1)[-1] for m in (any_resolution, blip2, idefics, internvl, llava, mllama, qwen_vl)}
+    files = {
+        m.__name__.rsplit(".", 1)[-1]
+        for m in (any_resolution, blip2, composed, idefics, internvl, llava, mllama, qwen_vl)
+    }
     assert set(FAMILIES.values()) == files
 
 

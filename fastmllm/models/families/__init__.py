@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from fastmllm.models.packing import Packing
 
 if TYPE_CHECKING:
     from fastmllm.models.mllm import Blueprint
@@ -21,6 +24,7 @@ FAMILIES = {  # model_type of config.json -> file
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
+    "fastmllm": "composed",
 }
 
 
@@ -41,4 +45,6 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
         blueprint: Blueprint = import_module(f"{__name__}.{FAMILIES[kind]}").build(raw, origin)
     except KeyError as error:
         raise ValueError(f"fastmllm::MLLM: the config.json of {origin} lacks {error.args[0]!r}") from error
+    if "fastmllm" in raw:  # a fresh composition, written as one of the families
+        blueprint = replace(blueprint, packing=Packing.from_json(raw["fastmllm"], origin))
     return blueprint

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.data.resolution.anyres import PINPOINTS, AnyRes
-from fastmllm.data.resolution.plan import Regrid
+from fastmllm.data.resolution.plan import Plan, Regrid
 from fastmllm.models.families.llava import ALIASES, blueprint, refuse_class_token
 from fastmllm.models.families.parts import (
     TilePath,
@@ -73,6 +73,13 @@ class AnyResPath(TilePath):
                 f"fastmllm::MLLM: {len(pixels)} tiles, but images of {host_list(sizes)[:4]} have {counts[:4]}"
             )
         arguments = self.arguments(pixels) | {"regrids": regrids}
+        base = self.num_tokens(arguments["grid"]) + 1
+        return Seen(arguments=arguments, counts=[base if r is None else r.num_tokens for r in regrids])
+
+    def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
+        """Take an overview and tiles of each image."""
+        regrids = [plan.regrid for plan in plans]
+        arguments = {**super().take(tiles, plans).arguments, "regrids": regrids}
         base = self.num_tokens(arguments["grid"]) + 1
         return Seen(arguments=arguments, counts=[base if r is None else r.num_tokens for r in regrids])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmllm.models.families.parts import cut, decoder, decoder_rules, decoder_unused, vision_tower
+from fastmllm.data.resolution.plan import Plan
+from fastmllm.models.families.parts import cut, decoder, decoder_rules, decoder_unused, flat, vision_tower
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.mllm import Blueprint, Layout
 from fastmllm.models.vision import VisionTransformer
@@ -36,7 +37,7 @@ class IdeficsPath(ImagePath):
         self.vision, self.resampler, self.width = vision, resampler, vision.config.width
 
     def forward(self, patches: Tensor, images: int, grid: tuple[int, int]) -> Visual:
-        """Encode cut images (images * h * w, P * P * 3)."""
+        """Encode images: cut, (images * h * w, P * P * 3), or a flat uint8 buffer of them."""
         tokens = self.vision.forward_packed(patches, [grid] * images, class_token=True)
         if self.resampler is None:
             return Visual(tokens=tokens)
@@ -62,6 +63,12 @@ class IdeficsPath(ImagePath):
                        "grid": grid},
             media=(((first + start) * each).int(), ((first + stop) * each).int(), pixels.shape[1] * each),
         )  # fmt: skip
+
+    def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
+        """Take images of one size."""
+        patches, grid = flat(tiles, self.vision.config.patch_size)
+        each = grid[0] * grid[1] + 1 if self.resampler is None else self.resampler.config.num_latents
+        return Seen(arguments={"patches": patches, "images": len(tiles), "grid": grid}, counts=[each] * len(tiles))
 
 
 def runs(seen: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmllm.data.resolution.plan import Plan
 from fastmllm.models.families.parts import decoder
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.mllama_vision import MllamaVision
@@ -40,9 +41,18 @@ class MllamaPath(ImagePath):
         self.vision, self.width = vision, width
         self.projector = nn.Linear(vision.config.out_width, width)
 
-    def forward(self, tiles: Tensor, aspect_ratio_ids: list[int]) -> Visual:
+    def forward(self, tiles: Tensor, aspect_ratio_ids: list[int], layout: str = "chw") -> Visual:
         """Encode tiles (P, 3, H, W), in 0..1, of images whose aspect ratios say how many each has."""
-        return Visual(tokens=self.projector(self.vision(tiles, aspect_ratio_ids, "chw")))
+        return Visual(tokens=self.projector(self.vision(tiles, aspect_ratio_ids, layout)))
+
+    def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
+        """Take up to `max_tiles` tiles of each image, as its grid says."""
+        ratios = self.vision.config.aspect_ratios
+        if unknown := [plan.grid for plan in plans if plan.grid not in ratios]:
+            raise ValueError(f"fastmllm::MLLM: tiles in {unknown[0]} rows and columns are not in {ratios}")
+        ids = [ratios.index(plan.grid) + 1 for plan in plans]
+        arguments = {"tiles": torch.cat([image[0] for image in tiles]), "aspect_ratio_ids": ids, "layout": "hwc"}
+        return Seen(arguments=arguments, counts=[self.vision.num_tokens(n) for n in ids])
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` (B, I, tiles, 3, H, W), `aspect_ratio_ids` and the masks out of a processor's batch."""

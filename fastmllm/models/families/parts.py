@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmllm.data.resolution.plan import Plan
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.vision import VisionTransformer
@@ -91,6 +92,19 @@ def cut(pixels: Tensor, patch_size: int) -> Tensor:
     return blocks.permute(0, 2, 4, 3, 5, 1).reshape(-1, p * p * c)
 
 
+def flat(tiles: Sequence[tuple[Tensor, ...]], patch_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """Lay a policy's tiles (n, H, W, 3) of the first encoder in one uint8 buffer; return it and their grid (h, w).
+
+    Raises:
+        ValueError: tiles of several sizes.
+    """
+    sizes = {image[0].shape[1:3] for image in tiles}
+    if len(sizes) != 1:
+        raise ValueError(f"fastmllm::MLLM: tiles must be of one size here, got {sorted(map(tuple, sizes))}")
+    height, width = sizes.pop()
+    return torch.cat([image[0].flatten() for image in tiles]), (height // patch_size, width // patch_size)
+
+
 class TilePath(ImagePath):
     """Encode images or tiles of one size, project their tokens, and take them one after the other.
 
@@ -105,7 +119,7 @@ class TilePath(ImagePath):
         self.vision, self.connector, self.width = vision, connector, width
 
     def forward(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Visual:
-        """Encode cut tiles (tiles * h * w, P * P * 3) of one grid (h, w)."""
+        """Encode tiles of one grid (h, w): cut, (tiles * h * w, P * P * 3), or a flat uint8 buffer of them."""
         return Visual(tokens=self.project(patches, tiles, grid).flatten(0, 1))
 
     def project(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Tensor:
@@ -120,6 +134,15 @@ class TilePath(ImagePath):
             return None
         arguments = self.arguments(pixels)
         return Seen(arguments=arguments, counts=[self.num_tokens(arguments["grid"])] * len(pixels))
+
+    def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
+        """Take tiles of one size."""
+        patches, grid = flat(tiles, self.vision.config.patch_size)
+        counts = [len(image[0]) for image in tiles]
+        each = self.num_tokens(grid)
+        return Seen(
+            arguments={"patches": patches, "tiles": sum(counts), "grid": grid}, counts=[n * each for n in counts]
+        )
 
     def num_tokens(self, grid: tuple[int, int]) -> int:
         """Return K for a tile of (h, w) patches."""

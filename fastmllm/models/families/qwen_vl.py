@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmllm.data.resolution.plan import Plan
 from fastmllm.models.families.parts import decoder, decoder_rules, decoder_unused, host_list
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.mllm import Blueprint, Layout
@@ -74,8 +75,8 @@ class NativePath(ImagePath):
         self.tokens_per_second, self.frames_apart = tokens_per_second, frames_apart
 
     def forward(self, patches: Tensor, grids: list[tuple[int, ...]]) -> Visual:
-        """Encode patches (M, C * T * P * P) of all grids (t, h, w)."""
-        seen = self.vision(patches, grids)
+        """Encode patches (M, C * T * P * P) of all grids (t, h, w), or a flat uint8 buffer of single images."""
+        seen = self.vision(patches, grids) if patches.dim() == 2 else self.vision(self._images(patches, grids))
         return Visual(tokens=seen.tokens, planes=seen.planes)
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
@@ -107,6 +108,20 @@ class NativePath(ImagePath):
             grids += frames
             intervals += [rate] * len(frames)
         return Seen(arguments={"patches": torch.cat(patches), "grids": grids}, grids=grids, time_intervals=intervals)
+
+    def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
+        """Take images, each of its own size."""
+        grids = [plan.grid_thw for plan in plans if plan.grid_thw is not None]
+        return Seen(
+            arguments={"patches": torch.cat([image[0].flatten() for image in tiles]), "grids": grids}, grids=grids
+        )
+
+    def _images(self, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Part a buffer into images (H, W, C)."""
+        config = self.vision.config
+        p, channels = config.patch_size, config.channels
+        parts = pixels.split([h * w * p * p * channels for _, h, w in grids])
+        return [part.view(h * p, w * p, channels) for part, (_, h, w) in zip(parts, grids, strict=True)]
 
     def _part(
         self, batch: Mapping[str, Any], pixels: str, grids: str

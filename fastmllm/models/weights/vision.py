@@ -113,7 +113,7 @@ def save_vision(model: VisionTransformer, folder: Path) -> None:
         ValueError: no family describes the model.
         OSError: the disk is full.
     """
-    source = model.source = model.source or _describe(model.config)
+    source = model.source = model.source or describe(model.config)
     dtype, state = model.patch_embed.weight.dtype, tower_state(model)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     key = "torch_dtype" if "torch_dtype" in source.raw else "dtype"
@@ -144,8 +144,12 @@ def _read_folder(folder: Path, changes: dict[str, Any]) -> VisionTransformer:
     return model
 
 
-def _describe(config: VisionConfig) -> Source:
-    """Find the layout in which a fresh model can be written: the one that reads back as this configuration."""
+def describe(config: VisionConfig) -> Source:
+    """Find the layout in which a fresh model can be written: the one that reads back as this configuration.
+
+    Raises:
+        ValueError: no family describes it.
+    """
     activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     shared = {
         "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.num_blocks,
