@@ -32,10 +32,11 @@ def attention_scores_reference(
     starts = ends_q[:-1] if row_start is None else row_start.tolist()
     stops = ends_q[1:] if row_stop is None else row_stop.tolist()
     longest = max((b - a for a, b in itertools.pairwise(ends_k)), default=0)
-    if ends_q[-1] > q.shape[0] or ends_k[-1] > k.shape[0] or longest > max_seqlen_k:
+    fit = ends_q[-1] <= q.shape[0] and ends_k[-1] <= k.shape[0] and longest <= max_seqlen_k
+    if not fit or any(ends[0] or ends != sorted(ends) for ends in (ends_q, ends_k)):
         raise ValueError(
-            f"fastmllm::attention_scores: cu_seqlens end at {ends_q[-1]}, {ends_k[-1]} with up to {longest} keys, but "
-            f"q and k have {q.shape[0]}, {k.shape[0]} rows and max_seqlen_k is {max_seqlen_k}"
+            f"fastmllm::attention_scores: cu_seqlens must ascend from 0, and end at {ends_q[-1]}, {ends_k[-1]} with up "
+            f"to {longest} keys, but q and k have {q.shape[0]}, {k.shape[0]} rows and max_seqlen_k is {max_seqlen_k}"
         )
     for a, b, c, d, start, stop in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], starts, stops, strict=False):
         start, stop = max(start, a), min(stop, b)
