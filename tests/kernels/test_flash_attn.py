@@ -211,6 +211,38 @@ def test_an_old_package_that_cannot_return_the_log_sum_exp(install):
     assert lse.shape == (4, 3)
 
 
+@pytest.mark.parametrize("name", STAND_INS)
+def test_the_same_gradients_twice_are_asked_for(name, install):
+    calls = install(*STAND_INS[name])
+    inputs, cu_q, cu_k = _inputs([3, 4], [5, 4])
+    _grads(inputs, torch.randn(inputs[0].shape), cu_q, cu_k)
+    assert calls[0]["deterministic"] is True
+    attention(*inputs, cu_q, cu_k)
+    assert len(calls) == 2, "without a gradient there is nothing to put in order"
+
+
+@pytest.mark.parametrize("d, taken", [(192, True), (200, False)])
+def test_fa3_refuses_wide_heads_in_order_so_our_kernels_train_them(d, taken, install):
+    calls = install(*STAND_INS["FA3"])
+    inputs, cu_q, cu_k = _inputs([2], [3], d=d)
+    _grads(inputs, torch.randn(inputs[0].shape), cu_q, cu_k)
+    assert len(calls) == taken
+    attention(*inputs, cu_q, cu_k)
+    assert len(calls) == taken + 1
+
+
+def test_a_package_that_cannot_put_gradients_in_order_does_not_train(install):
+    def old(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+        return _fa2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale, causal)
+
+    calls = install("flash_attn", "flash_attn", old)
+    inputs, cu_q, cu_k = _inputs([2, 1], [3, 1])
+    _grads(inputs, torch.randn(inputs[0].shape), cu_q, cu_k)
+    assert calls == []
+    attention(*inputs, cu_q, cu_k)
+    assert len(calls) == 1
+
+
 def test_a_padded_log_sum_exp_is_refused(install):
     def padded(*args, return_attn_probs=False, **kwargs):
         out, lse, _ = _fa2(*args, return_attn_probs=True, **kwargs)
