@@ -3,7 +3,8 @@
 Shapes: T query rows of S segments, H query heads, Hkv key/value heads (Hkv divides H), D head dimension.
 `causal` is aligned to the bottom right, as in flash_attn: the last query row of a segment sees all its keys.
 A row that sees no key gives zeros, and so do rows behind the last segment (padding), forward and backward, whatever
-they hold. On CUDA the package flash_attn is used where it is installed and works.
+they hold. On CUDA the package flash_attn is used where it is installed and works; the same input gives the same bits
+there too (`_flash_attn`).
 """
 
 from __future__ import annotations
@@ -305,16 +306,21 @@ _TILES = {
     128: ((64, 32, 4, 3), (64, 64, 4, 2), (16, 64, 8, 2)),
     256: ((64, 32, 8, 2), (64, 16, 8, 2), (16, 32, 4, 2)),
 }
+_FP32_TILES = {  # no tensor cores here; up to 128 wide nothing spills, at 256 dq does (and dk with dv, on gfx942)
+    16: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    32: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+    64: ((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
+    256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
 _BIASED = {(1, 128): (64, 32, 4, 1), (0, 256): (64, 16, 8, 2)}  # where the bias needs the registers of half a tile
 
 
 def _config(kind: int, head_dim: int, dtype: torch.dtype, biased: bool) -> dict[str, int]:
     """Return the tile of the forward (0), dq (1) or dk and dv (2) kernel."""
     block_d = max(16, next_power_of_2(head_dim))
-    m, n, warps, stages = _TILES[block_d][kind]
-    if dtype == torch.float32:
-        m, n, warps, stages = 32, 32, 4, 1
-    elif biased:
+    m, n, warps, stages = (_FP32_TILES if dtype == torch.float32 else _TILES)[block_d][kind]
+    if biased and dtype != torch.float32:
         m, n, warps, stages = _BIASED.get((kind, block_d), (m, n, warps, stages))
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 

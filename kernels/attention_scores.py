@@ -124,7 +124,8 @@ def _scores_kernel(
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
-# Head dimension, padded -> (BLOCK_M, BLOCK_N, num_warps, num_stages) in 16 bits; these do not spill.
+# Head dimension, padded -> (BLOCK_M, BLOCK_N, num_warps, num_stages) in 16 bits, and in fp32, which has no tensor cores
+# here; these do not spill.
 _TILES = {
     16: (64, 64, 4, 3),
     32: (64, 64, 4, 3),
@@ -132,12 +133,18 @@ _TILES = {
     128: (64, 64, 4, 2),
     256: (32, 64, 4, 2),
 }
+_FP32_TILES = {
+    16: (32, 32, 4, 1),
+    32: (32, 32, 4, 1),
+    64: (32, 32, 4, 1),
+    128: (32, 32, 8, 1),
+    256: (16, 32, 8, 1),
+}
 
 
 def _config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the tile; fp32 has no tensor cores here: a small one."""
     block_d = max(16, next_power_of_2(head_dim))
-    m, n, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else _TILES[block_d]
+    m, n, warps, stages = (_FP32_TILES if dtype == torch.float32 else _TILES)[block_d]
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
