@@ -31,11 +31,15 @@ DTYPES = (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16)
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield each shape, a head of 32 (CogAgent's cross-attention) and 96 (Phi-3-Vision), and a bias of keys (ToMe)."""
+    """Yield each shape, heads of 32 (CogAgent) and 96 (Phi-3-Vision), a bias of keys (ToMe), and the other dtypes."""
     for name, shape in {**SHAPES, "D32": (8, 256, 32, 32, 32, False), "D96": (2, 2048, 32, 32, 96, True)}.items():
         yield name, lambda shape=shape: _launch(*shape)
     for name in ("CLIP ViT-L/14 336", "SigLIP so400m 384", "Gemma-2B"):
         yield f"{name} bias", lambda shape=SHAPES[name]: _launch(*shape, biased=True)
+    for d in (64, 80, 128):
+        yield f"fp32 D{d}", lambda d=d: _launch(4, 512, 16, 8, d, True, dtype=torch.float32)
+    yield "fp16 D64", lambda: _launch(*SHAPES["SmolLM2-135M"], dtype=torch.float16)
+    yield "no gradient of queries", lambda: _launch(*SHAPES["Qwen2.5-7B"], query_grad=False)
     yield "rows behind", lambda: clear_rows_triton(_empty(4096, 16, 80), _empty(5, dtype=torch.int32))
 
 
@@ -43,12 +47,17 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _launch(segments: int, length: int, heads: int, heads_k: int, d: int, causal: bool, biased: bool = False) -> None:
-    total, cu = segments * length, _empty(segments + 1, dtype=torch.int32)
-    q, k, lse = _empty(total, heads, d), _empty(total, heads_k, d), _empty(heads, total, dtype=torch.float32)
-    options = (cu, cu, length, length, causal, d**-0.5, _empty(total, dtype=torch.float32) if biased else None)
-    attention_triton(q, k, k, *options)
-    attention_bwd_triton(q, q, k, k, q, lse, *options)
+def _launch(
+    segments: int, length: int, heads: int, heads_k: int, d: int, causal: bool, biased: bool = False,
+    dtype: torch.dtype = torch.bfloat16, query_grad: bool = True,
+) -> None:  # fmt: skip
+    total, cu, fp32 = segments * length, _empty(segments + 1, dtype=torch.int32), torch.float32
+    q, k = (_empty(total, n, d, dtype=dtype) for n in (heads, heads_k))
+    lse = _empty(heads, total, dtype=fp32)
+    options = (cu, cu, length, length, causal, d**-0.5, _empty(total, dtype=fp32) if biased else None)
+    if query_grad:
+        attention_triton(q, k, k, *options)
+    attention_bwd_triton(q, q, k, k, q, lse, *options, query_grad, query_grad)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "full"])

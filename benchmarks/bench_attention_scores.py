@@ -29,14 +29,20 @@ DTYPES = (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16)
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield each shape, the other padded widths, and all options at once."""
+    """Yield each shape, the other padded widths, all options at once, and other dtypes."""
     extra = {"D256": (1, 2048, 8, 1, 256, True, "all"), "D32 all options": (8, 256, 32, 32, 32, True, "options")}
     for name, shape in {**SHAPES, **extra}.items():
         yield name, lambda shape=shape: _launch(*shape)
+    for d in (64, 80, 128):
+        yield f"fp32 D{d}", lambda d=d: _launch(4, 512, 16, 8, d, True, "all", torch.float32)
+    yield "fp16 D64", lambda: _launch(*SHAPES["CLIP ViT-L/14 336 CLS (VisionZip)"], torch.float16)
 
 
-def _launch(segments: int, length: int, heads: int, heads_k: int, d: int, causal: bool, rows: str) -> None:
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def _launch(
+    segments: int, length: int, heads: int, heads_k: int, d: int, causal: bool, rows: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     total, cu, fp32 = segments * length, empty(segments + 1, dtype=torch.int32), torch.float32

@@ -2,6 +2,10 @@
 
 What they leave undone is done here: rows behind the last segment become zeros, forward and in the gradients (they leave
 uninitialised memory, vllm#57136), and a row that sees no key has log-sum-exp -inf (FA2 says +inf).
+
+The same input gives the same gradients: their atomic additions to dq are put in order with deterministic=True, always.
+That costs memory (FA2) and a fifth of the backward (FA3); FA3 before #1893 (September 2025) takes the flag and ignores
+it. A package that lacks it, and FA3 at widths above 192, which refuses it, compute nothing that needs a gradient.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ def _capability(q: Tensor) -> int | None:
     return torch.cuda.get_device_capability(q.device)[0] if q.is_cuda and not torch.version.hip else None
 
 
-def _choose(q: Tensor, k: Tensor) -> str | None:
+def _choose(q: Tensor, k: Tensor, train: bool) -> str | None:
     """Return the generation that takes these tensors, or None for our own kernels."""
     capability = _capability(q)
     if capability is None or capability < 8 or q.dtype not in (torch.float16, torch.bfloat16):
@@ -71,9 +75,15 @@ def _choose(q: Tensor, k: Tensor) -> str | None:
     functions = load()[1]
     for name in _PREFERENCE.get(capability, ("FA2",)):
         # FA4 compiles for sm_90a at every width; its backward on sm_100 takes multiples of 32 up to 128 (#2633)
-        if name in functions and (name != "FA4" or capability == 9 or (d % 32 == 0 and d <= 128)):
+        if name not in functions or (name == "FA4" and capability != 9 and (d % 32 or d > 128)):
+            continue
+        if not train or (_takes(name, "deterministic") and not (name == "FA3" and d > 192)):
             return name
     return None
+
+
+def _takes(name: str, argument: str) -> bool:
+    return argument in inspect.signature(load()[1][name]).parameters
 
 
 def flash_attention(
@@ -89,17 +99,21 @@ def flash_attention(
     Raises:
         RuntimeError: the package returns its log-sum-exp padded, as flash-attn before 2.7 does.
     """
-    if (name := _choose(q, k)) is None or cu_seqlens_q.numel() < 2 or not (max_seqlen_q and max_seqlen_k):
+    train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if (name := _choose(q, k, train)) is None or cu_seqlens_q.numel() < 2 or not (max_seqlen_q and max_seqlen_k):
         return None
     function, ask = load()[1][name], _FLASH[name][2]
-    if return_lse and ask not in inspect.signature(function).parameters:  # FA3 before its commit 203b9b3
+    if return_lse and not _takes(name, ask):  # FA3 before its commit 203b9b3
         return None
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    options = {"deterministic": True} if train else {}
+    if return_lse:
+        options[ask] = True
+    if train:
         q, k, v = _ClearGradients.apply(q, k, v, cu_seqlens_q, cu_seqlens_k)
     found = function(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal, **({ask: True} if return_lse else {}),
+        max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal, **options,
     )  # fmt: skip
     out, lse = found[:2] if isinstance(found, tuple) else (found, None)  # some always return a tuple
     clear_rows(out.data, cu_seqlens_q)  # .data: the backward saved `out`, and does not read these rows

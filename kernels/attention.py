@@ -3,7 +3,8 @@
 Shapes: T query rows of S segments, H query heads, Hkv key/value heads (Hkv divides H), D head dimension.
 `causal` is aligned to the bottom right, as in flash_attn: the last query row of a segment sees all its keys.
 A row that sees no key gives zeros, and so do rows behind the last segment (padding), forward and backward, whatever
-they hold. On CUDA the package flash_attn is used where it is installed and works.
+they hold. On CUDA the package flash_attn is used where it is installed and works; the same input gives the same bits
+there too (`_flash_attn`).
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def attention_reference(
 def attention_bwd_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float, key_bias: Tensor | None = None,
+    query_grad: bool = True, key_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad, out = (rows_contiguous(t) for t in (q, k, v, grad, out))
     pieces = _pieces(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
@@ -124,12 +126,13 @@ def attention_bwd_reference(
             piece.row_stats(lse), *piece.mask(q, causal, key_bias), softmax_scale,
         )  # fmt: skip
         if whole:
-            dk4, dv4 = (t.transpose(1, 2).reshape(k.shape) for t in (dk4, dv4))
-            return dq4.transpose(1, 2).reshape(q.shape), dk4, dv4
+            dq, dk, dv = (g.transpose(1, 2).reshape(t.shape) for g, t in ((dq4, q), (dk4, k), (dv4, v)))
+            break
         piece.queries(dq).copy_(dq4)
         piece.others(dk).copy_(dk4)
         piece.others(dv).copy_(dv4)
-    return dq, dk, dv
+    dk, dv = (dk, dv) if key_grad else (k.new_empty(0), v.new_empty(0))
+    return dq if query_grad else q.new_empty(0), dk, dv
 
 
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
@@ -205,10 +208,11 @@ def _dq_kernel(
     T, N, segments, blocks, scale,
     Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr, V_ROW: tl.constexpr,
     V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, QUERY_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Give dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
-    clear_behind(dq_ptr, lse_ptr, cu_q_ptr, segments, T, blocks, False, HEADS, D, BLOCK_M, BLOCK_D)
+    if QUERY_GRAD:
+        clear_behind(dq_ptr, lse_ptr, cu_q_ptr, segments, T, blocks, False, HEADS, D, BLOCK_M, BLOCK_D)
     first, head, start_q, start_k, len_q, len_k = locate(cu_q_ptr, cu_k_ptr, segments, blocks, HEADS, BLOCK_M)
     if first < len_q:
         rows = first + tl.arange(0, BLOCK_M)
@@ -219,27 +223,30 @@ def _dq_kernel(
         lse = load_lse(lse_ptr + head * T + start_q, rows, len_q)
         tl.store(delta_ptr + head * T + start_q + rows, delta, mask=rows < len_q)
         tl.store(lse2_ptr + head * T + start_q + rows, lse, mask=rows < len_q)
-        q = load_tile(q_ptr + start_q * Q_ROW + head * Q_HEAD, rows, len_q, Q_ROW, D, BLOCK_D, True)
-        k_ptr += start_k * K_ROW + head // GROUP * K_HEAD
-        v_ptr += start_k * V_ROW + head // GROUP * V_HEAD
-        if HAS_BIAS:
-            bias_ptr += start_k
-        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        scale2 = scale * 1.4426950408889634
-        whole, end = _key_range(first, len_q, len_k, CAUSAL, BLOCK_M, BLOCK_N)
-        for TAIL in tl.static_range(2):
-            for start in range(whole if TAIL else 0, end if TAIL else whole, BLOCK_N):
-                cols = start + tl.arange(0, BLOCK_N)
-                near = tl.minimum(cols, len_k - 1) if TAIL else cols  # the mask of the scores drops what is repeated
-                k = load_tile(k_ptr, near, len_k, K_ROW, D, BLOCK_D, False)
-                v = load_tile(v_ptr, near, len_k, V_ROW, D, BLOCK_D, False)
-                s = _scores(
-                    q, k, bias_ptr, near, cols, rows, len_q, len_k, scale2, HAS_BIAS, CAUSAL, TAIL == 1, BLOCK_N
-                )
-                ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
-                dq = dot(ds.to(k.dtype), k, dq)
-        store_tile(dq_ptr + packed, dq * scale, rows, len_q, HEADS * D, D, BLOCK_D)
+        if QUERY_GRAD:
+            q = load_tile(q_ptr + start_q * Q_ROW + head * Q_HEAD, rows, len_q, Q_ROW, D, BLOCK_D, True)
+            k_ptr += start_k * K_ROW + head // GROUP * K_HEAD
+            v_ptr += start_k * V_ROW + head // GROUP * V_HEAD
+            if HAS_BIAS:
+                bias_ptr += start_k
+            dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            scale2 = scale * 1.4426950408889634
+            whole, end = _key_range(first, len_q, len_k, CAUSAL, BLOCK_M, BLOCK_N)
+            for TAIL in tl.static_range(2):
+                for start in range(whole if TAIL else 0, end if TAIL else whole, BLOCK_N):
+                    cols = start + tl.arange(0, BLOCK_N)
+                    near = (
+                        tl.minimum(cols, len_k - 1) if TAIL else cols
+                    )  # the mask of the scores drops what is repeated
+                    k = load_tile(k_ptr, near, len_k, K_ROW, D, BLOCK_D, False)
+                    v = load_tile(v_ptr, near, len_k, V_ROW, D, BLOCK_D, False)
+                    s = _scores(
+                        q, k, bias_ptr, near, cols, rows, len_q, len_k, scale2, HAS_BIAS, CAUSAL, TAIL == 1, BLOCK_N
+                    )
+                    ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
+                    dq = dot(ds.to(k.dtype), k, dq)
+            store_tile(dq_ptr + packed, dq * scale, rows, len_q, HEADS * D, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "N", "segments", "blocks"])
@@ -299,16 +306,21 @@ _TILES = {
     128: ((64, 32, 4, 3), (64, 64, 4, 2), (16, 64, 8, 2)),
     256: ((64, 32, 8, 2), (64, 16, 8, 2), (16, 32, 4, 2)),
 }
+_FP32_TILES = {  # no tensor cores here; up to 128 wide nothing spills, at 256 dq does (and dk with dv, on gfx942)
+    16: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    32: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+    64: ((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
+    256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
 _BIASED = {(1, 128): (64, 32, 4, 1), (0, 256): (64, 16, 8, 2)}  # where the bias needs the registers of half a tile
 
 
 def _config(kind: int, head_dim: int, dtype: torch.dtype, biased: bool) -> dict[str, int]:
-    """Return the tile of the forward (0), dq (1) or dk and dv (2) kernel; fp32 has no tensor cores here: small ones."""
+    """Return the tile of the forward (0), dq (1) or dk and dv (2) kernel."""
     block_d = max(16, next_power_of_2(head_dim))
-    m, n, warps, stages = _TILES[block_d][kind]
-    if dtype == torch.float32:
-        m, n, warps, stages = 32, 32, 4, 1
-    elif biased:
+    m, n, warps, stages = (_FP32_TILES if dtype == torch.float32 else _TILES)[block_d][kind]
+    if biased and dtype != torch.float32:
         m, n, warps, stages = _BIASED.get((kind, block_d), (m, n, warps, stages))
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
@@ -345,21 +357,30 @@ def attention_triton(
     return out, lse
 
 
+def _empty_grads(q: Tensor, k: Tensor, v: Tensor, query_grad: bool, key_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if query_grad else q.new_empty(0)
+    dk, dv = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if key_grad else t.new_empty(0) for t in (k, v)
+    )
+    return dq, dk, dv
+
+
 def attention_bwd_triton(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, softmax_scale: float, key_bias: Tensor | None = None,
+    query_grad: bool = True, key_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if q.dtype == torch.float64:
         return attention_bwd_reference(
             grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
-            key_bias,
+            key_bias, query_grad, key_grad,
         )  # fmt: skip
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     bias = q if key_bias is None else key_bias.contiguous()
     (total, heads, d), (keys, heads_k, _) = q.shape, k.shape
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    dq, dk, dv = _empty_grads(q, k, v, query_grad, key_grad)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     segments = cu_seqlens_q.numel() - 1
     constants = _constants(q, k, v, causal, key_bias)
@@ -369,11 +390,11 @@ def attention_bwd_triton(
         if total:
             _dq_kernel[(blocks * (segments * heads + 1),)](
                 grad, q, k, v, bias, out, lse, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k, total, keys, segments,
-                blocks, softmax_scale, **constants, **config,
+                blocks, softmax_scale, QUERY_GRAD=query_grad, **constants, **config,
             )  # fmt: skip
         config = _config(2, d, q.dtype, key_bias is not None)
         blocks = max(cdiv(max_seqlen_k, config["BLOCK_N"]), 1)
-        if keys:
+        if keys and key_grad:
             _dkv_kernel[(blocks * (segments * heads_k + 1),)](
                 grad, q, k, v, bias, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, total, keys, segments, blocks,
                 softmax_scale, **constants, **config,
@@ -397,7 +418,7 @@ _attention_bwd = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q,"
     " Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float softmax_scale,"
-    " Tensor? key_bias=None) -> (Tensor, Tensor, Tensor)",
+    " Tensor? key_bias=None, bool query_grad=True, bool key_grad=True) -> (Tensor, Tensor, Tensor)",
 )
 _attention_bwd.register_kernel("cuda")(attention_bwd_triton)
 
@@ -412,9 +433,9 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, s
 @_attention_bwd.register_fake
 def _(
     grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
-    key_bias=None,
+    key_bias=None, query_grad=True, key_grad=True,
 ):  # fmt: skip
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return _empty_grads(q, k, v, query_grad, key_grad)
 
 
 # 6. autograd ----------------------------------------------------------------------------------------------------------
@@ -427,10 +448,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_lse):
-    if grad is None:
+    needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
+    key_grad = needs_k or needs_v
+    if grad is None or not (needs_q or key_grad):
         return (None,) * 10
     *saved, key_bias = ctx.saved_tensors
-    return *_attention_bwd(grad.contiguous(), *saved, *ctx.options, key_bias), *(None,) * 7
+    dq, dk, dv = _attention_bwd(grad.contiguous(), *saved, *ctx.options, key_bias, needs_q, key_grad)
+    return dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, *(None,) * 7
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -539,6 +563,9 @@ def _check(
                          f"{MAX_HEAD_DIM}")  # fmt: skip
     if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"fastmllm::attention: q {q.dtype}, k {k.dtype} and v {v.dtype} must be one floating dtype")
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(f"fastmllm::attention: q is on {q.device}, k on {k.device} and v on {v.device}: move them to "
+                         "one device")  # fmt: skip
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu is not None and (cu.dim() != 1 or cu.numel() < 1 or cu.dtype != torch.int32 or cu.device != q.device):
             raise ValueError(f"fastmllm::attention: {name} {tuple(cu.shape)} {cu.dtype} on {cu.device} must be "

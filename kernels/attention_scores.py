@@ -32,10 +32,11 @@ def attention_scores_reference(
     starts = ends_q[:-1] if row_start is None else row_start.tolist()
     stops = ends_q[1:] if row_stop is None else row_stop.tolist()
     longest = max((b - a for a, b in itertools.pairwise(ends_k)), default=0)
-    if ends_q[-1] > q.shape[0] or ends_k[-1] > k.shape[0] or longest > max_seqlen_k:
+    fit = ends_q[-1] <= q.shape[0] and ends_k[-1] <= k.shape[0] and longest <= max_seqlen_k
+    if not fit or any(ends[0] or ends != sorted(ends) for ends in (ends_q, ends_k)):
         raise ValueError(
-            f"fastmllm::attention_scores: cu_seqlens end at {ends_q[-1]}, {ends_k[-1]} with up to {longest} keys, but "
-            f"q and k have {q.shape[0]}, {k.shape[0]} rows and max_seqlen_k is {max_seqlen_k}"
+            f"fastmllm::attention_scores: cu_seqlens must ascend from 0, and end at {ends_q[-1]}, {ends_k[-1]} with up "
+            f"to {longest} keys, but q and k have {q.shape[0]}, {k.shape[0]} rows and max_seqlen_k is {max_seqlen_k}"
         )
     for a, b, c, d, start, stop in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], starts, stops, strict=False):
         start, stop = max(start, a), min(stop, b)
@@ -123,7 +124,8 @@ def _scores_kernel(
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
-# Head dimension, padded -> (BLOCK_M, BLOCK_N, num_warps, num_stages) in 16 bits; these do not spill.
+# Head dimension, padded -> (BLOCK_M, BLOCK_N, num_warps, num_stages) in 16 bits, and in fp32, which has no tensor cores
+# here; these do not spill.
 _TILES = {
     16: (64, 64, 4, 3),
     32: (64, 64, 4, 3),
@@ -131,12 +133,18 @@ _TILES = {
     128: (64, 64, 4, 2),
     256: (32, 64, 4, 2),
 }
+_FP32_TILES = {
+    16: (32, 32, 4, 1),
+    32: (32, 32, 4, 1),
+    64: (32, 32, 4, 1),
+    128: (32, 32, 8, 1),
+    256: (16, 32, 8, 1),
+}
 
 
 def _config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the tile; fp32 has no tensor cores here: a small one."""
     block_d = max(16, next_power_of_2(head_dim))
-    m, n, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else _TILES[block_d]
+    m, n, warps, stages = (_FP32_TILES if dtype == torch.float32 else _TILES)[block_d]
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 

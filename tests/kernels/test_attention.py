@@ -226,6 +226,9 @@ def test_rejects_what_does_not_fit():
         attention(torch.zeros(4, 1, 257), torch.zeros(4, 1, 257), torch.zeros(4, 1, 257), cu)
     with pytest.raises(ValueError, match=r"attention: q torch.float32, k torch.bfloat16"):
         attention(q, k.bfloat16(), k, cu)
+    for others in ((k.to("meta"), k), (k, k.to("meta"))):
+        with pytest.raises(ValueError, match=r"attention: q is on cpu, k on .* and v on .*: move them to one device"):
+            attention(q, *others, cu)
     with pytest.raises(ValueError, match=r"attention: cu_seqlens_q \(3,\) torch.int64"):
         attention(q, k, k, cu.long())
     with pytest.raises(ValueError, match=r"cu_seqlens_q \(3,\) and cu_seqlens_k \(2,\) differ"):
@@ -314,6 +317,41 @@ def test_a_triton_segment_does_not_depend_on_its_neighbours_and_repeats(device):
         assert torch.equal(p[3:], a)
 
 
+@pytest.mark.parametrize("case", ["equal", "blind", "padding"])
+def test_frozen_inputs_cost_no_gradient(case, device):
+    *shape, behind, _ = TRITON[case]
+    inputs, cu_q, cu_k = _inputs(shape, torch.float32, device)
+    inputs = [F.pad(t, (0, 0, 0, 0, 0, behind)) for t in inputs]
+    args = (cu_q, cu_q if cu_k is None else cu_k, 40, 40, True, 0.3)
+    saved = (torch.ones_like(inputs[0]), *inputs, *op.attention_reference(*inputs, *args), *args, None)
+    full = op.attention_bwd_reference(*saved)
+    for function in (op.attention_bwd_reference, op.attention_bwd_triton):
+        dq, dk, dv = function(*saved, True, False)
+        assert (dq.shape, dk.numel(), dv.numel()) == (inputs[0].shape, 0, 0)
+        torch.testing.assert_close(dq, full[0], atol=2e-6, rtol=1e-5)
+        dq, dk, dv = function(*saved, False, True)
+        assert dq.numel() == 0
+        torch.testing.assert_close((dk, dv), full[1:], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_autograd_asks_for_the_gradients_that_are_needed(trained, monkeypatch):
+    inputs, cu_q, _ = _inputs("ragged", torch.float32)
+    asked = []
+    monkeypatch.setattr(
+        op, "_attention_bwd", lambda *args, inner=op._attention_bwd: asked.append(args[-2:]) or inner(*args)
+    )
+    leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(inputs)]
+    attention(*leaves, cu_q).sum().backward()
+    assert asked == [(0 in trained, 1 in trained or 2 in trained)]
+    every = [t.clone().requires_grad_() for t in inputs]
+    attention(*every, cu_q).sum().backward()
+    for i, (leaf, one) in enumerate(zip(leaves, every, strict=True)):
+        assert (leaf.grad is not None) == (i in trained)
+        if i in trained:
+            torch.testing.assert_close(leaf.grad, one.grad)
+
+
 class _NoDevice:
     """Stand where a kernel stands, and count its launches."""
 
@@ -334,6 +372,8 @@ def test_one_launch_forward_two_backward_and_no_look_at_the_data(monkeypatch):
     out = op.attention_triton(q, q, q, *args)
     op.attention_bwd_triton(q, q, q, q, *out, *args)
     assert [k.grids for k in kernels] == [[(5,)]] * 3
+    op.attention_bwd_triton(q, q, q, q, *out, *args, True, False)
+    assert [len(k.grids) for k in kernels] == [1, 2, 1], "frozen keys launch nothing of their own"
 
 
 def test_triton_takes_strided_rows_and_a_stride_0_gradient(device):

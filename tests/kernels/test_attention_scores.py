@@ -179,8 +179,13 @@ def test_rejects_what_does_not_fit():
         attention_scores(q, k, lse, cu, reduce="min")
     with pytest.raises(ValueError, match=r"row_weight \(4,\) torch.bool"):
         attention_scores(q, k, lse, cu, row_weight=torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"cu_seqlens end at 5, 5 .*q and k have 4, 4 rows"):
+    with pytest.raises(ValueError, match=r"ascend from 0, and end at 5, 5 .*q and k have 4, 4 rows"):
         attention_scores(q, k, lse, _cu([1, 4]))
+    for bounds in ([1, 3, 2, 4], [1, 2, 3, 4], [0, 3, 2, 4]):
+        wrong, right = (torch.tensor(b, dtype=torch.int32) for b in (bounds, [0, 1, 2, 4]))
+        for pair in ((wrong, None), (wrong, right), (right, wrong)):
+            with pytest.raises(ValueError, match=r"attention_scores: cu_seqlens must ascend from 0"):
+                attention_scores(q, k, lse, *pair)
 
 
 TRITON = {  # (as in CASES, rows and keys behind the last segment)
