@@ -407,7 +407,8 @@ def linear_cross_entropy(
         weights: (T,) float factor of each row's loss, differentiable; not read in ignored rows.
         divisor: what "mean" divides by, in place of these rows' number (or sum of weights): the total over
             micro-batches and ranks, a host number or a scalar tensor, so that every token counts alike. Where gradients
-            are averaged over ranks (DDP, ZeRO), give the total divided by the number of ranks.
+            are averaged over ranks (DDP, ZeRO), give the total divided by the number of ranks. A negative tensor, which
+            is not waited for, makes the loss NaN.
 
     Returns:
         Loss in fp32 (fp64 for fp64): a scalar, or (T,) with zeros in ignored rows for "none". With nothing to score
@@ -451,7 +452,8 @@ def linear_cross_entropy(
     if divisor is None:
         divisor = weights.sum() if weights is not None else scored.sum() if num_targets is None else num_targets
     if isinstance(divisor, Tensor):
-        return loss / torch.where(divisor == 0, 1, divisor).to(loss).reshape(())
+        divisor = divisor.to(loss).reshape(())
+        return loss / torch.where(divisor == 0, 1.0, divisor.masked_fill(divisor < 0, float("nan")))
     return loss / (divisor or 1)
 
 

@@ -288,6 +288,10 @@ def test_every_token_counts_alike_in_micro_batches_and_ranks(as_tensor, weighted
     ranks = [torch.autograd.grad(loss(p, total / len(parts)), weight)[0] for p in parts]
     torch.testing.assert_close(torch.stack(ranks).mean(0), want)
     assert loss(parts[-1], 0) == 0
+    for negative in (torch.tensor(-1), torch.tensor([-0.5])):
+        bad = loss(parts[1], negative)
+        assert bad.isnan()
+        assert torch.autograd.grad(bad, weight)[0].isnan().all()
 
 
 def _sequence_torch(hidden, weight, labels, bounds, average):
