@@ -413,8 +413,8 @@ _greedy_diverse = torch.library.custom_op(
     "fastmllm::greedy_diverse",
     greedy_diverse_reference,
     mutates_args=(),
-    schema="(Tensor tokens, Tensor cu_seqlens, Tensor? relevance, Tensor? budget, int k, int total, int max_seqlen,"
-    " str method, bool in_order) -> (Tensor, Tensor)",
+    schema="(Tensor tokens, Tensor cu_seqlens, Tensor? relevance, Tensor? budget, SymInt k, SymInt total,"
+    " SymInt max_seqlen, str method, bool in_order) -> (Tensor, Tensor)",
 )
 _greedy_diverse.register_kernel("cuda")(greedy_diverse_triton)
 

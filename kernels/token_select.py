@@ -245,8 +245,8 @@ _token_select = torch.library.custom_op(
     "fastmllm::token_select",
     token_select_reference,
     mutates_args=(),
-    schema="(Tensor[] xs, Tensor cu_seqlens, Tensor scores, Tensor? budget, int k, int total, int max_seqlen)"
-    " -> Tensor[]",
+    schema="(Tensor[] xs, Tensor cu_seqlens, Tensor scores, Tensor? budget, SymInt k, SymInt total,"
+    " SymInt max_seqlen) -> Tensor[]",
 )
 _token_select.register_kernel("cuda")(token_select_triton)
 

@@ -240,6 +240,24 @@ def test_compile():
         assert torch.equal(got, want)
 
 
+def test_compiles_once_for_any_number_of_tokens():
+    compiled_graphs = []
+
+    def backend(graph, _):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    def picked(x, cu, relevance):
+        return greedy_diverse(x, cu, x.shape[0] // 4, "dpp", relevance)
+
+    compiled = torch.compile(picked, fullgraph=True, dynamic=True, backend=backend)
+    for n in range(20, 50, 3):
+        inputs = _inputs([10, n - 10])
+        for got, want in zip(compiled(*inputs), picked(*inputs), strict=True):
+            assert torch.equal(got, want)
+    assert len(compiled_graphs) <= 2
+
+
 def test_rejects_what_does_not_fit():
     x, cu, relevance = _inputs([7, 5])
     with pytest.raises(ValueError, match="greedy_diverse: method 'mmr' must be one of max_min, dpp"):

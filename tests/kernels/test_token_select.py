@@ -233,6 +233,24 @@ def test_compile():
     torch.testing.assert_close(torch.autograd.grad(got[0], x), torch.autograd.grad(want[0], x))
 
 
+def test_compiles_once_for_any_number_of_tokens():
+    compiled_graphs = []
+
+    def backend(graph, _):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    def kept(x, cu, scores):
+        return token_select(x, cu, scores, x.shape[0] // 4)[:3]
+
+    compiled = torch.compile(kept, fullgraph=True, dynamic=True, backend=backend)
+    for n in range(20, 50, 3):
+        x, cu, scores, _ = _inputs([10, n - 10], behind=0)
+        for got, want in zip(compiled(x, cu, scores), kept(x, cu, scores), strict=True):
+            assert torch.equal(got, want)
+    assert len(compiled_graphs) <= 2
+
+
 def test_gradcheck():
     x, cu, scores, _ = _inputs([4, 3], torch.float64, width=2)
     plane = torch.randn(len(x), dtype=torch.float64).requires_grad_()
