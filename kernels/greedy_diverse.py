@@ -121,16 +121,21 @@ def _itself(cosine):
 
 @triton.jit
 def _pairs_kernel(
-    x_ptr, cu_ptr, norm_ptr, part_ptr, cosine_ptr, N, D, M,
+    x_ptr, cu_ptr, norm_ptr, part_ptr, cosine_ptr, N, D, M, TILES,
     METHOD: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a segment's cosines: kept (HELD), and each row's maximum or sum of positive parts over the tile."""
-    segment = tl.program_id(2)
+    """A tile of a segment's cosines: kept (HELD), and each row's maximum or sum of positive parts over the tile.
+
+    Segments share axis 0 of the grid with the lines of tiles: the others end at 65535.
+    """
+    segment = tl.program_id(0) // TILES
+    line = tl.program_id(0) % TILES
+    column = tl.program_id(1)
     first = tl.load(cu_ptr + segment).to(tl.int64)
     length = tl.minimum(tl.load(cu_ptr + segment + 1).to(tl.int64) - first, M)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if (tl.program_id(0) * BLOCK < length) & (tl.program_id(1) * BLOCK < length):
+    i = line * BLOCK + tl.arange(0, BLOCK)
+    j = column * BLOCK + tl.arange(0, BLOCK)
+    if (line * BLOCK < length) & (column * BLOCK < length):
         products = tl.zeros((BLOCK, BLOCK), tl.float32)
         norm_i = tl.zeros((BLOCK,), tl.float32)
         norm_j = tl.zeros((BLOCK,), tl.float32)
@@ -154,11 +159,11 @@ def _pairs_kernel(
         if METHOD == "max_min":
             others = inside & (i[:, None] != j[None, :]) & (cosine == cosine)
             part = tl.max(tl.where(others, cosine, float("-inf")), 1)
-            tl.store(part_ptr + tl.program_id(1).to(tl.int64) * N + first + i, part, mask=i < length)
+            tl.store(part_ptr + column.to(tl.int64) * N + first + i, part, mask=i < length)
         if METHOD == "coverage":
             part = tl.sum(tl.where(inside, _fixed(cosine), 0), 1)
-            tl.store(part_ptr + tl.program_id(1).to(tl.int64) * N + first + i, part, mask=i < length)
-        if tl.program_id(1) == 0:
+            tl.store(part_ptr + column.to(tl.int64) * N + first + i, part, mask=i < length)
+        if column == 0:
             tl.store(norm_ptr + first + i, norm_i, mask=i < length)
 
 
@@ -397,8 +402,8 @@ def greedy_diverse_triton(
     new_cu = cu_seqlens.new_empty((segments + 1,), dtype=torch.int32)
     with device_of(tokens):
         # where rows of cosines are computed on demand, the first column of tiles leaves the norms
-        _pairs_kernel[(tiles, tiles if held or in_pairs else 1, segments)](
-            tokens, cu_seqlens, norm, part, cosine, n, width, most, METHOD=method, HELD=held, **pairs
+        _pairs_kernel[(tiles * segments, tiles if held or in_pairs else 1)](
+            tokens, cu_seqlens, norm, part, cosine, n, width, most, tiles, METHOD=method, HELD=held, **pairs
         )
         _greedy_kernel[(segments + 1,)](
             tokens, cu_seqlens, budget, relevance, norm, part, cosine, state, gain, cover, factor, index, new_cu,

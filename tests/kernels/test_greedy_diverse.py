@@ -195,7 +195,9 @@ def test_native_refuses_segments_outside_of_the_tokens():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_launches_whatever_the_segments_and_the_budget(method, monkeypatch):
+@pytest.mark.parametrize("segments", [4, 70000])
+def test_two_launches_whatever_the_segments_and_the_budget(segments, method, monkeypatch):
+    """Meta tensors have no data: whatever would wait for it fails. Axes 1 and 2 of a grid end at 65535."""
     launches = []
 
     class Counted:
@@ -204,10 +206,12 @@ def test_two_launches_whatever_the_segments_and_the_budget(method, monkeypatch):
 
     monkeypatch.setattr(op, "_pairs_kernel", Counted())
     monkeypatch.setattr(op, "_greedy_kernel", Counted())
-    tokens = torch.empty(40, 4, device="meta")  # no data: whatever would wait for it fails
-    cu = torch.empty(5, dtype=torch.int32, device="meta")
-    op.greedy_diverse_triton(tokens, cu, None, torch.empty(4, dtype=torch.int32, device="meta"), 0, 9, 20, method, True)
+    tokens = torch.empty(10 * segments, 4, device="meta")
+    cu = torch.empty(segments + 1, dtype=torch.int32, device="meta")
+    budget = torch.empty(segments, dtype=torch.int32, device="meta")
+    op.greedy_diverse_triton(tokens, cu, None, budget, 0, 9, 200, method, True)
     assert len(launches) == 2
+    assert all(axis <= 65535 for grid in launches for axis in grid[1:])
 
 
 def test_fp64_goes_to_the_reference(device):

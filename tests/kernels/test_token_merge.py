@@ -118,22 +118,29 @@ def test_a_segment_does_not_depend_on_its_neighbours(native):
 
 
 def _count_launches(monkeypatch, *kernels):
-    """Record launches instead of making them."""
+    """Record launches instead of making them; axes 1 and 2 of a grid end at 65535."""
     launched = []
     for name in kernels:
-        record = {"__getitem__": lambda self, grid, name=name: lambda *args, **options: launched.append(name)}
-        monkeypatch.setattr(op, name, type("Kernel", (), record)())
+
+        def get(_, grid, name=name):
+            assert all(axis <= 65535 for axis in grid[1:])
+            return lambda *args, **options: launched.append(name)
+
+        monkeypatch.setattr(op, name, type("Kernel", (), {"__getitem__": get})())
     return launched
 
 
-def test_four_launches_forward_one_backward_and_no_wait(monkeypatch):
+@pytest.mark.parametrize("case", [CASES[1], ([3] * 70000, [1] * 70000, 4, 3, 0)], ids=["few", "many segments"])
+def test_four_launches_forward_one_backward_and_no_wait(case, monkeypatch):
     """Meta tensors cannot be read: a launcher that waits for the device fails here."""
     kernels = ["_match_kernel", "_choose_kernel", "_place_kernel", "_fwd_kernel", "_bwd_kernel"]
     launched = _count_launches(monkeypatch, *kernels)
-    x, metric, size, cu, *rest = _inputs(CASES[1], device="meta")
+    x, metric, size, cu, *rest = _inputs(case, device="meta")
     y, new_size, _, destination = op.token_merge_triton(x, metric, size, cu, *rest)
     op.token_merge_bwd_triton(y, size, new_size, destination)
     assert launched == kernels
+    with pytest.raises(ValueError, match=r"token_merge: max_seqlen 2147483648 x \d+ segments"):
+        op.token_merge_triton(x, metric, size, cu, rest[0], 1 << 31, 0)
 
 
 def _plan_of(destination, cu, removed, partner):
