@@ -28,7 +28,7 @@ METHODS = ("max_min", "dpp", "coverage", "residual")
 SPANNED = tl.constexpr(1e-5)  # of a token's squared norm: rounding errors in fp32 are below
 SAME = tl.constexpr(1e-6)  # a distance below it is 0, so that copies of a token are equal
 ONE = tl.constexpr(1 << 20)  # a cosine of 1 in fixed point
-WORST = tl.constexpr(-3e38)  # a token with NaN comes last
+WORST = tl.constexpr(-3e38)  # a token with NaN or inf comes last
 MOST_PAIRS = 1 << 25  # cosines that are held at once (128 MiB); beyond, a row is computed when it is needed
 CHUNK = 256  # rows of cosines that the reference holds at once
 
@@ -53,6 +53,7 @@ def _pick(x: Tensor, relevance: Tensor | None, k: int, method: str) -> Tensor:
     """Return the tokens (k,) of one segment in the order in which they are picked."""
     x = x.to(accumulator_dtype(x.dtype))
     norm = torch.linalg.vector_norm(x, dim=-1)
+    norm = norm.masked_fill(norm.isinf(), torch.nan)
     unit = x / norm.clamp(min=1e-12).unsqueeze(-1)
     weight = torch.ones_like(norm) if relevance is None else relevance.to(x.dtype)
     if method == "dpp":
@@ -110,7 +111,7 @@ def _fixed(cosine):
 
 @triton.jit
 def _length(norm):
-    return tl.maximum(tl.sqrt(norm), 1e-12)
+    return tl.where(norm < float("inf"), tl.maximum(tl.sqrt(norm), 1e-12), float("nan"))
 
 
 @triton.jit
@@ -275,7 +276,7 @@ def _greedy_kernel(
                 state = gain.to(tl.float32)
                 tl.store(gain_ptr + n, gain, mask=n < length)
                 tl.store(cover_ptr + n, tl.zeros((BLOCK_N,), tl.int32), mask=n < length)
-        state = tl.where(norm == norm, state, norm)  # NaN stays NaN
+        state = tl.where(norm < float("inf"), state, float("nan"))
         tl.store(state_ptr + n, state, mask=n < length)
         score = _score(state, relevance_ptr, norm_ptr, n, length, METHOD, HAS_RELEVANCE)
         best, leader = _lead(score, n0, best, leader)
@@ -448,7 +449,7 @@ def greedy_diverse(
 ) -> tuple[Tensor, Tensor]:
     """Pick diverse tokens of every segment, greedily; the formulas stand at the top of the file.
 
-    Of equal scores the earlier token is picked; tokens with NaN come last. Segments do not influence each other.
+    Of equal scores the earlier token is picked; tokens with NaN or inf come last. Segments do not influence each other.
     A segment that is not longer than its budget is kept whole. Nothing waits for the device.
 
     Args:

@@ -3,7 +3,8 @@
 Shapes: T packed tokens of S segments (images), K = T - merged tokens, D width, M metric width. Within a segment, tokens
 at even places (A) look for their most similar token at an odd place (B) by cosine; the r best pairs are merged. The
 N x N similarity is never stored, nothing is sorted, the sums are deterministic, and the tokens keep their order. The
-plan is `destination` (T,): the row that each token went to. The segments before s lose removed[s] tokens.
+plan is `destination` (T,): the row that each token went to. The segments before s lose removed[s] tokens. A cosine that
+is NaN counts as UNKNOWN, less than any other: such pairs merge last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from . import _native  # noqa: F401 - its C++ implementation registers itself
 from ._runs import upload
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
 
+UNKNOWN = -2.0
+_UNKNOWN = tl.constexpr(UNKNOWN)
 CHUNK = 256  # rows of similarity that the reference holds at once
 
 
@@ -42,7 +45,7 @@ def _match_reference(metric: Tensor, protected: int) -> tuple[Tensor, Tensor]:
     best, index = unit.new_full((a.shape[0],), -torch.inf), torch.zeros_like(a[:, 0], dtype=torch.int64)
     free = (protected + 1) // 2
     if b.shape[1] and a.shape[0] > free:
-        parts = [(rows @ b).max(-1) for rows in a[free:].split(CHUNK)]
+        parts = [(rows @ b).nan_to_num_(UNKNOWN).max(-1) for rows in a[free:].split(CHUNK)]
         best[free:] = torch.cat([part.values for part in parts])
         index[free:] = torch.cat([part.indices for part in parts])
     return best, 2 * (index + protected // 2) + 1
@@ -117,6 +120,7 @@ def _match_kernel(
             inverse_a = 1.0 / tl.maximum(tl.sqrt(norm_a), 1e-12)
             inverse_b = 1.0 / tl.maximum(tl.sqrt(norm_b), 1e-12)
             cosine = products * inverse_a[:, None] * inverse_b[None, :]
+            cosine = tl.where(cosine == cosine, cosine, _UNKNOWN)
             cosine = tl.where(((b < num_b) & (2 * b + 1 >= protected))[None, :], cosine, float("-inf"))
             value, where = tl.max(cosine, 1, return_indices=True)
             index = tl.where(value > best, start + where, index)

@@ -119,9 +119,12 @@ def test_a_segment_does_not_depend_on_its_neighbours(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", ["reference", "native", "triton"])
-def test_copies_come_late_and_nan_comes_last(method, form, device):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_copies_come_late_and_nan_comes_last(method, form, bad, dtype, device):
     x, _, _ = _inputs([5], width=16)
-    x = torch.cat([x, x[:2], torch.full((1, 16), math.nan), x[2:]]).to(device)  # 5 tokens, their 5 copies, NaN
+    x = torch.cat([x, x[:2], torch.full((1, 16), bad), x[2:]]).to(device, dtype)  # 5 tokens, their 5 copies, NaN
+    x[7, 1:] = 1
     cu = torch.tensor([0, 11], dtype=torch.int32, device=device)
     run = {"reference": op.greedy_diverse_reference, "triton": op.greedy_diverse_triton}
     call = run.get(form, torch.ops.fastmllm.greedy_diverse)

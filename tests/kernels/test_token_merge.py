@@ -244,6 +244,31 @@ def test_triton_plan_across_blocks(device, guard):
     assert order[:r].tolist() == sorted(merged, key=lambda t: (int(partner[t]), t))
 
 
+@pytest.mark.parametrize("form", ["reference", "native", "triton"])
+@pytest.mark.parametrize("protected", [0, 3])
+@pytest.mark.parametrize("bad", [[6], [7], [6, 7, 9, 12], range(3, 13)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tokens_without_a_direction_merge_last(form, protected, bad, value, device):
+    """A NaN among the even tokens is least similar to all, among the odd ones it is nobody's partner."""
+    n, r = 13, 4
+    metric = torch.randint(1, 9, (n, 5), generator=torch.Generator().manual_seed(2)).float()
+    metric[list(bad)] = value
+    unit = torch.nn.functional.normalize(metric, dim=-1).double()
+    evens, odds = range(protected + protected % 2, n, 2), range(protected + (protected + 1) % 2, n, 2)
+    known = {a: [(round((unit[a] @ unit[b]).nan_to_num(-2).item(), 6), -b) for b in odds] for a in evens}
+    merged = sorted(evens, key=lambda a: (-max(known[a])[0], a))[:r]
+    stays = [t for t in range(n) if t not in merged]
+    want = [stays.index(-max(known[t])[1] if t in merged else t) for t in range(n)]
+    run = {"reference": op.token_merge_reference, "triton": op.token_merge_triton}
+    call = run.get(form, torch.ops.fastmllm.token_merge)
+    device = "cpu" if form == "native" else device
+    x, size, cu = torch.ones(n, 2), torch.ones(n), torch.tensor([0, n], dtype=torch.int32)
+    tensors = (t.to(device) for t in (x, metric, size, cu))
+    y, _, _, destination = call(*tensors, [0, r], n, protected)
+    assert destination.tolist() == want
+    assert torch.equal(y, torch.ones_like(y))  # every row is written
+
+
 def test_fp64_goes_to_the_reference(device):
     inputs = _inputs(CASES[1], torch.float64, device)
     got, want = op.token_merge_triton(*inputs), op.token_merge_reference(*inputs)
