@@ -15,6 +15,7 @@ from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, t
 
 CHUNK = 1 << 24  # logits held at once by the reference (64 MiB in fp32)
 GRADIENT_CHUNK = 1 << 26  # d loss / d logits held at once by the Triton launcher (128 MiB in bf16)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32's finite numbers
 SPLITS = 1056  # parts of the vocabulary in forward, where it has so many tiles: 8 programs an SM of the largest GPU
 
 
@@ -142,10 +143,9 @@ def _logits(
 
 @triton.jit
 def _add_exp(tile, axis: tl.constexpr, peak, total):
-    """Go on with a running log-sum-exp, peak + log(total); what has been -inf all along is anchored at 0."""
+    """Go on with a running log-sum-exp, peak + log(total); it starts at LOWEST, because -inf - -inf is NaN."""
     higher = tl.maximum(peak, tl.max(tile, axis))
-    anchor = tl.where(higher == float("-inf"), 0.0, higher)
-    return higher, total * tl.exp(peak - anchor) + tl.sum(tl.exp(tile - tl.expand_dims(anchor, axis)), axis)
+    return higher, total * tl.exp(peak - higher) + tl.sum(tl.exp(tile - tl.expand_dims(higher, axis)), axis)
 
 
 @triton.jit
@@ -155,11 +155,10 @@ def _fwd_kernel(
 ):  # fmt: skip
     """Log-sum-exp of some rows over TILES vocabulary tiles; the first share also gathers the label's logit.
 
-    A label outside of the vocabulary makes both NaN, and with them the gradients.
+    That is NaN for a label outside of the vocabulary.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1).to(tl.int64)
-    total = tl.zeros((BLOCK_M,), tl.float32)
     if tl.program_id(1) == 0:
         label = tl.load(label_ptr + rows, mask=rows < N, other=-1).to(tl.int64)
         inside = (label >= 0) & (label < V)
@@ -170,10 +169,10 @@ def _fwd_kernel(
             h = tl.load(h_ptr + rows[:, None] * D + ks[None, :], mask=mask, other=0.0).to(tl.float32)
             w = tl.load(w_ptr + label[:, None] * D + ks[None, :], mask=mask, other=0.0).to(tl.float32)
             target += tl.sum(h * w, 1)
-        total = tl.where(inside, 0.0, float("nan"))
-        tl.store(target_ptr + rows, target + total, mask=rows < N)
+        tl.store(target_ptr + rows, tl.where(inside, target, float("nan")), mask=rows < N)
     first = tl.program_id(1) * TILES * BLOCK_N
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, tl.minimum(first + TILES * BLOCK_N, V), BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         tile = _logits(h_ptr, w_ptr, rows, cols, N, V, D, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -183,17 +182,21 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _join_kernel(part_ptr, lse_ptr, N, SPLITS, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Log-sum-exp of the parts of each row, in an order that does not depend on how many rows there are."""
+def _join_kernel(part_ptr, target_ptr, lse_ptr, N, SPLITS, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Log-sum-exp of the parts of each row, in an order that does not depend on how many rows there are.
+
+    Where the label's logit is NaN, this is NaN, and with it the gradients.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    peak = tl.full((BLOCK_N,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, SPLITS, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S).to(tl.int64)
         inside = (split < SPLITS)[:, None] & (rows < N)[None, :]
         part = tl.load(part_ptr + split[:, None] * N + rows[None, :], mask=inside, other=float("-inf"))
         peak, total = _add_exp(part, 0, peak, total)
-    tl.store(lse_ptr + rows, peak + tl.log(total), mask=rows < N)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=0.0)
+    tl.store(lse_ptr + rows, tl.where(target == target, peak + tl.log(total), target), mask=rows < N)
 
 
 @triton.jit
@@ -227,7 +230,7 @@ def _config(d: int, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK_M": 128 if wide else 64 if half else 32,
         "BLOCK_N": 128 if wide else 64,
         "BLOCK_K": block_k,
-        "num_warps": 8 if half else 4,
+        "num_warps": 8,
         "num_stages": 3,
     }
 
@@ -267,7 +270,7 @@ def linear_cross_entropy_triton(
                 hidden.index_select(0, rows), weight, labels.index_select(0, rows), partial, target,
                 n, vocabulary, d, share, **config,
             )  # fmt: skip
-            _join_kernel[(cdiv(n, 16),)](partial, kept_lse, n, splits, BLOCK_S=128, BLOCK_N=16, num_warps=4)
+            _join_kernel[(cdiv(n, 16),)](partial, target, kept_lse, n, splits, BLOCK_S=128, BLOCK_N=16, num_warps=4)
         lse.index_copy_(0, rows, kept_lse)
         loss.index_copy_(0, rows, kept_lse - target)
     loss, lse = loss.mul_(valid), lse.mul_(valid)
