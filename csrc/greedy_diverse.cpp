@@ -35,7 +35,9 @@ FASTMLLM_INLINE S unit_of(const T *__restrict__ row, S *__restrict__ unit, int64
     sum += S(widen(row[i])) * S(widen(row[i]));
   for (int q = 0; q < kLanes; ++q)
     sum += sums[q];
-  const S norm = std::sqrt(sum), inverse = S(1) / std::max(norm, S(1e-12));
+  const S infinity = std::numeric_limits<S>::infinity();
+  const S norm = sum < infinity ? std::sqrt(sum) : std::numeric_limits<S>::quiet_NaN();
+  const S inverse = S(1) / std::max(norm, S(1e-12));
   for (i = 0; i < n; ++i)
     unit[i] = S(widen(row[i])) * inverse;
   return norm;

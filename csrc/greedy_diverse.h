@@ -9,7 +9,7 @@ enum class Diversity { kMaxMin, kDpp, kCoverage, kResidual };
 constexpr int64_t kCosineColumns = 64; // tokens in a tile of the packed matrix
 constexpr int64_t kCosineRows = 48;    // tokens a task
 
-// unit[i] = row[i] / max(|row|, 1e-12); returns |row|.
+// unit[i] = row[i] / max(|row|, 1e-12); returns |row|. An infinite one is NaN, as if the row had a NaN.
 float unit_row(const float *row, float *unit, int64_t width);
 float unit_row(const bfloat16 *row, float *unit, int64_t width);
 double unit_row(const double *row, double *unit, int64_t width);

@@ -20,7 +20,9 @@ FASTMLLM_INLINE void normalise_row(const T *__restrict__ row, S *__restrict__ un
     unit[i * stride] = S(widen(row[i])) * inverse;
 }
 
-// A tile of kRows x kMatchColumns accumulators stays in registers.
+constexpr double kUnknown = -2; // a cosine that is NaN, less than any other
+
+// A tile of kRows x kMatchColumns accumulators stays in registers. NaN is never larger.
 template <typename S>
 FASTMLLM_INLINE void match_rows(const S *__restrict__ a, const S *__restrict__ b, int64_t first, int64_t last,
                                 int64_t width, int64_t columns, int64_t padded, S *__restrict__ best,
@@ -29,7 +31,7 @@ FASTMLLM_INLINE void match_rows(const S *__restrict__ a, const S *__restrict__ b
   for (int64_t row = first; row < last; row += kRows) {
     const int rows = int(std::min<int64_t>(kRows, last - row));
     for (int q = 0; q < rows; ++q) {
-      best[row + q] = -std::numeric_limits<S>::infinity();
+      best[row + q] = S(kUnknown);
       index[row + q] = 0;
     }
     for (int64_t start = 0; start < columns; start += kMatchColumns) {
@@ -45,7 +47,7 @@ FASTMLLM_INLINE void match_rows(const S *__restrict__ a, const S *__restrict__ b
       }
       const int valid = int(std::min<int64_t>(kMatchColumns, columns - start));
       for (int q = 0; q < rows; ++q) {
-        S largest = -std::numeric_limits<S>::infinity();
+        S largest = S(kUnknown);
         for (int t = 0; t < valid; ++t)
           largest = sums[q][t] > largest ? sums[q][t] : largest;
         if (largest > best[row + q]) { // strictly: of equal partners the first stays

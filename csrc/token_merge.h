@@ -11,7 +11,8 @@ void normalise(const float *row, float *unit, int64_t width, int64_t stride);
 void normalise(const bfloat16 *row, float *unit, int64_t width, int64_t stride);
 void normalise(const double *row, double *unit, int64_t width, int64_t stride);
 
-// For even tokens [first, last) of a (rows, width): the largest product with a column of b (width, padded), and which.
+// For even tokens [first, last) of a (rows, width): the largest product with a column of b (width, padded), and which;
+// NaN counts as -2.
 void match(const float *a, const float *b, int64_t first, int64_t last, int64_t width, int64_t columns, int64_t padded,
            float *best, int64_t *index);
 void match(const double *a, const double *b, int64_t first, int64_t last, int64_t width, int64_t columns,

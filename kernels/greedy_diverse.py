@@ -28,7 +28,7 @@ METHODS = ("max_min", "dpp", "coverage", "residual")
 SPANNED = tl.constexpr(1e-5)  # of a token's squared norm: rounding errors in fp32 are below
 SAME = tl.constexpr(1e-6)  # a distance below it is 0, so that copies of a token are equal
 ONE = tl.constexpr(1 << 20)  # a cosine of 1 in fixed point
-WORST = tl.constexpr(-3e38)  # a token with NaN comes last
+WORST = tl.constexpr(-3e38)  # a token with NaN or inf comes last
 MOST_PAIRS = 1 << 25  # cosines that are held at once (128 MiB); beyond, a row is computed when it is needed
 CHUNK = 256  # rows of cosines that the reference holds at once
 
@@ -53,6 +53,7 @@ def _pick(x: Tensor, relevance: Tensor | None, k: int, method: str) -> Tensor:
     """Return the tokens (k,) of one segment in the order in which they are picked."""
     x = x.to(accumulator_dtype(x.dtype))
     norm = torch.linalg.vector_norm(x, dim=-1)
+    norm = norm.masked_fill(norm.isinf(), torch.nan)
     unit = x / norm.clamp(min=1e-12).unsqueeze(-1)
     weight = torch.ones_like(norm) if relevance is None else relevance.to(x.dtype)
     if method == "dpp":
@@ -110,7 +111,7 @@ def _fixed(cosine):
 
 @triton.jit
 def _length(norm):
-    return tl.maximum(tl.sqrt(norm), 1e-12)
+    return tl.where(norm < float("inf"), tl.maximum(tl.sqrt(norm), 1e-12), float("nan"))
 
 
 @triton.jit
@@ -121,16 +122,21 @@ def _itself(cosine):
 
 @triton.jit
 def _pairs_kernel(
-    x_ptr, cu_ptr, norm_ptr, part_ptr, cosine_ptr, N, D, M,
+    x_ptr, cu_ptr, norm_ptr, part_ptr, cosine_ptr, N, D, M, TILES,
     METHOD: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a segment's cosines: kept (HELD), and each row's maximum or sum of positive parts over the tile."""
-    segment = tl.program_id(2)
+    """A tile of a segment's cosines: kept (HELD), and each row's maximum or sum of positive parts over the tile.
+
+    Segments share axis 0 of the grid with the lines of tiles: the others end at 65535.
+    """
+    segment = tl.program_id(0) // TILES
+    line = tl.program_id(0) % TILES
+    column = tl.program_id(1)
     first = tl.load(cu_ptr + segment).to(tl.int64)
     length = tl.minimum(tl.load(cu_ptr + segment + 1).to(tl.int64) - first, M)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if (tl.program_id(0) * BLOCK < length) & (tl.program_id(1) * BLOCK < length):
+    i = line * BLOCK + tl.arange(0, BLOCK)
+    j = column * BLOCK + tl.arange(0, BLOCK)
+    if (line * BLOCK < length) & (column * BLOCK < length):
         products = tl.zeros((BLOCK, BLOCK), tl.float32)
         norm_i = tl.zeros((BLOCK,), tl.float32)
         norm_j = tl.zeros((BLOCK,), tl.float32)
@@ -154,11 +160,11 @@ def _pairs_kernel(
         if METHOD == "max_min":
             others = inside & (i[:, None] != j[None, :]) & (cosine == cosine)
             part = tl.max(tl.where(others, cosine, float("-inf")), 1)
-            tl.store(part_ptr + tl.program_id(1).to(tl.int64) * N + first + i, part, mask=i < length)
+            tl.store(part_ptr + column.to(tl.int64) * N + first + i, part, mask=i < length)
         if METHOD == "coverage":
             part = tl.sum(tl.where(inside, _fixed(cosine), 0), 1)
-            tl.store(part_ptr + tl.program_id(1).to(tl.int64) * N + first + i, part, mask=i < length)
-        if tl.program_id(1) == 0:
+            tl.store(part_ptr + column.to(tl.int64) * N + first + i, part, mask=i < length)
+        if column == 0:
             tl.store(norm_ptr + first + i, norm_i, mask=i < length)
 
 
@@ -270,7 +276,7 @@ def _greedy_kernel(
                 state = gain.to(tl.float32)
                 tl.store(gain_ptr + n, gain, mask=n < length)
                 tl.store(cover_ptr + n, tl.zeros((BLOCK_N,), tl.int32), mask=n < length)
-        state = tl.where(norm == norm, state, norm)  # NaN stays NaN
+        state = tl.where(norm < float("inf"), state, float("nan"))
         tl.store(state_ptr + n, state, mask=n < length)
         score = _score(state, relevance_ptr, norm_ptr, n, length, METHOD, HAS_RELEVANCE)
         best, leader = _lead(score, n0, best, leader)
@@ -397,8 +403,8 @@ def greedy_diverse_triton(
     new_cu = cu_seqlens.new_empty((segments + 1,), dtype=torch.int32)
     with device_of(tokens):
         # where rows of cosines are computed on demand, the first column of tiles leaves the norms
-        _pairs_kernel[(tiles, tiles if held or in_pairs else 1, segments)](
-            tokens, cu_seqlens, norm, part, cosine, n, width, most, METHOD=method, HELD=held, **pairs
+        _pairs_kernel[(tiles * segments, tiles if held or in_pairs else 1)](
+            tokens, cu_seqlens, norm, part, cosine, n, width, most, tiles, METHOD=method, HELD=held, **pairs
         )
         _greedy_kernel[(segments + 1,)](
             tokens, cu_seqlens, budget, relevance, norm, part, cosine, state, gain, cover, factor, index, new_cu,
@@ -413,8 +419,8 @@ _greedy_diverse = torch.library.custom_op(
     "fastmllm::greedy_diverse",
     greedy_diverse_reference,
     mutates_args=(),
-    schema="(Tensor tokens, Tensor cu_seqlens, Tensor? relevance, Tensor? budget, int k, int total, int max_seqlen,"
-    " str method, bool in_order) -> (Tensor, Tensor)",
+    schema="(Tensor tokens, Tensor cu_seqlens, Tensor? relevance, Tensor? budget, SymInt k, SymInt total,"
+    " SymInt max_seqlen, str method, bool in_order) -> (Tensor, Tensor)",
 )
 _greedy_diverse.register_kernel("cuda")(greedy_diverse_triton)
 
@@ -443,7 +449,7 @@ def greedy_diverse(
 ) -> tuple[Tensor, Tensor]:
     """Pick diverse tokens of every segment, greedily; the formulas stand at the top of the file.
 
-    Of equal scores the earlier token is picked; tokens with NaN come last. Segments do not influence each other.
+    Of equal scores the earlier token is picked; tokens with NaN or inf come last. Segments do not influence each other.
     A segment that is not longer than its budget is kept whole. Nothing waits for the device.
 
     Args:

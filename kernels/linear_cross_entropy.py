@@ -15,6 +15,8 @@ from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, t
 
 CHUNK = 1 << 24  # logits held at once by the reference (64 MiB in fp32)
 GRADIENT_CHUNK = 1 << 26  # d loss / d logits held at once by the Triton launcher (128 MiB in bf16)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32's finite numbers
+SPLITS = 1056  # parts of the vocabulary in forward, where it has so many tiles: 8 programs an SM of the largest GPU
 
 
 def _rows_without_sync(labels: Tensor, ignore_index: int, num_targets: int) -> tuple[Tensor, Tensor]:
@@ -27,7 +29,7 @@ def _rows_without_sync(labels: Tensor, ignore_index: int, num_targets: int) -> t
 def _kept_rows(labels: Tensor, vocabulary: int, ignore_index: int, num_targets: int | None) -> tuple[Tensor, Tensor]:
     """Return the indices of the n scored rows and a factor for the loss; wrong labels and counts raise.
 
-    A GPU that is told n is not waited for: there they make the loss NaN.
+    A GPU that is told n is not waited for: there they make the loss and the gradients NaN.
     """
     if labels.device.type != "cpu" and num_targets is not None:
         return _rows_without_sync(labels, ignore_index, num_targets)
@@ -44,11 +46,11 @@ def _kept_rows(labels: Tensor, vocabulary: int, ignore_index: int, num_targets: 
     return rows, torch.ones((), device=labels.device)
 
 
-def _targets(labels: Tensor, rows: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Return labels (R, 1) that can be gathered, and what their loss gets on top: NaN for a wrong one, else 0."""
+def _targets(labels: Tensor, rows: Tensor, vocabulary: int, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return labels (R, 1) that can be gathered, and what is added to their row: NaN for a wrong one, else 0."""
     label = labels[rows].long().unsqueeze(1)
     target = label.clamp(0, vocabulary - 1)
-    return target, torch.where(label == target, 0.0, float("nan"))
+    return target, torch.where(label == target, 0.0, float("nan")) + (valid - 1)
 
 
 # 1. reference ---------------------------------------------------------------------------------------------------------
@@ -67,15 +69,17 @@ def linear_cross_entropy_reference(
     lse = torch.zeros_like(loss)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
     for part in rows.split(max(1, CHUNK // weight.shape[0])):
-        target, wrong = _targets(labels, part, weight.shape[0])
+        target, wrong = _targets(labels, part, weight.shape[0], valid)
         logits = (hidden[part] @ weight.t()).to(acc)  # (R, V)
         picked = logits.gather(1, target) + wrong
         logits = logits.log_softmax(1)
         part_loss = wrong - logits.gather(1, target)
         loss[part], lse[part] = part_loss.squeeze(1).to(acc), (picked + part_loss).squeeze(1).to(acc)
         if hidden_grad:  # of the sum of the losses: a frozen head needs no second look at the logits
-            logits.exp_().scatter_add_(1, target, logits.new_full((), -1.0).expand_as(target))
+            logits.exp_().scatter_add_(1, target, (wrong - 1).to(acc))
             d_hidden[part] = logits.to(hidden.dtype) @ weight
+    if not rows.numel():
+        d_hidden.mul_(valid)
     loss = loss * valid.to(acc)
     return loss.sum() if reduce else loss, lse * valid.to(acc), d_hidden
 
@@ -92,16 +96,16 @@ def linear_cross_entropy_bwd_reference(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     acc = accumulator_dtype(hidden.dtype)
-    rows, _ = _kept_rows(labels, weight.shape[0], ignore_index, num_targets)
+    rows, valid = _kept_rows(labels, weight.shape[0], ignore_index, num_targets)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
     parts = rows.split(max(1, CHUNK // weight.shape[0]))
     total = weight.new_zeros(weight.shape, dtype=acc) if weight_grad and len(parts) != 1 else None
     d_weight = weight.new_empty(0)
     for part in parts:
-        target, _ = _targets(labels, part, weight.shape[0])
+        target, wrong = _targets(labels, part, weight.shape[0], valid)
         h = hidden[part]
         p = (h @ weight.t()).to(acc).sub_(lse[part].unsqueeze(1)).exp_()
-        p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
+        p.scatter_add_(1, target, (wrong - 1).to(acc))
         p = p.mul_((grad[part] if grad.dim() else grad.expand(part.shape)).to(acc).unsqueeze(1)).to(hidden.dtype)
         if hidden_grad:
             d_hidden[part] = p @ weight
@@ -109,6 +113,8 @@ def linear_cross_entropy_bwd_reference(
             total = total.addmm_(p.t(), h) if acc == p.dtype else total.add_(p.t() @ h)
         elif weight_grad:
             d_weight = p.t() @ h
+    if not rows.numel():
+        d_hidden, d_weight = d_hidden.mul_(valid), d_weight.mul_(valid)
     return d_hidden, d_weight if total is None else total.to(weight.dtype)
 
 
@@ -136,11 +142,21 @@ def _logits(
 
 
 @triton.jit
+def _add_exp(tile, axis: tl.constexpr, peak, total):
+    """Go on with a running log-sum-exp, peak + log(total); it starts at LOWEST, because -inf - -inf is NaN."""
+    higher = tl.maximum(peak, tl.max(tile, axis))
+    return higher, total * tl.exp(peak - higher) + tl.sum(tl.exp(tile - tl.expand_dims(higher, axis)), axis)
+
+
+@triton.jit
 def _fwd_kernel(
     h_ptr, w_ptr, label_ptr, lse_ptr, target_ptr, N, V, D, TILES,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of some rows over TILES vocabulary tiles; the first share also gathers the label's logit."""
+    """Log-sum-exp of some rows over TILES vocabulary tiles; the first share also gathers the label's logit.
+
+    That is NaN for a label outside of the vocabulary.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1).to(tl.int64)
     if tl.program_id(1) == 0:
@@ -155,16 +171,32 @@ def _fwd_kernel(
             target += tl.sum(h * w, 1)
         tl.store(target_ptr + rows, tl.where(inside, target, float("nan")), mask=rows < N)
     first = tl.program_id(1) * TILES * BLOCK_N
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, tl.minimum(first + TILES * BLOCK_N, V), BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         tile = _logits(h_ptr, w_ptr, rows, cols, N, V, D, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
         tile = tl.where((cols < V)[None, :], tile, float("-inf"))
-        higher = tl.maximum(peak, tl.max(tile, 1))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(tile - higher[:, None]), 1)
-        peak = higher
+        peak, total = _add_exp(tile, 1, peak, total)
     tl.store(lse_ptr + split * N + rows, peak + tl.log(total), mask=rows < N)
+
+
+@triton.jit
+def _join_kernel(part_ptr, target_ptr, lse_ptr, N, SPLITS, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Log-sum-exp of the parts of each row, in an order that does not depend on how many rows there are.
+
+    Where the label's logit is NaN, this is NaN, and with it the gradients.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    peak = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, SPLITS, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S).to(tl.int64)
+        inside = (split < SPLITS)[:, None] & (rows < N)[None, :]
+        part = tl.load(part_ptr + split[:, None] * N + rows[None, :], mask=inside, other=float("-inf"))
+        peak, total = _add_exp(part, 0, peak, total)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=0.0)
+    tl.store(lse_ptr + rows, tl.where(target == target, peak + tl.log(total), target), mask=rows < N)
 
 
 @triton.jit
@@ -188,16 +220,17 @@ def _bwd_kernel(
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
-def _config(n: int, d: int, dtype: torch.dtype) -> dict[str, int]:
+def _config(d: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the tiles; a row's loss has the same bits among any number of rows, so that they do not decide here."""
     half = dtype.itemsize == 2
     block_k = min(64 if half else 32, max(16, next_power_of_2(d)))
     wide = half and d % block_k == 0  # masked loads and fp32 products spill in larger tiles
     return {
         "EVEN_K": d % block_k == 0,
-        "BLOCK_M": min(128 if wide else 64 if half else 32, max(16, next_power_of_2(n))),
+        "BLOCK_M": 128 if wide else 64 if half else 32,
         "BLOCK_N": 128 if wide else 64,
         "BLOCK_K": block_k,
-        "num_warps": 8 if half and n > 64 else 4,
+        "num_warps": 8,
         "num_stages": 3,
     }
 
@@ -226,20 +259,21 @@ def linear_cross_entropy_triton(
     loss = hidden.new_zeros(labels.shape, dtype=torch.float32)
     lse = torch.zeros_like(loss)
     if n:
-        config = _config(n, d, hidden.dtype)
-        blocks, tiles = cdiv(n, config["BLOCK_M"]), cdiv(vocabulary, config["BLOCK_N"])
-        share = max(1, blocks * tiles // 1056)  # vocabulary tiles a program walks: 8 programs an SM of the largest part
+        config = _config(d, hidden.dtype)
+        tiles = cdiv(vocabulary, config["BLOCK_N"])
+        share = max(1, tiles // SPLITS)  # vocabulary tiles a program walks
         splits = cdiv(tiles, share)
         partial = hidden.new_empty((splits, n), dtype=torch.float32)
-        target = hidden.new_empty((n,), dtype=torch.float32)
+        target, kept_lse = hidden.new_empty((2, n), dtype=torch.float32)
         with device_of(hidden):
-            _fwd_kernel[(blocks, splits)](
+            _fwd_kernel[(cdiv(n, config["BLOCK_M"]), splits)](
                 hidden.index_select(0, rows), weight, labels.index_select(0, rows), partial, target,
                 n, vocabulary, d, share, **config,
             )  # fmt: skip
-        kept_lse = partial.logsumexp(0) * valid
+            _join_kernel[(cdiv(n, 16),)](partial, target, kept_lse, n, splits, BLOCK_S=128, BLOCK_N=16, num_warps=4)
         lse.index_copy_(0, rows, kept_lse)
         loss.index_copy_(0, rows, kept_lse - target)
+    loss, lse = loss.mul_(valid), lse.mul_(valid)
     d_hidden = hidden.new_empty(0)
     if hidden_grad:
         one = loss.new_ones(())
@@ -265,16 +299,16 @@ def linear_cross_entropy_bwd_triton(
             grad, hidden, weight, labels, lse, ignore_index, num_targets, hidden_grad, weight_grad
         )
     (vocabulary, d), weight = weight.shape, weight.contiguous()
-    rows, _ = _kept_rows(labels, vocabulary, ignore_index, num_targets)
+    rows, valid = _kept_rows(labels, vocabulary, ignore_index, num_targets)
     n = rows.numel()
     d_hidden = hidden.new_zeros(hidden.shape) if hidden_grad else hidden.new_empty(0)
     d_weight = weight.new_empty(weight.shape if weight_grad else (0,))
     if not n:
-        return d_hidden, d_weight.zero_()
+        return d_hidden.mul_(valid), d_weight.zero_().mul_(valid)
     kept, kept_labels, kept_lse = hidden.index_select(0, rows), labels.index_select(0, rows), lse.index_select(0, rows)
     kept_grad = (grad.index_select(0, rows) if grad.dim() else grad.expand(n)).float().contiguous()
     total = hidden.new_zeros((n, d), dtype=torch.float32) if hidden_grad else None
-    config = _config(n, d, hidden.dtype)
+    config = _config(d, hidden.dtype)
     width = max(GRADIENT_CHUNK // n // 1024, 1) * 1024
     for first in range(0, vocabulary, width):  # columns of the vocabulary: d_weight is written once, never accumulated
         last = min(first + width, vocabulary)
@@ -376,12 +410,14 @@ def linear_cross_entropy(
         weights: (T,) float factor of each row's loss, differentiable; not read in ignored rows.
         divisor: what "mean" divides by, in place of these rows' number (or sum of weights): the total over
             micro-batches and ranks, a host number or a scalar tensor, so that every token counts alike. Where gradients
-            are averaged over ranks (DDP, ZeRO), give the total divided by the number of ranks.
+            are averaged over ranks (DDP, ZeRO), give the total divided by the number of ranks. A negative tensor, which
+            is not waited for, makes the loss NaN.
 
     Returns:
         Loss in fp32 (fp64 for fp64): a scalar, or (T,) with zeros in ignored rows for "none". With nothing to score
         the loss is 0 and so are the gradients. On a GPU that is told `num_targets`, a label outside of the vocabulary
-        or a wrong count gives NaN, because an error would have to wait for the device.
+        or a wrong count gives NaN, because an error would have to wait for the device: the loss, the gradient of
+        `weight`, and that of the rows in question. There a row's loss has the same bits among any other rows.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a label is outside of the vocabulary; `num_targets` is wrong.
@@ -419,7 +455,8 @@ def linear_cross_entropy(
     if divisor is None:
         divisor = weights.sum() if weights is not None else scored.sum() if num_targets is None else num_targets
     if isinstance(divisor, Tensor):
-        return loss / torch.where(divisor == 0, 1, divisor).to(loss).reshape(())
+        divisor = divisor.to(loss).reshape(())
+        return loss / torch.where(divisor == 0, 1.0, divisor.masked_fill(divisor < 0, float("nan")))
     return loss / (divisor or 1)
 
 

@@ -3,7 +3,8 @@
 Shapes: T packed tokens of S segments (images), K = T - merged tokens, D width, M metric width. Within a segment, tokens
 at even places (A) look for their most similar token at an odd place (B) by cosine; the r best pairs are merged. The
 N x N similarity is never stored, nothing is sorted, the sums are deterministic, and the tokens keep their order. The
-plan is `destination` (T,): the row that each token went to. The segments before s lose removed[s] tokens.
+plan is `destination` (T,): the row that each token went to. The segments before s lose removed[s] tokens. A cosine that
+is NaN counts as UNKNOWN, less than any other: such pairs merge last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from . import _native  # noqa: F401 - its C++ implementation registers itself
 from ._runs import upload
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
 
+UNKNOWN = -2.0
+_UNKNOWN = tl.constexpr(UNKNOWN)
 CHUNK = 256  # rows of similarity that the reference holds at once
 
 
@@ -42,7 +45,7 @@ def _match_reference(metric: Tensor, protected: int) -> tuple[Tensor, Tensor]:
     best, index = unit.new_full((a.shape[0],), -torch.inf), torch.zeros_like(a[:, 0], dtype=torch.int64)
     free = (protected + 1) // 2
     if b.shape[1] and a.shape[0] > free:
-        parts = [(rows @ b).max(-1) for rows in a[free:].split(CHUNK)]
+        parts = [(rows @ b).nan_to_num_(UNKNOWN).max(-1) for rows in a[free:].split(CHUNK)]
         best[free:] = torch.cat([part.values for part in parts])
         index[free:] = torch.cat([part.indices for part in parts])
     return best, 2 * (index + protected // 2) + 1
@@ -71,17 +74,21 @@ def token_merge_bwd_reference(grad: Tensor, size: Tensor, new_size: Tensor, dest
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
 @triton.jit
 def _match_kernel(
-    metric_ptr, cu_ptr, best_ptr, partner_ptr, units, protected,
+    metric_ptr, cu_ptr, best_ptr, partner_ptr, units, protected, BLOCKS,
     UNIT: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """A block of even tokens walks over all odd tokens and keeps a running maximum; norms come from the same loads."""
+    """A block of even tokens walks over all odd tokens and keeps a running maximum; norms come from the same loads.
+
+    As in the kernels below, a segment has BLOCKS programs, on axis 0 of the grid: the others end at 65535.
+    """
     M = units * UNIT  # Triton knows 16 as a divisor of an argument, but heads have 72, 80 or 88 channels
-    segment = tl.program_id(1)
+    segment = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     first = tl.load(cu_ptr + segment).to(tl.int64)
     n = (tl.load(cu_ptr + segment + 1) - first).to(tl.int32)
     num_a = (n + 1) // 2
     num_b = n // 2
-    begin = tl.program_id(0) * BLOCK_A
+    begin = block * BLOCK_A
     if begin < num_a:
         a = begin + tl.arange(0, BLOCK_A)
         rows = metric_ptr + first * M
@@ -113,6 +120,7 @@ def _match_kernel(
             inverse_a = 1.0 / tl.maximum(tl.sqrt(norm_a), 1e-12)
             inverse_b = 1.0 / tl.maximum(tl.sqrt(norm_b), 1e-12)
             cosine = products * inverse_a[:, None] * inverse_b[None, :]
+            cosine = tl.where(cosine == cosine, cosine, _UNKNOWN)
             cosine = tl.where(((b < num_b) & (2 * b + 1 >= protected))[None, :], cosine, float("-inf"))
             value, where = tl.max(cosine, 1, return_indices=True)
             index = tl.where(value > best, start + where, index)
@@ -125,14 +133,16 @@ def _match_kernel(
 
 @triton.jit
 def _choose_kernel(
-    best_ptr, partner_ptr, cu_ptr, removed_ptr, target_ptr, protected, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr
+    best_ptr, partner_ptr, cu_ptr, removed_ptr, target_ptr, protected, BLOCKS,
+    BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rank each even token by counting those before it: the r best get their partner as target, the others -1."""
-    segment = tl.program_id(1)
+    segment = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     first = tl.load(cu_ptr + segment).to(tl.int64)
     num_a = ((tl.load(cu_ptr + segment + 1) - first + 1) // 2).to(tl.int32)
     r = tl.load(removed_ptr + segment + 1) - tl.load(removed_ptr + segment)
-    begin = tl.program_id(0) * BLOCK_A
+    begin = block * BLOCK_A
     if begin < num_a:
         a = begin + tl.arange(0, BLOCK_A)
         own = tl.load(best_ptr + first + 2 * a, mask=a < num_a, other=float("-inf"))
@@ -149,14 +159,15 @@ def _choose_kernel(
 
 @triton.jit
 def _place_kernel(
-    target_ptr, cu_ptr, removed_ptr, destination_ptr, order_ptr, start_ptr, count_ptr,
+    target_ptr, cu_ptr, removed_ptr, destination_ptr, order_ptr, start_ptr, count_ptr, BLOCKS,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Count the merged tokens before each token: where it goes; and group the merged ones by their target, in order."""
-    segment = tl.program_id(1)
+    segment = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     first = tl.load(cu_ptr + segment).to(tl.int64)
     n = (tl.load(cu_ptr + segment + 1) - first).to(tl.int32)
-    begin = tl.program_id(0) * BLOCK_N
+    begin = block * BLOCK_N
     if begin < n:
         num_a = (n + 1) // 2
         i = begin + tl.arange(0, BLOCK_N)
@@ -185,19 +196,20 @@ def _place_kernel(
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, size_ptr, cu_ptr, destination_ptr, order_ptr, start_ptr, count_ptr, y_ptr, new_size_ptr, log_ptr, D, K,
-    BLOCK_D: tl.constexpr,
+    x_ptr, size_ptr, cu_ptr, destination_ptr, order_ptr, start_ptr, count_ptr, y_ptr, new_size_ptr, log_ptr,
+    D, K, BLOCKS, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A token that stays adds up what merged into it, in order: no atomics."""
-    segment = tl.program_id(1)
+    segment = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     first = tl.load(cu_ptr + segment).to(tl.int64)
     n = tl.load(cu_ptr + segment + 1) - first
-    if tl.program_id(0) < n:
-        token = first + tl.program_id(0)
+    if block < n:
+        token = first + block
         count = tl.load(count_ptr + token)  # -1: it merged
         row = tl.load(destination_ptr + token)
         if (count >= 0) & (row < K):
-            d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+            d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
             weight = tl.load(size_ptr + token).to(tl.float32)
             total = weight * tl.load(x_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)
             begin = first + tl.load(start_ptr + token)
@@ -207,7 +219,7 @@ def _fwd_kernel(
                 total += size * tl.load(x_ptr + source * D + d, mask=d < D, other=0.0).to(tl.float32)
                 weight += size
             tl.store(y_ptr + row * D + d, (total / weight).to(y_ptr.dtype.element_ty), mask=d < D)
-            if tl.program_id(2) == 0:
+            if tl.program_id(1) == 0:
                 tl.store(new_size_ptr + row, weight)
                 tl.store(log_ptr + row, tl.log(weight))
 
@@ -253,10 +265,11 @@ def match_triton(metric: Tensor, cu_seqlens: Tensor, max_seqlen: int, protected:
     best = metric.new_empty(metric.shape[0], dtype=torch.float32)
     partner = metric.new_empty(metric.shape[0], dtype=torch.int32)
     config = _config("match", metric.shape[1])
+    blocks = cdiv(cdiv(max_seqlen, 2), config["BLOCK_A"])
     if metric.shape[0] and max_seqlen:
         with device_of(metric):
-            _match_kernel[(cdiv(cdiv(max_seqlen, 2), config["BLOCK_A"]), cu_seqlens.numel() - 1)](
-                metric, cu_seqlens, best, partner, metric.shape[1] // config["UNIT"], protected, **config
+            _match_kernel[(blocks * (cu_seqlens.numel() - 1),)](
+                metric, cu_seqlens, best, partner, metric.shape[1] // config["UNIT"], protected, blocks, **config
             )
     return best, partner
 
@@ -270,13 +283,14 @@ def plan_triton(
     destination = partner.new_empty(tokens, dtype=torch.int64)
     config = _config("plan", 0)
     block = config.pop("BLOCK")
+    pairs, blocks = cdiv(cdiv(max_seqlen, 2), block), cdiv(max_seqlen, block)
     if tokens and max_seqlen:
         with device_of(best):
-            _choose_kernel[(cdiv(cdiv(max_seqlen, 2), block), segments)](
-                best, partner, cu_seqlens, removed, target, protected, BLOCK_A=block, **config
+            _choose_kernel[(pairs * segments,)](
+                best, partner, cu_seqlens, removed, target, protected, pairs, BLOCK_A=block, **config
             )
-            _place_kernel[(cdiv(max_seqlen, block), segments)](
-                target, cu_seqlens, removed, destination, order, start, count, BLOCK_N=block, **config
+            _place_kernel[(blocks * segments,)](
+                target, cu_seqlens, removed, destination, order, start, count, blocks, BLOCK_N=block, **config
             )
     return destination, order, start, count
 
@@ -291,8 +305,8 @@ def merge_triton(
     config = _config("forward", width)
     if y.numel() and max_seqlen:
         with device_of(x):
-            _fwd_kernel[(max_seqlen, cu_seqlens.numel() - 1, cdiv(width, config["BLOCK_D"]))](
-                x, size, cu_seqlens, *plan, y, new_size, log_size, width, kept, **config
+            _fwd_kernel[(max_seqlen * (cu_seqlens.numel() - 1), cdiv(width, config["BLOCK_D"]))](
+                x, size, cu_seqlens, *plan, y, new_size, log_size, width, kept, max_seqlen, **config
             )
     return y, new_size, log_size
 
@@ -302,6 +316,9 @@ def token_merge_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if torch.float64 in (x.dtype, metric.dtype, size.dtype):  # the kernels add up in fp32
         return token_merge_reference(x, metric, size, cu_seqlens, removed, max_seqlen, protected)
+    if max_seqlen * (len(removed) - 1) >= 1 << 31:
+        raise ValueError(f"fastmllm::token_merge: max_seqlen {max_seqlen} x {len(removed) - 1} segments are more than "
+                         "the 2^31 - 1 programs of a launch: merge fewer images at once")  # fmt: skip
     cu_seqlens = cu_seqlens.contiguous()
     best, partner = match_triton(metric, cu_seqlens, max_seqlen, protected)
     plan = plan_triton(best, partner, cu_seqlens, upload(tuple(removed), x.device), max_seqlen, protected)

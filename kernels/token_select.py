@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _native  # noqa: F401 - its C++ implementation registers itself
 from ._triton import cdiv, device_of, next_power_of_2, tl, triton
 
+MOST_PROGRAMS = 1 << 30  # of a launch, which ends below 2^31
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # rows are copied as bits
 
 
@@ -96,15 +97,17 @@ def _keys(score_ptr, n, length):
 
 @triton.jit
 def _fwd_kernel(
-    xs, ys, widths, cu_ptr, score_ptr, budget_ptr, index_ptr, place_ptr, new_cu_ptr, S, N, k, total,
+    xs, ys, widths, cu_ptr, score_ptr, budget_ptr, index_ptr, place_ptr, new_cu_ptr, S, N, k, total, BLOCKS,
     HAS_BUDGET: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Every program finds its segment's threshold, by digits from the top, then moves its share of the tokens.
 
     The threshold is found again by every program of a segment: a few microseconds beside each other instead of a
-    second launch. Program row S has the tokens and the rows behind the last segment.
+    second launch. Segment S has the tokens and the rows behind the last one. BLOCKS programs have a segment, all on
+    one axis of the grid: the others end at 65535.
     """
-    segment = tl.program_id(1)
+    segment = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     if segment < S:
         first, length, start, kept = segment_range(cu_ptr, budget_ptr, k, segment, total, HAS_BUDGET, 128)
     else:
@@ -113,7 +116,7 @@ def _fwd_kernel(
         kept = tl.zeros((), tl.int64)
         first = tl.load(cu_ptr + S).to(tl.int64)
         length = N - first
-    if tl.program_id(0) == 0:
+    if block == 0:
         tl.store(new_cu_ptr + segment, start.to(tl.int32))
     score_ptr += first
     threshold = tl.zeros((), tl.int64)
@@ -135,7 +138,7 @@ def _fwd_kernel(
         threshold -= 1  # the whole segment
     else:
         threshold += 1 << 40
-    for t0 in range(tl.program_id(0) * BLOCK_T, length, tl.num_programs(0) * BLOCK_T):
+    for t0 in range(block * BLOCK_T, length, BLOCKS * BLOCK_T):
         larger = tl.zeros((BLOCK_N,), tl.int32)  # before this block
         equal = tl.zeros((BLOCK_N,), tl.int32)
         for n0 in range(0, t0, BLOCK_N):
@@ -160,7 +163,7 @@ def _fwd_kernel(
                 rows = tl.load(xs[i] + token[:, None] * widths[i] + d[None, :], mask=mask, other=0)
                 tl.store(ys[i] + to[:, None] * widths[i] + d[None, :], rows, mask=mask)
     if segment == S:
-        for r0 in range(start + tl.program_id(0) * BLOCK_T, total, tl.num_programs(0) * BLOCK_T):
+        for r0 in range(start + block * BLOCK_T, total, BLOCKS * BLOCK_T):
             row = r0 + tl.arange(0, BLOCK_T).to(tl.int64)
             tl.store(index_ptr + row, tl.full((BLOCK_T,), -1, tl.int64), mask=row < total)
             for i in tl.static_range(len(ys)):
@@ -215,10 +218,11 @@ def token_select_triton(
     new_cu = cu_seqlens.new_empty((segments + 1,), dtype=torch.int32)
     widths = _widths(xs)
     config = _config(max_seqlen, max(widths))
+    blocks = min(cdiv(max(max_seqlen, 1), config["BLOCK_T"]), max(1, MOST_PROGRAMS // (segments + 1)))
     with device_of(scores):
-        _fwd_kernel[(cdiv(max(max_seqlen, 1), config["BLOCK_T"]), segments + 1)](
+        _fwd_kernel[(blocks * (segments + 1),)](
             tuple(map(_bits, xs)), tuple(map(_bits, ys)), widths, cu_seqlens, scores, budget, index, place, new_cu,
-            segments, n, min(k, n), total, HAS_BUDGET=budget is not None, **config,
+            segments, n, min(k, n), total, blocks, HAS_BUDGET=budget is not None, **config,
         )  # fmt: skip
     return [*ys, index, place, new_cu]
 
@@ -245,8 +249,8 @@ _token_select = torch.library.custom_op(
     "fastmllm::token_select",
     token_select_reference,
     mutates_args=(),
-    schema="(Tensor[] xs, Tensor cu_seqlens, Tensor scores, Tensor? budget, int k, int total, int max_seqlen)"
-    " -> Tensor[]",
+    schema="(Tensor[] xs, Tensor cu_seqlens, Tensor scores, Tensor? budget, SymInt k, SymInt total,"
+    " SymInt max_seqlen) -> Tensor[]",
 )
 _token_select.register_kernel("cuda")(token_select_triton)
 

@@ -119,9 +119,12 @@ def test_a_segment_does_not_depend_on_its_neighbours(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", ["reference", "native", "triton"])
-def test_copies_come_late_and_nan_comes_last(method, form, device):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_copies_come_late_and_nan_comes_last(method, form, bad, dtype, device):
     x, _, _ = _inputs([5], width=16)
-    x = torch.cat([x, x[:2], torch.full((1, 16), math.nan), x[2:]]).to(device)  # 5 tokens, their 5 copies, NaN
+    x = torch.cat([x, x[:2], torch.full((1, 16), bad), x[2:]]).to(device, dtype)  # 5 tokens, their 5 copies, NaN
+    x[7, 1:] = 1
     cu = torch.tensor([0, 11], dtype=torch.int32, device=device)
     run = {"reference": op.greedy_diverse_reference, "triton": op.greedy_diverse_triton}
     call = run.get(form, torch.ops.fastmllm.greedy_diverse)
@@ -195,7 +198,9 @@ def test_native_refuses_segments_outside_of_the_tokens():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_launches_whatever_the_segments_and_the_budget(method, monkeypatch):
+@pytest.mark.parametrize("segments", [4, 70000])
+def test_two_launches_whatever_the_segments_and_the_budget(segments, method, monkeypatch):
+    """Meta tensors have no data: whatever would wait for it fails. Axes 1 and 2 of a grid end at 65535."""
     launches = []
 
     class Counted:
@@ -204,10 +209,12 @@ def test_two_launches_whatever_the_segments_and_the_budget(method, monkeypatch):
 
     monkeypatch.setattr(op, "_pairs_kernel", Counted())
     monkeypatch.setattr(op, "_greedy_kernel", Counted())
-    tokens = torch.empty(40, 4, device="meta")  # no data: whatever would wait for it fails
-    cu = torch.empty(5, dtype=torch.int32, device="meta")
-    op.greedy_diverse_triton(tokens, cu, None, torch.empty(4, dtype=torch.int32, device="meta"), 0, 9, 20, method, True)
+    tokens = torch.empty(10 * segments, 4, device="meta")
+    cu = torch.empty(segments + 1, dtype=torch.int32, device="meta")
+    budget = torch.empty(segments, dtype=torch.int32, device="meta")
+    op.greedy_diverse_triton(tokens, cu, None, budget, 0, 9, 200, method, True)
     assert len(launches) == 2
+    assert all(axis <= 65535 for grid in launches for axis in grid[1:])
 
 
 def test_fp64_goes_to_the_reference(device):
@@ -238,6 +245,24 @@ def test_compile():
     compiled = torch.compile(greedy_diverse, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(x, cu, 3, "dpp", relevance), greedy_diverse(x, cu, 3, "dpp", relevance), strict=True):
         assert torch.equal(got, want)
+
+
+def test_compiles_once_for_any_number_of_tokens():
+    compiled_graphs = []
+
+    def backend(graph, _):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    def picked(x, cu, relevance):
+        return greedy_diverse(x, cu, x.shape[0] // 4, "dpp", relevance)
+
+    compiled = torch.compile(picked, fullgraph=True, dynamic=True, backend=backend)
+    for n in range(20, 50, 3):
+        inputs = _inputs([10, n - 10])
+        for got, want in zip(compiled(*inputs), picked(*inputs), strict=True):
+            assert torch.equal(got, want)
+    assert len(compiled_graphs) <= 2
 
 
 def test_rejects_what_does_not_fit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -132,7 +133,7 @@ def test_nothing_to_score_is_zero(reduction, frozen, num_targets):
 @pytest.mark.parametrize("reduce", [False, True])
 def test_triton_matches_reference(shape, dtype, reduce, device, guard, monkeypatch):
     small = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    monkeypatch.setattr(op, "_config", lambda n, d, dtype: {"EVEN_K": d % 16 == 0, **small})
+    monkeypatch.setattr(op, "_config", lambda d, dtype: {"EVEN_K": d % 16 == 0, **small})
     hidden, weight, labels = inputs = _inputs(shape, dtype, device, ignored=7)
     wide = (hidden.double(), weight.double(), labels)
     options = (-100, None, reduce, dtype == torch.float32)
@@ -155,7 +156,7 @@ def test_triton_over_chunks_of_the_vocabulary(device, guard, monkeypatch):
     monkeypatch.setattr(op, "GRADIENT_CHUNK", 1)
     inputs = _inputs((3, 16, 1100), torch.float32, device)
     config = {"EVEN_K": True, "BLOCK_M": 16, "BLOCK_N": 512, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    monkeypatch.setattr(op, "_config", lambda n, d, dtype: config)
+    monkeypatch.setattr(op, "_config", lambda d, dtype: config)
     want = op.linear_cross_entropy_reference(*inputs, -100, None, False, False)
     partial, target = torch.full((1, 3), float("nan")), torch.full((3,), float("nan"))
     op._fwd_kernel[(1, 1)](
@@ -184,6 +185,50 @@ def test_a_device_that_is_not_waited_for_answers_nan(device, monkeypatch):
     assert launch(hidden, weight, labels, -100, 4, True, False)[0].isnan()
     labels[2] = 32
     assert launch(hidden, weight, labels, -100, 3, True, False)[0].isnan()
+
+
+@pytest.mark.parametrize("form", ["reference", "triton"])
+@pytest.mark.parametrize("wrong", ["label", "count", "none counted"])
+def test_what_makes_the_loss_nan_makes_the_gradients_nan(form, wrong, device, monkeypatch):
+    """A step that does not look at the loss must not train on finite gradients of wrong labels."""
+    if device == "cpu":  # the branch that a GPU takes
+        monkeypatch.setattr(op, "_kept_rows", lambda labels, v, *rest: op._rows_without_sync(labels, *rest))
+    hidden, weight, labels = _inputs((4, 16, 32), torch.float32, device, ignored=9)  # row 1 is ignored
+    if wrong == "label":
+        labels[2] = 32
+    n = {"label": 3, "count": 2, "none counted": 0}[wrong]
+    forward, backward = (getattr(op, f"linear_cross_entropy{direction}_{form}") for direction in ("", "_bwd"))
+    loss, lse, early = forward(hidden, weight, labels, -100, n, True, True)
+    d_hidden, d_weight = backward(torch.ones((), device=device), hidden, weight, labels, lse, -100, n, True, True)
+    assert loss.isnan()
+    assert d_weight.isnan().all()
+    for rows in (early, d_hidden):
+        assert rows[{"label": 2, "count": 0, "none counted": slice(None)}[wrong]].isnan().all()
+        assert wrong != "label" or rows[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [64, 128])
+def test_triton_takes_a_masked_vocabulary(masked, device, guard, monkeypatch):
+    """Rows of -inf in the head: the first tile of a part of the vocabulary, and a whole part."""
+    weight = torch.rand(130, 16, generator=torch.Generator().manual_seed(0)) / 4
+    weight[:masked] = float("-inf")
+    inputs = torch.ones(2, 16, device=device), weight.to(device), torch.tensor([129, 128], device=device)
+    want = op.linear_cross_entropy_reference(*inputs, -100, None, False, False)[:2]
+    assert want[0].isfinite().all()
+    for splits in (1, 3):
+        monkeypatch.setattr(op, "SPLITS", splits)
+        got = guard.run(op.linear_cross_entropy_triton, *inputs, -100, None, False, False)[:2]
+        torch.testing.assert_close(got, want)
+
+
+def test_triton_gives_a_row_the_same_bits_among_any_rows(device, monkeypatch):
+    monkeypatch.setattr(op, "SPLITS", 2)
+    hidden, weight, labels = _inputs((34, 16, 180), torch.float32, device, ignored=40)  # two blocks of rows
+    together = op.linear_cross_entropy_triton(hidden, weight, labels, -100, None, False, False)
+    for here in (slice(33, 34), slice(2, 34)):  # one block
+        alone = op.linear_cross_entropy_triton(hidden[here], weight, labels[here], -100, None, False, False)
+        for a, t in zip(alone[:2], together[:2], strict=True):
+            assert torch.equal(a, t[here])
 
 
 # Weights, divisors, sequences -----------------------------------------------------------------------------------------
@@ -243,6 +288,10 @@ def test_every_token_counts_alike_in_micro_batches_and_ranks(as_tensor, weighted
     ranks = [torch.autograd.grad(loss(p, total / len(parts)), weight)[0] for p in parts]
     torch.testing.assert_close(torch.stack(ranks).mean(0), want)
     assert loss(parts[-1], 0) == 0
+    for negative in (torch.tensor(-1), torch.tensor([-0.5])):
+        bad = loss(parts[1], negative)
+        assert bad.isnan()
+        assert torch.autograd.grad(bad, weight)[0].isnan().all()
 
 
 def _sequence_torch(hidden, weight, labels, bounds, average):
@@ -328,12 +377,12 @@ def test_the_launchers_wait_for_nothing_and_work_in_proportion_to_kept_rows(devi
         def __getitem__(self, grid):
             def launch(*args, **kwargs):
                 nonlocal programs
-                programs += grid[0] * grid[1]
+                programs += math.prod(grid)
 
             return launch
 
-    monkeypatch.setattr(op, "_fwd_kernel", Kernel())
-    monkeypatch.setattr(op, "_bwd_kernel", Kernel())
+    for name in ("_fwd_kernel", "_join_kernel", "_bwd_kernel"):
+        monkeypatch.setattr(op, name, Kernel())
     monkeypatch.setattr(op, "GRADIENT_CHUNK", 1)  # 1024 columns at a time
     if device == "cpu":  # the branch that a GPU takes
         monkeypatch.setattr(op, "_kept_rows", lambda labels, v, *rest: op._rows_without_sync(labels, *rest))
@@ -356,7 +405,7 @@ def test_the_launchers_wait_for_nothing_and_work_in_proportion_to_kept_rows(devi
         assert not waits & set(seen.names)
         work.append((programs, len(seen.names)))
     assert work[1] == (2 * work[0][0], work[0][1])
-    assert work[0][1] <= 39 + 7 * 8  # eight parts of the vocabulary
+    assert work[0][1] <= 40 + 7 * 8  # eight parts of the vocabulary
 
 
 class _Names(TorchDispatchMode):

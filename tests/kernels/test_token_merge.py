@@ -118,22 +118,29 @@ def test_a_segment_does_not_depend_on_its_neighbours(native):
 
 
 def _count_launches(monkeypatch, *kernels):
-    """Record launches instead of making them."""
+    """Record launches instead of making them; axes 1 and 2 of a grid end at 65535."""
     launched = []
     for name in kernels:
-        record = {"__getitem__": lambda self, grid, name=name: lambda *args, **options: launched.append(name)}
-        monkeypatch.setattr(op, name, type("Kernel", (), record)())
+
+        def get(_, grid, name=name):
+            assert all(axis <= 65535 for axis in grid[1:])
+            return lambda *args, **options: launched.append(name)
+
+        monkeypatch.setattr(op, name, type("Kernel", (), {"__getitem__": get})())
     return launched
 
 
-def test_four_launches_forward_one_backward_and_no_wait(monkeypatch):
+@pytest.mark.parametrize("case", [CASES[1], ([3] * 70000, [1] * 70000, 4, 3, 0)], ids=["few", "many segments"])
+def test_four_launches_forward_one_backward_and_no_wait(case, monkeypatch):
     """Meta tensors cannot be read: a launcher that waits for the device fails here."""
     kernels = ["_match_kernel", "_choose_kernel", "_place_kernel", "_fwd_kernel", "_bwd_kernel"]
     launched = _count_launches(monkeypatch, *kernels)
-    x, metric, size, cu, *rest = _inputs(CASES[1], device="meta")
+    x, metric, size, cu, *rest = _inputs(case, device="meta")
     y, new_size, _, destination = op.token_merge_triton(x, metric, size, cu, *rest)
     op.token_merge_bwd_triton(y, size, new_size, destination)
     assert launched == kernels
+    with pytest.raises(ValueError, match=r"token_merge: max_seqlen 2147483648 x \d+ segments"):
+        op.token_merge_triton(x, metric, size, cu, rest[0], 1 << 31, 0)
 
 
 def _plan_of(destination, cu, removed, partner):
@@ -235,6 +242,31 @@ def test_triton_plan_across_blocks(device, guard):
     merged = [t for t in range(0, n, 2) if count[t] < 0]
     assert len(merged) == r
     assert order[:r].tolist() == sorted(merged, key=lambda t: (int(partner[t]), t))
+
+
+@pytest.mark.parametrize("form", ["reference", "native", "triton"])
+@pytest.mark.parametrize("protected", [0, 3])
+@pytest.mark.parametrize("bad", [[6], [7], [6, 7, 9, 12], range(3, 13)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tokens_without_a_direction_merge_last(form, protected, bad, value, device):
+    """A NaN among the even tokens is least similar to all, among the odd ones it is nobody's partner."""
+    n, r = 13, 4
+    metric = torch.randint(1, 9, (n, 5), generator=torch.Generator().manual_seed(2)).float()
+    metric[list(bad)] = value
+    unit = torch.nn.functional.normalize(metric, dim=-1).double()
+    evens, odds = range(protected + protected % 2, n, 2), range(protected + (protected + 1) % 2, n, 2)
+    known = {a: [(round((unit[a] @ unit[b]).nan_to_num(-2).item(), 6), -b) for b in odds] for a in evens}
+    merged = sorted(evens, key=lambda a: (-max(known[a])[0], a))[:r]
+    stays = [t for t in range(n) if t not in merged]
+    want = [stays.index(-max(known[t])[1] if t in merged else t) for t in range(n)]
+    run = {"reference": op.token_merge_reference, "triton": op.token_merge_triton}
+    call = run.get(form, torch.ops.fastmllm.token_merge)
+    device = "cpu" if form == "native" else device
+    x, size, cu = torch.ones(n, 2), torch.ones(n), torch.tensor([0, n], dtype=torch.int32)
+    tensors = (t.to(device) for t in (x, metric, size, cu))
+    y, _, _, destination = call(*tensors, [0, r], n, protected)
+    assert destination.tolist() == want
+    assert torch.equal(y, torch.ones_like(y))  # every row is written
 
 
 def test_fp64_goes_to_the_reference(device):

@@ -181,8 +181,7 @@ def test_native_refuses_segments_outside_of_the_tokens():
         token_select(torch.randn(4, 2), torch.tensor([0, 6]), torch.randn(4), 1)
 
 
-def test_no_waiting_for_the_device():
-    """The reference reads no value back either; the launchers have nothing but their launches."""
+def test_the_reference_does_not_wait_for_the_device():
     x, cu, scores, planes = _inputs([7, 5])
     budget = torch.tensor([2, 3])
 
@@ -195,7 +194,9 @@ def test_no_waiting_for_the_device():
         op.token_select_reference([x, *planes], cu, scores, budget, 0, 6, 7)
 
 
-def test_two_launches_forward_and_backward(monkeypatch):
+@pytest.mark.parametrize("segments", [2, 70000])
+def test_two_launches_no_wait_and_any_number_of_segments(segments, monkeypatch):
+    """Meta tensors cannot be read: a launcher that waits for the device fails here. Axes 1 and 2 end at 65535."""
     launches = []
 
     class Counted:
@@ -204,10 +205,18 @@ def test_two_launches_forward_and_backward(monkeypatch):
 
     monkeypatch.setattr(op, "_fwd_kernel", Counted())
     monkeypatch.setattr(op, "_bwd_kernel", Counted())
-    x, cu, scores, planes = _inputs([7, 5])
-    *ys, index, place, _ = op.token_select_triton([x, *planes], cu, scores, torch.tensor([2, 3]), 0, 6, 7)
+    n = 2 * segments
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    xs, cu = [empty(n, 5), empty(n, dtype=torch.int64), empty(n, 2, 3)], empty(segments + 1, dtype=torch.int32)
+    budget = empty(segments, dtype=torch.int64)
+    *ys, index, place, _ = op.token_select_triton(xs, cu, empty(n), budget, 0, n, 1 << 20)
     op.token_select_bwd_triton([ys[0], ys[2]], index, place)
     assert len(launches) == 2
+    assert all(axis <= 65535 for grid in launches for axis in grid[1:])
+    assert all(grid[0] < 1 << 31 for grid in launches)
 
 
 def test_opcheck():
@@ -231,6 +240,24 @@ def test_compile():
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
     torch.testing.assert_close(torch.autograd.grad(got[0], x), torch.autograd.grad(want[0], x))
+
+
+def test_compiles_once_for_any_number_of_tokens():
+    compiled_graphs = []
+
+    def backend(graph, _):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    def kept(x, cu, scores):
+        return token_select(x, cu, scores, x.shape[0] // 4)[:3]
+
+    compiled = torch.compile(kept, fullgraph=True, dynamic=True, backend=backend)
+    for n in range(20, 50, 3):
+        x, cu, scores, _ = _inputs([10, n - 10], behind=0)
+        for got, want in zip(compiled(x, cu, scores), kept(x, cu, scores), strict=True):
+            assert torch.equal(got, want)
+    assert len(compiled_graphs) <= 2
 
 
 def test_gradcheck():
