@@ -316,6 +316,35 @@ def test_triton_takes_packed_images(case, dtype, uint8, prefix_rows, device, gua
     _check_triton(guard, [*inputs, prefix, table], last, (not uint8, True))
 
 
+@pytest.mark.parametrize("grids", [[], [(0, 3)], [(2, 0, 3), (0, 2)]], ids=str)
+@pytest.mark.parametrize("prefix_rows", [0, 2])
+def test_triton_takes_images_without_patches(grids, prefix_rows, device, guard, monkeypatch):
+    """Nothing is launched, so that no kernel is compiled for a table that is not there."""
+    for name in ("_fwd_kernel", "_rows_kernel", "_bwd_weight_kernel", "_bwd_pixels_kernel"):
+        monkeypatch.setattr(op, name, None)
+    case = (grids, 1, 1, False, 2, 5)
+    *inputs, prefix = _packed_inputs(case, torch.float32, False, device, prefix_rows)
+    table = op.grid_table(op.segments("patch_embed", grids), prefix_rows, torch.device(device))
+    last = (2, 1, 1, False, SCALE, SHIFT)
+    y = guard.run(op.patch_embed_triton, *inputs, prefix, table, *last)
+    assert torch.equal(y, op.patch_embed_reference(*inputs, prefix, table, *last))
+    _, dw = guard.run(op.patch_embed_bwd_triton, y, *inputs[:2], 2, True, True, table, prefix_rows, *last[1:])
+    assert torch.equal(dw, torch.zeros_like(inputs[1]))
+
+
+def test_no_images_at_all():
+    """An empty list is what empty grids are."""
+    *inputs, prefix = _packed_inputs(([], 1, 1, False, 2, 5), torch.float32, True, prefix_rows=2)
+    w = inputs[1].requires_grad_()
+    for pixels, grids in (([], None), (inputs[0], [])):
+        tokens, cu_seqlens = patch_embed_packed(pixels, w, mean=MEAN, std=STD, grid_thw=grids, patch_size=2,
+                                                prefix=prefix)  # fmt: skip
+        assert tokens.shape == (0, 5)
+        assert cu_seqlens.tolist() == [0]
+        (dw,) = torch.autograd.grad(tokens.sum(), w)
+        assert torch.equal(dw, torch.zeros_like(w))
+
+
 class _Recorder:
     """Stand in for a kernel, and note its launch."""
 
@@ -535,7 +564,6 @@ def test_packed_rejects_what_does_not_fit():
         (r"multiples of merge_size 2", (pixels, w), {"grid_thw": [(1, 2)], "merge_size": 2}),
         (r"a list of images has its own grids", ([pixels], w), {"grid_thw": [(1, 2)]}),
         (r"an image \(4, 5, 3\) must be \(H, W, C\) of whole 4 x 4", ([torch.zeros(4, 5, 3)], w), {}),
-        (r"the list of images is empty", ([], w), {}),
         (r"already normalised", (torch.zeros(2, 48), w), {"grid_thw": [(1, 2)], "mean": MEAN, "std": STD}),
         (r"patches \(2, 47\)", (torch.zeros(2, 47), w), {"grid_thw": [(1, 2)]}),
         (r"leave still out", (pixels, w), {"grid_thw": [(1, 2)], "still": True}),
