@@ -36,6 +36,7 @@ from ._patches import (
     without_prefix,
 )
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
+from .layer_norm import layer_norm
 
 MAX_OFFSET = 2**31  # patches, and elements of one image, that a kernel counts with 32 bits
 
@@ -204,7 +205,11 @@ def _bwd_pixels_kernel(
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
 def _config(rows: int, cols: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the tile of a (rows, cols) product."""
+    """Return the tile of a (rows, cols) product.
+
+    The rows choose how many values a program takes, never the order of one value's sum (BLOCK_K): an image has the
+    same bits alone and in any batch.
+    """
     block_n = max(16, min(64, next_power_of_2(cols)))
     if dtype not in (torch.bfloat16, torch.float16):  # fp32 runs outside the tensor cores
         return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -416,10 +421,17 @@ def _affine(
     return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
+def _norm(tokens: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if weight is None and bias is not None:
+        raise error(f"norm_bias {tuple(bias.shape)} needs a norm_weight: ones, where there is no other")
+    return tokens if weight is None else layer_norm(tokens, weight, bias, eps=eps)  # type: ignore[return-value]
+
+
 def patch_embed(
     pixels: Tensor, weight: Tensor, bias: Tensor | None = None, position: Tensor | None = None, *,
     mean: Sequence[float] | None = None, std: Sequence[float] | None = None, patch_size: int, layout: str = "hwc",
-    prefix: Tensor | None = None,
+    prefix: Tensor | None = None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """Normalise pixels, cut them into patches, project, add bias and positions.
 
@@ -433,6 +445,9 @@ def patch_embed(
         patch_size: P, in pixels.
         layout: "hwc" or "chw".
         prefix: (R, D) rows put before each image, or None: a class token with its position, register tokens.
+        norm_weight, norm_bias: (D,) of a LayerNorm over the finished tokens, the prefix included, or None: CLIP's
+            `pre_layrnorm`. It is one launch more: a row of the product spans several tiles.
+        norm_eps: its epsilon.
 
     Returns:
         (I, R + N, D) in the dtype of `weight`, patches in row-major order.
@@ -440,8 +455,7 @@ def patch_embed(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
 
-    Equal to the image processor and the embeddings of CLIP, SigLIP and DINOv2; CLIP's `pre_layrnorm` is `layer_norm`
-    on the result (a row of it spans several tiles of the product, so a fused norm would be a second pass as well).
+    Equal to the image processor and the embeddings of CLIP, SigLIP and DINOv2.
     """
     chw = layout == "chw"
     if pixels.dim() != 4 or weight.dim() != 2:
@@ -455,14 +469,16 @@ def patch_embed(
     n = (height // patch_size) * (width // patch_size)
     _check(pixels, weight, bias, position, prefix, n, patch_size * patch_size * channels, layout)
     affine = _affine(pixels, channels, mean, std)
-    return _patch_embed(pixels, weight, bias, position, prefix, None, patch_size, 1, 1, chw, *affine)
+    tokens = _patch_embed(pixels, weight, bias, position, prefix, None, patch_size, 1, 1, chw, *affine)
+    return _norm(tokens, norm_weight, norm_bias, norm_eps)
 
 
 def patch_embed_packed(
     pixels: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, position: Tensor | None = None, *,
     grid_thw: Sequence[Sequence[int]] | Tensor | None = None, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, patch_size: int, temporal_patch_size: int = 1, merge_size: int = 1,
-    layout: str = "hwc", still: bool = False, prefix: Tensor | None = None,
+    layout: str = "hwc", still: bool = False, prefix: Tensor | None = None, norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None, norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Embed images and videos of different sizes in one launch.
 
@@ -483,6 +499,7 @@ def patch_embed_packed(
         still: patches only: their T frames are equal, so only the first is read, and `weight` is one frame's,
             `patch_weight(w, order="chw", still=True)`: exact, at half the work.
         prefix: (R, D) rows put before each frame's patches, or None.
+        norm_weight, norm_bias, norm_eps: a LayerNorm over the finished tokens, as in `patch_embed`.
 
     Returns:
         tokens (M + S * R, D) in the dtype of `weight`, and cu_seqlens (S + 1,) int32 with a segment a frame.
@@ -519,7 +536,7 @@ def patch_embed_packed(
             shape = (m, channels, t, p * p) if chw else (m, 1, t, p * p * channels)
             pixels = pixels.view(shape)[:, :, 0].reshape(m, size)
         tokens = assemble(project(pixels.to(weight.dtype), weight, bias, position), prefix, grids, len(sizes))
-        return tokens, grids[3].clone()
+        return _norm(tokens, norm_weight, norm_bias, norm_eps), grids[3].clone()
     if still:
         raise error("pixels of a still image are one frame: leave still out and fold the weight, "
                      "patch_weight(w, still=True)")  # fmt: skip
@@ -529,7 +546,7 @@ def patch_embed_packed(
         raise error(f"an image of {max(sizes)} patches exceeds the kernel's {MAX_OFFSET} values")
     affine = _affine(pixels, channels, mean, std)
     tokens = _patch_embed(pixels, weight, bias, position, prefix, grids, p, t, merge_size, chw, *affine)
-    return tokens, grids[3].clone()
+    return _norm(tokens, norm_weight, norm_bias, norm_eps), grids[3].clone()
 
 
 def patch_weight(weight: Tensor, order: str = "hwc", still: bool = False) -> Tensor:

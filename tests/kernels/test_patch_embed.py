@@ -6,26 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, gradients, strided
+from patch_inputs import MEAN, PACKED, SCALE, SHIFT, STD
+from patch_inputs import inputs as _inputs
+from patch_inputs import packed_inputs as _packed_inputs
 
 from fastmllm.kernels import _native
 from fastmllm.kernels import patch_embed as op
 from fastmllm.kernels.layer_norm import layer_norm
 from fastmllm.kernels.patch_embed import patch_embed, patch_embed_packed, patch_weight
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # I, H, W, P, D
-SCALE, SHIFT = [0.015, 0.014, 0.013], [-1.9, -1.8, -1.4]
 SHAPES = [(2, 28, 42, 14, 33), (1, 32, 16, 16, 40), (3, 4, 6, 2, 5)]
-
-
-def _inputs(shape, dtype, uint8, device="cpu", channels=3):
-    torch.manual_seed(0)
-    images, height, width, patch, dim = shape
-    pixels = torch.randint(0, 256, (images, height, width, channels), dtype=torch.uint8)
-    k, n = patch * patch * channels, (height // patch) * (width // patch)
-    weight, bias, position = torch.randn(k, dim) / k**0.5, torch.randn(dim), torch.randn(n, dim)
-    pixels = pixels if uint8 else (pixels / 255).to(dtype)
-    return [pixels.to(device), *(t.to(device, dtype) for t in (weight, bias, position))]
 
 
 def _torch(pixels, weight, bias, position, patch, mean=MEAN, std=STD):
@@ -86,28 +77,6 @@ def test_planar_pixels_and_a_prefix(uint8):
         want = [want[0].permute(0, 3, 1, 2), *want[1:]]
     for g, w in zip(got, [*want, seed[:, :3].sum(0)], strict=True):
         torch.testing.assert_close(g, w)
-
-
-# frames of patches a grid has, T, merge, planar, P, D; grids cross the tiles of a kernel and one is empty
-PACKED = [
-    ([(1, 2, 4), (1, 4, 2), (0, 2, 2), (2, 2, 2)], 2, 2, False, 2, 5),
-    ([(3, 5), (0, 4), (1, 1)], 1, 1, True, 3, 33),
-    ([(1, 3, 2), (2, 1, 2)], 2, 1, True, 2, 16),
-    ([(9, 8), (1, 1)], 1, 1, False, 2, 7),
-    ([], 1, 1, False, 2, 7),
-]
-
-
-def _packed_inputs(case, dtype, uint8, device="cpu", prefix_rows=0):
-    torch.manual_seed(0)
-    grids, frames, _, _, patch, dim = case
-    sizes = [(g[-2], g[-1]) for g in grids for _ in range(g[0] if len(g) == 3 else 1)]
-    m, k = sum(h * w for h, w in sizes), frames * patch * patch * 3
-    pixels = torch.randint(0, 256, (m * k,), dtype=torch.uint8)
-    tensors = [torch.randn(k, dim) / k**0.5, torch.randn(dim), torch.randn(m, dim)]
-    tensors = [t.to(device, dtype) for t in tensors]
-    prefix = torch.randn(prefix_rows, dim).to(device, dtype) if prefix_rows else None
-    return [(pixels if uint8 else (pixels / 255).to(dtype)).to(device), *tensors, prefix]
 
 
 def _torch_packed(pixels, weight, bias, position, prefix, case, mean=MEAN, std=STD):
@@ -314,35 +283,6 @@ def test_triton_takes_packed_images(case, dtype, uint8, prefix_rows, device, gua
     affine = (SCALE, SHIFT) if uint8 else ([0.5, 2.0, 3.0], [0.0, 0.5, 1.0])
     last = (patch, frames, merge, planar, *affine)
     _check_triton(guard, [*inputs, prefix, table], last, (not uint8, True))
-
-
-@pytest.mark.parametrize("grids", [[], [(0, 3)], [(2, 0, 3), (0, 2)]], ids=str)
-@pytest.mark.parametrize("prefix_rows", [0, 2])
-def test_triton_takes_images_without_patches(grids, prefix_rows, device, guard, monkeypatch):
-    """Nothing is launched, so that no kernel is compiled for a table that is not there."""
-    for name in ("_fwd_kernel", "_rows_kernel", "_bwd_weight_kernel", "_bwd_pixels_kernel"):
-        monkeypatch.setattr(op, name, None)
-    case = (grids, 1, 1, False, 2, 5)
-    *inputs, prefix = _packed_inputs(case, torch.float32, False, device, prefix_rows)
-    table = op.grid_table(op.segments("patch_embed", grids), prefix_rows, torch.device(device))
-    last = (2, 1, 1, False, SCALE, SHIFT)
-    y = guard.run(op.patch_embed_triton, *inputs, prefix, table, *last)
-    assert torch.equal(y, op.patch_embed_reference(*inputs, prefix, table, *last))
-    _, dw = guard.run(op.patch_embed_bwd_triton, y, *inputs[:2], 2, True, True, table, prefix_rows, *last[1:])
-    assert torch.equal(dw, torch.zeros_like(inputs[1]))
-
-
-def test_no_images_at_all():
-    """An empty list is what empty grids are."""
-    *inputs, prefix = _packed_inputs(([], 1, 1, False, 2, 5), torch.float32, True, prefix_rows=2)
-    w = inputs[1].requires_grad_()
-    for pixels, grids in (([], None), (inputs[0], [])):
-        tokens, cu_seqlens = patch_embed_packed(pixels, w, mean=MEAN, std=STD, grid_thw=grids, patch_size=2,
-                                                prefix=prefix)  # fmt: skip
-        assert tokens.shape == (0, 5)
-        assert cu_seqlens.tolist() == [0]
-        (dw,) = torch.autograd.grad(tokens.sum(), w)
-        assert torch.equal(dw, torch.zeros_like(w))
 
 
 class _Recorder:
