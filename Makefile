@@ -30,11 +30,18 @@ bench: $(READY) build/triton-$(TRITON_OLD)
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -s
 	$(PY) benchmarks/aot.py --triton-path build/triton-$(TRITON_OLD)
 
-# On a machine with a GPU and its own torch: build, test, benchmark, in that environment.
+# On a machine with a GPU and its own torch: build, test, benchmark, in that environment, within GPU_SECONDS. Benchmarks
+# take what the tests leave: each case is in its json as soon as it is measured, and what time did not allow is listed.
+GPU_SECONDS ?= 480
 gpu:
-	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest tests/kernels -q
-	$(PYTHON) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -s
+	@end=$$(($$(date +%s) + $(GPU_SECONDS))); \
+	run() { s=$$((end - $$(date +%s))); [ $$s -gt 0 ] || return 124; timeout -s INT -k 10 $$s "$$@"; }; \
+	run $(PYTHON) setup.py build_ext --inplace || { echo "make gpu: no extension"; exit 1; }; \
+	run $(PYTHON) -m pytest tests/kernels -q; tests=$$?; \
+	run $(PYTHON) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -s; bench=$$?; \
+	[ $$tests != 124 ] || echo "make gpu: $(GPU_SECONDS) s were over before the tests were, so nothing was measured"; \
+	[ $$bench != 124 ] || { bench=0; echo "make gpu: $(GPU_SECONDS) s are over; GPU_SECONDS=900 gives more"; }; \
+	exit $$((tests != 0 || bench != 0))
 
 setup: $(READY)
 

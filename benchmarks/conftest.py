@@ -3,7 +3,8 @@
     pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*'
 
 On a GPU a time is the median of CUDA-graph replays with a flushed L2; on a CPU it is the smallest process CPU time of
-interleaved rounds on one thread, because wall time says little on a shared machine. `ratio` is baseline / ours.
+interleaved rounds on one thread, because wall time says little on a shared machine: `wall_us`, the smallest one, stands
+beside it in newer rows and decides nothing. `ratio` is baseline / ours. An operator's json is written with each case.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 CUDA = torch.cuda.is_available()
 ROOT = Path(__file__).resolve().parent
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+CASES = pytest.StashKey[list[str]]()
 BUDGET = 1.0 if CUDA else 0.4  # seconds of timing a provider
 functorch_config.donated_buffer = False  # a compiled backward is run many times on one graph
 
@@ -97,15 +99,17 @@ def _times(calls: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, Any
 def _time_cpu(calls: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, Any]]:
     """Time in turns, so that a busy moment of the machine meets every provider."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    walls = dict.fromkeys(calls, float("inf"))
     start = time.process_time()
     while len(samples[next(iter(calls))]) < 100:
         for name, call in calls.items():
-            before = time.process_time()
+            begin, before = time.perf_counter(), time.process_time()
             call()
             samples[name].append(time.process_time() - before)
+            walls[name] = min(walls[name], time.perf_counter() - begin)
         if time.process_time() - start > BUDGET * len(calls) and len(samples[name]) >= 3:
             break
-    return {name: _summary(times, min(times)) for name, times in samples.items()}
+    return {name: _summary(times, min(times)) | {"wall_us": 1e6 * walls[name]} for name, times in samples.items()}
 
 
 def _time_cuda(call: Callable[[], object]) -> dict[str, Any]:
@@ -295,6 +299,7 @@ def compare(benchmark, request):
                 "error": errors.get(name), "error_against": "fp64" if oracle is not None else ours, **_circumstances(),
             })  # fmt: skip
         request.config.stash.setdefault(ROWS, []).extend(rows)
+        _store(rows)  # at once: a run that is cut off keeps what it measured
         benchmark.extra_info.update(rows[0])
 
         def finished() -> None:
@@ -313,23 +318,32 @@ def _round(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Replace the rows of the cases that ran in results/<device>/<op>.json."""
-    fresh: dict[str, list[dict[str, Any]]] = {}
-    for row in session.config.stash.get(ROWS, []):
-        fresh.setdefault(row["op"], []).append({key: _round(value) for key, value in row.items()})
-    for op, rows in fresh.items():
-        path = _folder() / f"{op}.json"
-        cases = {(row["case"], row["mode"]) for row in rows}
-        kept = json.loads(path.read_text()) if path.exists() else []
-        rows += [row for row in kept if (row["case"], row["mode"]) not in cases]
-        rows.sort(key=lambda row: (row["case"], row["mode"]))  # stable: ours first in a case
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+def _store(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the rows of one case in results/<device>/<op>.json."""
+    path = _folder() / f"{rows[0]['op']}.json"
+    fresh = [{key: _round(value) for key, value in row.items()} for row in rows]
+    cases = {(row["case"], row["mode"]) for row in fresh}
+    kept = json.loads(path.read_text()) if path.exists() else []
+    fresh += [row for row in kept if (row["case"], row["mode"]) not in cases]
+    fresh.sort(key=lambda row: (row["case"], row["mode"]))  # stable: ours first in a case
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".tmp")
+    written.write_text("[\n" + ",\n".join(json.dumps(row) for row in fresh) + "\n]\n")
+    written.replace(path)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[CASES] = [item.nodeid for item in session.items]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print every row of this run."""
+    """Print every row of this run, and the cases that an interrupted one left out."""
+    ran = {report.nodeid for reports in terminalreporter.stats.values() for report in reports
+           if getattr(report, "when", None) == "call" or getattr(report, "skipped", False)}  # fmt: skip
+    left_out = [case for case in config.stash.get(CASES, []) if case not in ran]
+    if left_out:
+        terminalreporter.section("left out")
+        terminalreporter.write_line("\n".join(left_out))
     rows = config.stash.get(ROWS, [])
     if not rows:
         return

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._runs import upload
 from ._triton import tl, triton
 
 
@@ -28,14 +29,14 @@ def segments(op: str, grid_thw: Sequence[Sequence[int]] | Tensor) -> list[tuple[
 def grid_table(sizes: Sequence[tuple[int, int]], prefix_rows: int, device: torch.device) -> Tensor:
     """Return (4, S + 1) int32: first patch, rows, columns of each segment, and cu_seqlens with the prefix rows.
 
-    The copy to a GPU does not wait for it.
+    To be read only: whoever has the same grids has the same table.
     """
     starts, packed = [0], [0]
     for h, w in sizes:
         starts.append(starts[-1] + h * w)
         packed.append(packed[-1] + h * w + prefix_rows)
     rows = [starts, [h for h, _ in sizes] + [0], [w for _, w in sizes] + [0], packed]
-    return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+    return upload(tuple(value for row in rows for value in row), device).view(4, len(starts))
 
 
 @triton.jit

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ._grids import find_segment, patch_place
 from ._triton import accumulator_dtype, tl, triton
+
+
+def error(message: str) -> ValueError:
+    return ValueError(f"fastmllm::patch_embed: {message}")
 
 
 def is_identity(scale: list[float], shift: list[float]) -> bool:
@@ -110,6 +114,29 @@ def without_prefix(grad: Tensor, pixels: Tensor, weight: Tensor, grids: Tensor |
     if grids is None:
         return grad[:, prefix_rows:].reshape(m, grad.shape[-1])
     return grad[token_rows(grids, m, prefix_rows)] if prefix_rows else grad
+
+
+def flatten_images(
+    images: Sequence[Tensor], patch_size: int, temporal_patch_size: int = 1, layout: str = "hwc",
+    device: torch.device | None = None,
+) -> tuple[Tensor, list[tuple[int, int, int]]]:  # fmt: skip
+    """Concatenate images (H, W, C) and videos (F, H, W, C), channels first in layout "chw"; return their grids too.
+
+    `device` is where no images lie: an empty list is uint8 there.
+    """
+    t, p, chw = temporal_patch_size, patch_size, layout == "chw"
+    grids: list[tuple[int, int, int]] = []
+    if not images:
+        return torch.empty(0, dtype=torch.uint8, device=device), grids
+    for x in images:
+        frames, *shape = x.shape if x.dim() == 4 else (t, *x.shape)
+        h, w = (shape[1:] if chw else shape[:2]) if len(shape) == 3 else (-1, -1)
+        if h < 0 or h % p or w % p or frames % t or (x.dim() != 4 and t > 1):
+            raise error(f"an image {tuple(x.shape)} must be {'(C, H, W)' if chw else '(H, W, C)'} of whole {p} x {p} "
+                         f"patches, a video in front of that a multiple of {t} frames; for a still, fold the "
+                         "weight")  # fmt: skip
+        grids.append((frames // t, h // p, w // p))
+    return torch.cat([x.reshape(-1) for x in images]), grids
 
 
 # A patch is T * P runs of P * C consecutive values (planar: C * P runs of P). P and C are constants, so the compiler

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._runs import upload
+
 
 def grid_positions(
     grid_thw: Sequence[Sequence[int]], merge_size: int = 1, device: torch.device | str | None = None
@@ -37,11 +39,13 @@ def grid_positions(
             raise ValueError(f"fastmllm::grid_positions: grid {index} {grid} must be (t, h, w), positive, h and w "
                              f"divisible by merge_size {merge_size}")  # fmt: skip
     # a video's frames are so many images of its size
-    sizes = torch.tensor([(t * h * w, h * w, w // merge_size) for t, h, w in grids], dtype=torch.int64).view(-1, 3)
-    total = sum(t * h * w for t, h, w in grids)
-    sizes = torch.cat([sizes, (sizes[:, :1].cumsum(0) - sizes[:, :1])], 1).to(device, non_blocking=True)
-    _, area, squares, start = sizes.repeat_interleave(sizes[:, 0], dim=0, output_size=total).unbind(1)
-    place = (torch.arange(total, device=sizes.device) - start) % area  # in its frame
+    sizes, total = [], 0
+    for t, h, w in grids:
+        sizes += [t * h * w, h * w, w // merge_size, total]
+        total += t * h * w
+    table = upload(tuple(sizes), torch.get_default_device() if device is None else torch.device(device)).view(-1, 4)
+    _, area, squares, start = table.repeat_interleave(table[:, 0], dim=0, output_size=total).unbind(1)
+    place = (torch.arange(total, device=table.device) - start) % area  # in its frame
     square, inside = place // merge_size**2, place % merge_size**2
     row = square // squares * merge_size + inside // merge_size
     column = square % squares * merge_size + inside % merge_size

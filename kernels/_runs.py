@@ -1,13 +1,15 @@
 """What the operators on packed token grids share: grids given on the host, their table on the device, the search in it.
 
-A batch of images is a list of runs (images, height, width): `grid_thw`, with equal neighbours joined. The table is
-uploaded once a set of grids, without waiting for the device, and kept: a model of fixed resolution uploads it once.
+A batch of images is a list of runs (images, height, width): `grid_thw`, with equal neighbours joined. What the
+host knows goes to the device from pinned memory: a copy from pageable memory makes the host wait, and no CUDA graph can
+hold one. A table is uploaded once a set of grids and kept: a model of fixed resolution uploads it once.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +18,13 @@ from torch import Tensor
 from ._triton import tl, triton
 
 Grid = Sequence[Sequence[int]] | Tensor
+KEPT = 256  # tables that eager calls share, the ones used last
+Key = tuple[tuple[int, ...], torch.device, int]  # values, device, stream
+_lock = threading.Lock()
+_kept: OrderedDict[Key, Tensor] = OrderedDict()
+# What a CUDA graph reads. A graph holds an address and no reference, and does not say when it dies: these stay for
+# good. One set of numbers costs a few hundred bytes, whatever the number of graphs.
+_captured: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
 
 def image_runs(op: str, x: Tensor, grid: Grid | None) -> list[tuple[int, int, int]]:
@@ -54,19 +63,47 @@ def join_runs(runs: Sequence[tuple[int, ...]]) -> list[int]:
     return [value for run in joined for value in run]
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on the device, without a wait of the host; into a CUDA graph nothing can be copied."""
+    target = torch.device(device)
+    if target.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(target, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():  # a replay would copy anew, from memory that is long another's
+        raise RuntimeError(f"fastmllm: a tensor {tuple(tensor.shape)} of the host inside of a CUDA graph capture: move "
+                           "it to the device before")  # fmt: skip
+    return tensor.pin_memory().to(target, non_blocking=True)
+
+
 def upload(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the values as int32 on the device; the host does not wait, and asks once for the same values."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int32).to(device)
+    """Return the values as int32 on the device, to be read only; the host asks once for the same values.
+
+    A table that a CUDA graph capture took is never freed; of the others the KEPT used last stay. A capture takes what
+    was uploaded on any stream before it, because `torch.cuda.graph` begins with a synchronisation.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int32, device=device)
     return _upload(values, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-@functools.lru_cache(maxsize=256)
 def _upload(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Copy from pinned memory; the stream is part of the key, so that whoever reads it comes after the copy."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("fastmllm: new token grids inside of a CUDA graph capture: run the call once before it")
-    return torch.tensor(values, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
+    """Look the values up; the stream is part of the key, so that whoever reads a table comes after its copy."""
+    key = (values, device, stream)
+    with _lock:
+        table = _captured.get(key[:2])
+        if torch.cuda.is_current_stream_capturing():
+            if table is None:
+                table = next((t for k, t in _kept.items() if k[:2] == key[:2]), None)
+            if table is None:
+                raise RuntimeError("fastmllm: new token grids inside of a CUDA graph capture: run the call once before")
+            return _captured.setdefault(key[:2], table)
+        table = _kept.get(key)
+        if table is None:
+            with torch.inference_mode(False):  # a later call may save it for its backward
+                table = _kept[key] = to_device(torch.tensor(values, dtype=torch.int32), device)
+        _kept.move_to_end(key)
+        if len(_kept) > KEPT:
+            _kept.popitem(last=False)
+        return table
 
 
 @triton.jit

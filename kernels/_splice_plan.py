@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._runs import to_device
+
 IGNORE = -100
 Grid = Sequence[int]  # t, h, w: patches
 
@@ -48,12 +50,12 @@ class SplicePlan:
     visual_ends: tuple[tuple[str, int], ...]
 
     def to(self, device: torch.device | str) -> SplicePlan:
-        """Return the plan with its tensors on a device."""
+        """Return the plan with its tensors on a device; the host does not wait for it."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
+                moved[field.name] = to_device(value, device)
         return replace(self, **moved)
 
 

@@ -21,6 +21,8 @@ from ._patches import (
     assemble,
     count_patches,
     cut_patches,
+    error,
+    flatten_images,
     images,
     is_identity,
     locate,
@@ -34,6 +36,7 @@ from ._patches import (
     without_prefix,
 )
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
+from .layer_norm import layer_norm
 
 MAX_OFFSET = 2**31  # patches, and elements of one image, that a kernel counts with 32 bits
 
@@ -202,7 +205,11 @@ def _bwd_pixels_kernel(
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
 def _config(rows: int, cols: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the tile of a (rows, cols) product."""
+    """Return the tile of a (rows, cols) product.
+
+    The rows choose how many values a program takes, never the order of one value's sum (BLOCK_K): an image has the
+    same bits alone and in any batch.
+    """
     block_n = max(16, min(64, next_power_of_2(cols)))
     if dtype not in (torch.bfloat16, torch.float16):  # fp32 runs outside the tensor cores
         return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -275,28 +282,29 @@ def patch_embed_bwd_triton(
     dx, dw = pixels.new_empty(0), weight.new_empty(0)
     with device_of(pixels):
         if pixel_grad:
-            dx = torch.empty_like(pixels)
+            dx = torch.empty_like(pixels) if d else torch.zeros_like(pixels)
             config = _config(m, k, weight.dtype)
             config["BLOCK_N"] = min(config["BLOCK_N"], 64)  # leaves registers to the addresses of the scattered store
             if m and d:
                 _bwd_pixels_kernel[(cdiv(m, config["BLOCK_M"]), cdiv(k, config["BLOCK_N"]))](
                     grad, weight, dx, grids, tuple(scale), m, n, d, grid_w, s, prefix_rows, **constants, **config
                 )
-        if weight_grad:
+        if weight_grad and not (m and d):
+            dw = torch.zeros_like(weight)
+        elif weight_grad:
             config = _config(k, d, weight.dtype)
             config["BLOCK_M"], config["BLOCK_K"] = config["BLOCK_K"], config["BLOCK_M"]  # the sum runs over the rows
             tiles = cdiv(k, config["BLOCK_K"]) * cdiv(d, config["BLOCK_N"])
             parts = max(1, min(264 // max(tiles, 1), cdiv(m, 4 * config["BLOCK_M"])))
             partial = torch.empty((parts, k, d), dtype=torch.float32, device=weight.device)
             table = None
-            if grids is not None and m:
+            if grids is not None:
                 table = grids.new_empty((4, m), dtype=torch.int64)
                 _rows_kernel[(cdiv(m, 1024),)](table, grids, m, s, prefix_rows, **constants, BLOCK=1024)
-            if d:
-                _bwd_weight_kernel[(cdiv(k, config["BLOCK_K"]), cdiv(d, config["BLOCK_N"]), parts)](
-                    grad, pixels, partial, table, tuple(scale), tuple(shift), m, n, d, grid_w, prefix_rows,
-                    **constants, NORMALIZE=not is_identity(scale, shift), **config,
-                )  # fmt: skip
+            _bwd_weight_kernel[(cdiv(k, config["BLOCK_K"]), cdiv(d, config["BLOCK_N"]), parts)](
+                grad, pixels, partial, table, tuple(scale), tuple(shift), m, n, d, grid_w, prefix_rows,
+                **constants, NORMALIZE=not is_identity(scale, shift), **config,
+            )  # fmt: skip
             dw = partial.sum(0).to(weight.dtype)
     return dx, dw
 
@@ -375,10 +383,6 @@ _patch_embed.register_autograd(_backward, setup_context=_setup_context)
 
 
 # 7. public function ---------------------------------------------------------------------------------------------------
-def _error(message: str) -> ValueError:
-    return ValueError(f"fastmllm::patch_embed: {message}")
-
-
 def _check(
     pixels: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, prefix: Tensor | None, tokens: int,
     size: int, layout: str,
@@ -386,21 +390,21 @@ def _check(
     """Check what the dense and the packed form share: `tokens` positions, patches of `size` values."""
     width = weight.shape[1]
     if layout not in ("hwc", "chw"):
-        raise _error(f"layout must be 'hwc' or 'chw', not {layout!r}")
+        raise error(f"layout must be 'hwc' or 'chw', not {layout!r}")
     if not weight.is_floating_point() or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
-        raise _error(f"pixels must be uint8 or float and weight float, but they are {pixels.dtype} and {weight.dtype}")
+        raise error(f"pixels must be uint8 or float and weight float, but they are {pixels.dtype} and {weight.dtype}")
     if weight.shape[0] != size:
-        raise _error(f"weight {tuple(weight.shape)} must have {size} rows for pixels {tuple(pixels.shape)}")
+        raise error(f"weight {tuple(weight.shape)} must have {size} rows for pixels {tuple(pixels.shape)}")
     if bias is not None and bias.shape != (width,):
-        raise _error(f"bias {tuple(bias.shape)} and weight {tuple(weight.shape)} differ")
+        raise error(f"bias {tuple(bias.shape)} and weight {tuple(weight.shape)} differ")
     if position is not None and position.shape != (tokens, width):
-        raise _error(f"position {tuple(position.shape)} must be {(tokens, width)} for pixels {tuple(pixels.shape)}: "
+        raise error(f"position {tuple(position.shape)} must be {(tokens, width)} for pixels {tuple(pixels.shape)}: "
                      "position_resample brings a table to other grids")  # fmt: skip
     if prefix is not None and (prefix.dim() != 2 or prefix.shape[1] != width):
-        raise _error(f"prefix {tuple(prefix.shape)} must be (R, {width})")
+        raise error(f"prefix {tuple(prefix.shape)} must be (R, {width})")
     for name, t in (("weight", weight), ("bias", bias), ("position", position), ("prefix", prefix)):
         if t is not None and t.device != pixels.device:
-            raise _error(f"pixels {tuple(pixels.shape)} are on {pixels.device}, but {name} is on {t.device}: move one")
+            raise error(f"pixels {tuple(pixels.shape)} are on {pixels.device}, but {name} is on {t.device}: move one")
 
 
 def _affine(
@@ -409,18 +413,25 @@ def _affine(
     """Return scale and shift, one a channel."""
     for name, t in (("mean", mean), ("std", std)):
         if t is not None and len(t) != channels:
-            raise _error(f"{name} has {len(t)} values for pixels {tuple(pixels.shape)} of {channels} channels")
+            raise error(f"{name} has {len(t)} values for pixels {tuple(pixels.shape)} of {channels} channels")
     if std is not None and not all(std):
-        raise _error(f"std {list(std)} must not be zero")
+        raise error(f"std {list(std)} must not be zero")
     unit = 1 / 255 if pixels.dtype == torch.uint8 else 1.0
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     return [unit / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
+def _norm(tokens: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if weight is None and bias is not None:
+        raise error(f"norm_bias {tuple(bias.shape)} needs a norm_weight: ones, where there is no other")
+    return tokens if weight is None else layer_norm(tokens, weight, bias, eps=eps)  # type: ignore[return-value]
+
+
 def patch_embed(
     pixels: Tensor, weight: Tensor, bias: Tensor | None = None, position: Tensor | None = None, *,
     mean: Sequence[float] | None = None, std: Sequence[float] | None = None, patch_size: int, layout: str = "hwc",
-    prefix: Tensor | None = None,
+    prefix: Tensor | None = None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """Normalise pixels, cut them into patches, project, add bias and positions.
 
@@ -434,6 +445,9 @@ def patch_embed(
         patch_size: P, in pixels.
         layout: "hwc" or "chw".
         prefix: (R, D) rows put before each image, or None: a class token with its position, register tokens.
+        norm_weight, norm_bias: (D,) of a LayerNorm over the finished tokens, the prefix included, or None: CLIP's
+            `pre_layrnorm`. It is one launch more: a row of the product spans several tiles.
+        norm_eps: its epsilon.
 
     Returns:
         (I, R + N, D) in the dtype of `weight`, patches in row-major order.
@@ -441,29 +455,30 @@ def patch_embed(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
 
-    Equal to the image processor and the embeddings of CLIP, SigLIP and DINOv2; CLIP's `pre_layrnorm` is `layer_norm`
-    on the result (a row of it spans several tiles of the product, so a fused norm would be a second pass as well).
+    Equal to the image processor and the embeddings of CLIP, SigLIP and DINOv2.
     """
     chw = layout == "chw"
     if pixels.dim() != 4 or weight.dim() != 2:
         shape = "(I, C, H, W)" if chw else "(I, H, W, C)"
-        raise _error(f"pixels must be {shape} and weight (K, D), but they are {tuple(pixels.shape)} and "
+        raise error(f"pixels must be {shape} and weight (K, D), but they are {tuple(pixels.shape)} and "
                      f"{tuple(weight.shape)}")  # fmt: skip
     channels, height, width = (pixels.shape[i] for i in ((1, 2, 3) if chw else (3, 1, 2)))
     if patch_size < 1 or height % patch_size or width % patch_size:
-        raise _error(f"pixels {tuple(pixels.shape)} in layout {layout!r} are not a whole number of {patch_size} x "
+        raise error(f"pixels {tuple(pixels.shape)} in layout {layout!r} are not a whole number of {patch_size} x "
                      f"{patch_size} patches: resize or pad the images to multiples of {patch_size}")  # fmt: skip
     n = (height // patch_size) * (width // patch_size)
     _check(pixels, weight, bias, position, prefix, n, patch_size * patch_size * channels, layout)
     affine = _affine(pixels, channels, mean, std)
-    return _patch_embed(pixels, weight, bias, position, prefix, None, patch_size, 1, 1, chw, *affine)
+    tokens = _patch_embed(pixels, weight, bias, position, prefix, None, patch_size, 1, 1, chw, *affine)
+    return _norm(tokens, norm_weight, norm_bias, norm_eps)
 
 
 def patch_embed_packed(
     pixels: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, position: Tensor | None = None, *,
     grid_thw: Sequence[Sequence[int]] | Tensor | None = None, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, patch_size: int, temporal_patch_size: int = 1, merge_size: int = 1,
-    layout: str = "hwc", still: bool = False, prefix: Tensor | None = None,
+    layout: str = "hwc", still: bool = False, prefix: Tensor | None = None, norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None, norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Embed images and videos of different sizes in one launch.
 
@@ -484,6 +499,7 @@ def patch_embed_packed(
         still: patches only: their T frames are equal, so only the first is read, and `weight` is one frame's,
             `patch_weight(w, order="chw", still=True)`: exact, at half the work.
         prefix: (R, D) rows put before each frame's patches, or None.
+        norm_weight, norm_bias, norm_eps: a LayerNorm over the finished tokens, as in `patch_embed`.
 
     Returns:
         tokens (M + S * R, D) in the dtype of `weight`, and cu_seqlens (S + 1,) int32 with a segment a frame.
@@ -495,17 +511,17 @@ def patch_embed_packed(
     """
     t, p, chw = temporal_patch_size, patch_size, layout == "chw"
     if weight.dim() != 2 or min(t, p, merge_size) < 1:
-        raise _error(f"weight {tuple(weight.shape)} must be (K, D), and {patch_size=}, {temporal_patch_size=}, "
+        raise error(f"weight {tuple(weight.shape)} must be (K, D), and {patch_size=}, {temporal_patch_size=}, "
                      f"{merge_size=} at least 1")  # fmt: skip
     if not isinstance(pixels, Tensor):
         if grid_thw is not None:
-            raise _error("a list of images has its own grids: leave grid_thw out")
-        pixels, grid_thw = flatten_images(pixels, p, t, layout)
+            raise error("a list of images has its own grids: leave grid_thw out")
+        pixels, grid_thw = flatten_images(pixels, p, t, layout, weight.device)
     if grid_thw is None or pixels.dim() not in (1, 2):
-        raise _error(f"pixels {tuple(pixels.shape)} must be a list of images, or flat or (M, K) with their grid_thw")
+        raise error(f"pixels {tuple(pixels.shape)} must be a list of images, or flat or (M, K) with their grid_thw")
     sizes = segments("patch_embed", grid_thw)
     if any(h % merge_size or w % merge_size for h, w in sizes):
-        raise _error(f"grids {sizes[:8]} must be multiples of merge_size {merge_size}")
+        raise error(f"grids {sizes[:8]} must be multiples of merge_size {merge_size}")
     m, r, frames = sum(h * w for h, w in sizes), 0 if prefix is None else prefix.shape[0], 1 if still else t
     channels = weight.shape[0] // (frames * p * p)
     size = frames * p * p * channels
@@ -514,41 +530,23 @@ def patch_embed_packed(
     if pixels.dim() == 2:
         values = size // frames * t
         if pixels.shape != (m, values) or mean is not None or std is not None or not pixels.is_floating_point():
-            raise _error(f"patches {tuple(pixels.shape)} {pixels.dtype} must be float {(m, values)}, already "
+            raise error(f"patches {tuple(pixels.shape)} {pixels.dtype} must be float {(m, values)}, already "
                          "normalised: no mean and std")  # fmt: skip
         if still:
             shape = (m, channels, t, p * p) if chw else (m, 1, t, p * p * channels)
             pixels = pixels.view(shape)[:, :, 0].reshape(m, size)
         tokens = assemble(project(pixels.to(weight.dtype), weight, bias, position), prefix, grids, len(sizes))
-        return tokens, grids[3]
+        return _norm(tokens, norm_weight, norm_bias, norm_eps), grids[3].clone()
     if still:
-        raise _error("pixels of a still image are one frame: leave still out and fold the weight, "
+        raise error("pixels of a still image are one frame: leave still out and fold the weight, "
                      "patch_weight(w, still=True)")  # fmt: skip
     if pixels.numel() != m * size:
-        raise _error(f"pixels {tuple(pixels.shape)} must have {m} * {size} values for grids {sizes[:8]}")
+        raise error(f"pixels {tuple(pixels.shape)} must have {m} * {size} values for grids {sizes[:8]}")
     if any(h * w * size >= MAX_OFFSET for h, w in sizes):
-        raise _error(f"an image of {max(sizes)} patches exceeds the kernel's {MAX_OFFSET} values")
+        raise error(f"an image of {max(sizes)} patches exceeds the kernel's {MAX_OFFSET} values")
     affine = _affine(pixels, channels, mean, std)
     tokens = _patch_embed(pixels, weight, bias, position, prefix, grids, p, t, merge_size, chw, *affine)
-    return tokens, grids[3]
-
-
-def flatten_images(
-    images: Sequence[Tensor], patch_size: int, temporal_patch_size: int = 1, layout: str = "hwc"
-) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Concatenate images (H, W, C) and videos (F, H, W, C), channels first in layout "chw"; return their grids too."""
-    t, p, chw, grids = temporal_patch_size, patch_size, layout == "chw", []
-    if not images:
-        raise _error("the list of images is empty")
-    for x in images:
-        frames, *shape = x.shape if x.dim() == 4 else (t, *x.shape)
-        h, w = (shape[1:] if chw else shape[:2]) if len(shape) == 3 else (-1, -1)
-        if h < 0 or h % p or w % p or frames % t or (x.dim() != 4 and t > 1):
-            raise _error(f"an image {tuple(x.shape)} must be {'(C, H, W)' if chw else '(H, W, C)'} of whole {p} x {p} "
-                         f"patches, a video in front of that a multiple of {t} frames; for a still, fold the "
-                         "weight")  # fmt: skip
-        grids.append((frames // t, h // p, w // p))
-    return torch.cat([x.reshape(-1) for x in images]), grids
+    return _norm(tokens, norm_weight, norm_bias, norm_eps), grids[3].clone()
 
 
 def patch_weight(weight: Tensor, order: str = "hwc", still: bool = False) -> Tensor:
@@ -566,7 +564,7 @@ def patch_weight(weight: Tensor, order: str = "hwc", still: bool = False) -> Ten
         ValueError: `weight` is no convolution's, or `order` is unknown.
     """
     if weight.dim() not in (4, 5) or order not in ("hwc", "chw"):
-        raise _error(f"a convolution's weight must be (D, C, P, P) or (D, C, T, P, P) and order 'hwc' or 'chw', but "
+        raise error(f"a convolution's weight must be (D, C, P, P) or (D, C, T, P, P) and order 'hwc' or 'chw', but "
                      f"they are {tuple(weight.shape)} and {order!r}")  # fmt: skip
     if weight.dim() == 4:
         weight = weight.unsqueeze(2)

@@ -134,7 +134,7 @@ class PatchEmbed(nn.Module):
         """
         frames = 1 if still else self.temporal_patch_size
         if not isinstance(pixels, Tensor):
-            pixels, grid_thw = flatten_images(pixels, self.patch_size, frames, layout)
+            pixels, grid_thw = flatten_images(pixels, self.patch_size, frames, layout, self.weight.device)
         if grid_thw is None or pixels.dim() not in (1, 2):
             raise ValueError(
                 f"PatchEmbed: pixels {tuple(pixels.shape)} must be a list of images, or flat or (M, K) with their "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import Launches
 from oracle import assert_as_accurate, gradients, strided
 
 from fastmllm.kernels import gelu_mlp as op
@@ -229,3 +230,17 @@ def test_rejects_what_does_not_fit():
         gelu_mlp(x, weight1, bias1, weight2, bias2.to("meta"))
     with pytest.raises(ValueError, match="floating point"):
         gelu_mlp(*(t.int() for t in (x, weight1, bias1, weight2, bias2)))
+
+
+def test_launches_and_no_wait():
+    """One kernel between two products; backward one kernel, four products, and the sums of the two biases."""
+    x, w1, b1, w2, b2 = _inputs(SHAPES[0], torch.bfloat16, True, "meta")
+    with Launches(op, "_fwd_kernel", "_bwd_kernel") as launches:
+        y, hidden = op.gelu_mlp_triton(x, w1, b1, w2, b2, "none", True)
+        assert launches.take() == ["mm", "_fwd_kernel", "addmm"]
+        op.gelu_mlp_bwd_triton(y, x, hidden, w1, b1, w2, "none", [True] * 5)
+        took = launches.take()
+        assert [took.count(name) for name in ("_fwd_kernel", "_bwd_kernel", "mm")] == [0, 1, 4]
+        assert len(took) == 1 + 4 + 3, f"{took}: two sums and the cast of one beside"
+        op.gelu_mlp_bwd_triton(y, None, hidden, w1, b1, w2, "none", [True, False, False, False, False])
+        assert sorted(launches.take()) == ["_bwd_kernel", "mm", "mm"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launches import Launches
 from oracle import gradients, strided
 
 from fastmllm.kernels import _native
@@ -106,3 +107,15 @@ def test_rejects_what_does_not_fit():
         insert_features(embeddings, features.bfloat16(), index)
     with pytest.raises((IndexError, RuntimeError), match="index"):  # torch's own, or the C++ operator's
         insert_features(embeddings, features, index + 7)
+
+
+def test_operations_of_the_reference_and_no_wait():
+    """What a GPU without the CUDA library runs; meta tensors cannot be waited for."""
+    embeddings, features, index = _inputs((9, 4, 5), torch.bfloat16, "meta")
+    with Launches(op) as launches:
+        op.insert_features_reference(embeddings, features, index)
+        assert launches.take() == ["index_copy"]
+        op.insert_features_bwd_reference(embeddings, index, True)
+        assert launches.take() == ["index_select", "index_fill.int_Scalar"]
+        op.insert_features_bwd_reference(embeddings, index, False)
+        assert launches.take() == ["index_select"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import Launches
 from oracle import assert_as_accurate, gradients, strided
 
 from fastmllm.kernels import position_resample as op
@@ -104,6 +105,16 @@ def _arguments(table, grids, merge, mode):
         patch.setattr(op, "_position_resample", record)
         position_resample(table, grids, merge_size=merge, **_options(mode))
     return found
+
+
+def test_one_launch_each_way_and_no_wait():
+    table = torch.empty(4, 5, 8, device="meta")
+    grids, rows, *rest = _arguments(table, [(1, 2, 2), (2, 4, 6)], 2, MODES[0])
+    with Launches(op, "_fwd_kernel", "_bwd_kernel") as launches:
+        y = op.position_resample_triton(table, grids, rows, *rest)
+        assert launches.take() == ["_fwd_kernel"]
+        op.position_resample_bwd_triton(y, grids, 4, 5, *rest)
+        assert launches.take() == ["_bwd_kernel"]
 
 
 def test_triton_takes_what_is_not_contiguous_and_hands_on_fp64(device):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import Launches
 from oracle import assert_as_accurate, gradients, strided
 
-from fastmllm.kernels import _native
+from fastmllm.kernels import _native, _norm
 from fastmllm.kernels import rms_norm as op
 from fastmllm.kernels._norm import MAX_SCALED_WIDTH, MAX_WIDTH
 from fastmllm.kernels.rms_norm import rms_norm
@@ -315,3 +316,18 @@ def test_rejects_what_does_not_fit():
             rms_norm(x, *others)
     with pytest.raises(ValueError, match=r"but scale \(4,\) is on meta"):
         rms_norm(x, w, residual=x, scale=far)
+
+
+@pytest.mark.parametrize(("added", "sums"), [("plain", 1), ("residual", 1), ("scale", 2)])
+def test_one_launch_each_way_and_no_wait(added, sums):
+    """The backward has a sum over its parts besides, and a copy for each gradient of a weight; frozen, none of them."""
+    x, w, r, s = _inputs((9, 33), torch.bfloat16, added, "meta")
+    with Launches(_norm, "_fwd_kernel", "_bwd_kernel") as launches:
+        y, h, rstd = op.rms_norm_triton(x, w, r, s, *SETTINGS)
+        assert launches.take() == ["_fwd_kernel"]
+        rest = (None if r is None else h, x if r is None else h, None if s is None else x, w, s, rstd, 1.0)
+        op.rms_norm_bwd_triton(y, *rest, True)
+        assert launches.take() == ["_bwd_kernel", "sum.dim_IntList", *["_to_copy"] * sums]
+        rest = (*rest[:2], None, *rest[3:])
+        op.rms_norm_bwd_triton(y, *rest, False)
+        assert launches.take() == ["_bwd_kernel"]

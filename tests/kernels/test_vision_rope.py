@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import Launches
 from oracle import assert_as_accurate, gradients, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -171,6 +172,19 @@ def test_values_are_copied_for_a_backward_only():
     with torch.no_grad():
         assert vision_rope(leaf, cos, sin, 2)[2].data_ptr() == leaf[:, 4:].data_ptr()
     assert vision_rope(leaf, cos, sin, 2)[2].untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr()
+
+
+def test_one_launch_each_way_and_no_wait():
+    qkv, cos, sin = _inputs(SHAPES[0], torch.bfloat16, "meta")
+    with Launches(op, "_rope_kernel") as launches:
+        q, k, v = op.vision_rope_triton(qkv[:, :, :], cos, sin, 2, 2, False, True)
+        assert launches.take() == ["_rope_kernel"]
+        op.vision_rope_triton(qkv.expand(3, *qkv.shape)[1], cos, sin, 2, 2, False, False)  # rows may be strided
+        assert launches.take() == ["_rope_kernel"]
+        op.vision_rope_bwd_triton(q, k, v, cos, sin, False)
+        assert launches.take() == ["_rope_kernel"]
+        op.vision_rope_triton(qkv[:0], cos[:0], sin[:0], 2, 2, False, True)
+        assert launches.take() == []
 
 
 def test_only_the_tables_are_saved():
