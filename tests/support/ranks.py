@@ -16,7 +16,7 @@ TIMEOUT = 120  # seconds
 
 
 def results(script: str, world: int, folder: Path, *arguments: str) -> list[Any]:
-    """Run a script of this folder as `world` ranks, `script <rank> <world> <folder> <arguments>`; return what each left."""
+    """Run a script of this folder as `world` ranks, `script rank world folder arguments`; return what each left."""
     paths = os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     ranks = [
