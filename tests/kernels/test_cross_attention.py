@@ -95,9 +95,9 @@ def test_plain_mathematics_equals_the_fused_cpu_kernel(monkeypatch):
 
 
 TRITON = {
-    "latest": ([(0, 0)] * 3 + [(0, 20)] * 30 + [(20, 37)] * 5, 37, 2, 1, 24),
+    "latest": ([(0, 0)] * 3 + [(0, 20)] * 30 + [(20, 26)] * 5, 26, 2, 1, 24),
     "all previous": ([(0, 20)] * 2 + [(0, 37)] * 3, 37, 2, 2, 8),
-    "overlapping": CASES["overlapping"],
+    "overlapping": ([(2, 6), (0, 3), (1, 8), (6, 2), (1, 8)], 8, 2, 2, 8),
     "beyond the keys": CASES["beyond the keys"],
     "no media": CASES["no media"],
 }
@@ -137,7 +137,7 @@ def test_triton_matches_reference(case, dtype, device, guard, monkeypatch):
 # (ranges of the rows, keys, H, Hkv, D), rows that share a range, keys of the longest range, parts of the keys
 SPLIT = {
     "latents": (([(0, 36)] * 3 + [(36, 50)] * 3, 50, 1, 1, 20), 3, 36, 2),
-    "decoding, GQA": (([(0, 20), (20, 35), (0, 0)], 36, 4, 1, 16), 1, 32, 2),
+    "decoding, GQA": (([(0, 20), (20, 32), (0, 0)], 32, 4, 1, 16), 1, 32, 2),
     "group of three": (([(3, 36)] * 3, 36, 3, 1, 8), 3, 36, 2),
     "a part without keys": (([(0, 33)] * 2 + [(33, 34)], 34, 1, 1, 8), 2, 80, 2),
     "many parts": (([(0, 65)] * 2, 65, 1, 1, 8), 2, 80, 4),
@@ -192,6 +192,40 @@ def test_a_sample_does_not_depend_on_its_neighbours(device):
     assert torch.equal(got[1][:, mine], before[1][:, mine])
     dq = op.cross_attention_bwd_triton(grad, q, k, v, *got, start, stop, *PLAIN, True, False)[0]
     assert torch.equal(dq[mine], want[mine])
+
+
+NAN = {  # ranges, rows of q and of the gradient that are NaN, keys that are: what these see, and nothing else, is NaN
+    "rows that see nothing, between two samples": ([(0, 10)] * 4 + [(0, 0)] * 3 + [(10, 20)] * 4, range(4, 7), ()),
+    "rows that see nothing, within a sample": ([(0, 20)] * 3 + [(20, 20)] + [(0, 20)] * 4, [3], ()),
+    "the second sample": ([(0, 10)] * 4 + [(10, 20)] * 4, range(4, 8), ()),
+    "the first sample": ([(0, 10)] * 4 + [(10, 20)] * 4, range(4), range(10)),
+    "the second of all images so far": ([(0, 10)] * 4 + [(0, 20)] * 4, (), range(10, 20)),
+    "rows of the second of all images so far": ([(0, 10)] * 4 + [(0, 20)] * 4, range(4), ()),
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("case", NAN)
+def test_nan_goes_only_where_it_is_seen(case, parts, device, monkeypatch):
+    """A product of 0 and NaN is NaN: what a row or a key does not see must not even be multiplied for it."""
+    monkeypatch.setattr(op, "part_count", lambda *a: parts)
+    ranges, bad_rows, bad_keys = NAN[case]
+    (q, k, v), start, stop = _inputs((ranges, 20, 1, 1, 8), torch.float32, device)
+    grad, bad = torch.randn_like(q), float("nan")
+    rows, keys = torch.zeros(len(ranges), dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
+    rows[list(bad_rows)], keys[list(bad_keys)] = True, True
+    clean = op.cross_attention_triton(q, k, v, start, stop, *PLAIN)
+    want = op.cross_attention_bwd_triton(grad, q, k, v, *clean, start, stop, *BOTH)
+    for t, where in ((q, rows), (grad, rows), (k, keys), (v, keys)):
+        t[where.to(device)] = bad
+    sees = (torch.arange(20) >= start.cpu()[:, None]) & (torch.arange(20) < stop.cpu()[:, None])
+    rows = (rows & sees.any(1)) | (sees & keys).any(1)  # whose log-sum-exp is NaN
+    keys = (sees & rows[:, None]).any(0)
+    out = op.cross_attention_triton(q, k, v, start, stop, *PLAIN)
+    grads = op.cross_attention_bwd_triton(grad, q, k, v, *out, start, stop, *BOTH)
+    for got, was, hit in zip((out[0], *grads), (clean[0], *want), (rows, rows, keys, keys), strict=True):
+        assert torch.equal(got.isnan().flatten(1).any(1).cpu(), hit)
+        assert torch.equal(got[~hit.to(device)], was[~hit.to(device)])
 
 
 def test_same_result_twice(device, monkeypatch):
