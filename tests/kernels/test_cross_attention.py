@@ -396,6 +396,16 @@ def test_rows_without_media_see_all_of_their_sample_where_asked():
 
 
 @pytest.mark.parametrize("empty", ["all", "zeros"])
+@pytest.mark.parametrize("policy", ["latest", "latest_group", "all_previous"])
+def test_rows_behind_the_last_sample_see_nothing(policy, empty):
+    """Padding at the end of a packed batch is in no sample, whatever rows without media see."""
+    is_media = torch.tensor([0, 1, 0, 0, 0], dtype=torch.bool)
+    cu_q, cu_k = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    seen = _seen(*media_ranges(is_media, cu_q, cu_k, policy, empty), 4)
+    assert seen.any(1).tolist() == [empty == "all", True, True, False, False]
+
+
+@pytest.mark.parametrize("empty", ["all", "zeros"])
 def test_mask_ranges_are_those_of_mllama(empty):
     """The same attention as transformers' mask gives; Meta's code zeroes rows that see no tile."""
     modeling = pytest.importorskip("transformers.models.mllama.modeling_mllama")
