@@ -346,11 +346,15 @@ def _config(kind: int, dtype: torch.dtype, head_dim: int, group: int, rows: int)
 
 
 def _plan(kind: int, q: Tensor, k: Tensor, rows: int, keys: int) -> tuple[dict[str, int], int, int]:
-    """Return the configuration, how many tiles of rows and heads there are, and into how many parts the keys go."""
+    """Return the configuration, how many tiles of rows and heads there are, and into how many parts the keys go.
+
+    Tile and parts follow the longest range and who shares it; not T or N, where the host says the former.
+    """
     total, heads, d = q.shape
-    config = _config(kind, q.dtype, d, heads // k.shape[1], min(rows or total, total))
-    tiles = cdiv(total * config["PACK"], config["BLOCK_M"]) * (heads // config["PACK"])
-    return config, tiles, part_count(tiles, min(keys or k.shape[0], k.shape[0]), config["BLOCK_N"])
+    rows, keys, group = rows or total, keys or k.shape[0], heads // k.shape[1]
+    config = _config(kind, q.dtype, d, group, rows)
+    one, tiles = (cdiv(n * config["PACK"], config["BLOCK_M"]) * (heads // config["PACK"]) for n in (rows, total))
+    return config, tiles, part_count(one, keys, config["BLOCK_N"], rows * group)
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
@@ -506,8 +510,9 @@ def cross_attention(
             of interleaved text, `mask_ranges` those of a tile mask, `segment_ranges` those of latent queries.
         media_stop: (T,) int32, the key behind the last one that it sees. Rows with start >= stop see none.
         softmax_scale: multiplies q k^T; None for D ** -0.5.
-        max_seqlen_q: about how many neighbouring rows share a range (32 latents, 1 in decoding); None for T. This and
-            `max_seqlen_k` choose tiles and how far the keys are split; with any value only the rounding differs.
+        max_seqlen_q: the most neighbouring rows that share a range (32 latents, 1 in decoding); None for T. This and
+            `max_seqlen_k` choose tiles and how far the keys are split; with any value only the rounding differs. With
+            both given, a sample's result on a GPU has the same bits whatever else is in the batch.
         max_seqlen_k: keys of the longest range; None for N.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,9 +139,9 @@ def test_triton_matches_reference(case, dtype, device, guard, monkeypatch):
 SPLIT = {
     "latents": (([(0, 36)] * 3 + [(36, 50)] * 3, 50, 1, 1, 20), 3, 36, 2),
     "decoding, GQA": (([(0, 20), (20, 32), (0, 0)], 32, 4, 1, 16), 1, 32, 2),
-    "group of three": (([(3, 36)] * 3, 36, 3, 1, 8), 3, 36, 2),
-    "a part without keys": (([(0, 33)] * 2 + [(33, 34)], 34, 1, 1, 8), 2, 80, 2),
-    "many parts": (([(0, 65)] * 2, 65, 1, 1, 8), 2, 80, 4),
+    "group of three": (([(3, 36)] * 3, 36, 3, 1, 8), 1, 36, 2),
+    "a part without keys": (([(0, 33)] * 2 + [(33, 34)], 34, 1, 1, 8), 2, 33, 2),
+    "many parts": (([(0, 65)] * 2, 65, 1, 1, 8), 2, 65, 4),
 }
 
 
@@ -160,11 +161,13 @@ def test_triton_splits_the_keys_of_few_queries(case, dtype, device, guard, monke
 
 def test_the_split_follows_sizes_that_the_host_knows():
     """Parts fill the GPU where few queries leave it empty, and never where they do not."""
-    assert _split.part_count(8, 6404, 32) == 33  # Llama-3.2-Vision decodes one token: 8 key heads, 4 tiles
-    assert _split.part_count(64, 6400, 32) == 5  # CogAgent, 256 rows of 32 heads in tiles of 128
-    assert _split.part_count(8, 64, 64) == 1  # Flamingo: 64 keys are one block
-    assert _split.part_count(264, 6404, 32) == 1
-    assert _split.part_count(1, 10**6, 32) == _split.MAX_PARTS
+    assert _split.part_count(8, 6404, 32, 4) == 33  # Llama-3.2-Vision decodes one token: 8 key heads, 4 tiles
+    assert _split.part_count(64, 6400, 32, 256) == 4  # CogAgent, 256 rows of 32 heads in tiles of 128
+    assert _split.part_count(8, 10000, 64, 64) == 33  # Perceiver: 64 latents of 8 heads
+    assert _split.part_count(16, 4900, 32, 256) == 4  # Idefics2: more parts would cost what they save
+    assert _split.part_count(8, 64, 64, 64) == 1  # Flamingo: 64 keys are one block
+    assert _split.part_count(264, 6404, 32, 4) == 1
+    assert _split.part_count(1, 10**6, 32, 1) == _split.MAX_PARTS
     decoding = op._config(0, torch.bfloat16, 128, 4, 1)
     assert (decoding["BLOCK_M"], decoding["PACK"]) == (16, 4)  # four heads read their keys once
     assert op._config(0, torch.bfloat16, 64, 1, 32)["BLOCK_M"] == 32  # a tile is the 32 latents of one image
@@ -174,24 +177,50 @@ def test_the_split_follows_sizes_that_the_host_knows():
     )
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(device):
-    """Whatever shares its tile, NaN included, a row of the output and of dq keeps its bits."""
-    ranges = [(0, 0)] + [(0, 20)] * 3 + [(20, 37)] * 5
-    inputs, start, stop = _inputs((ranges, 37, 2, 1, 8), torch.float32, device)
-    mine, keys = slice(4, 9), slice(20, 37)
-    alone = [inputs[0][mine], inputs[1][keys], inputs[2][keys], start[mine] - 20, stop[mine] - 20]
-    before = op.cross_attention_triton(*inputs, start, stop, *PLAIN)
-    torch.testing.assert_close(before[0][mine], op.cross_attention_triton(*alone, *PLAIN)[0])
+@pytest.mark.parametrize("shape", [(64, 4900, 16, 4, 96), (1, 6404, 32, 8, 128), (512, 1601, 32, 8, 128)])
+def test_tiles_and_parts_do_not_follow_the_batch(shape):
+    rows, keys, heads, heads_k, d = shape
+    plans = []
+    for images in (1, 2, 4, 8):
+        q, k = (torch.empty(images * n, h, d, device="meta") for n, h in ((rows, heads), (keys, heads_k)))
+        plans.append([op._plan(kind, q, k, rows, keys)[::2] for kind in (0, 1)])
+    assert all(plan == plans[0] for plan in plans)
+
+
+# ranges of the rows, H, Hkv, rows and keys of the sample that is looked at, both longest lengths
+NEIGHBOURS = {
+    "whole": ([(0, 0)] + [(0, 20)] * 3 + [(20, 37)] * 18, 2, 1, slice(4, 22), slice(20, 37), (18, 20)),
+    "split": ([(0, 3)] * 16 + [(3, 70)] * 2, 1, 1, slice(16, 18), slice(3, 70), (2, 67)),
+    "all images so far": ([(0, 5)] * 3 + [(5, 8)] * 2 + [(5, 25)] * 3, 1, 1, slice(3, 8), slice(5, 25), (3, 20)),
+}
+
+
+def _matmul_in_order(a, b, **_):
+    """Sum each element in one order: BLAS chooses it by where in the tile an element lies, tensor cores do not."""
+    out = np.zeros((a.shape[0], b.shape[1]), np.float32)
+    for i in range(a.shape[1]):
+        out += np.outer(a[:, i], b[i])
+    return out
+
+
+@pytest.mark.parametrize("case", NEIGHBOURS)
+def test_a_sample_does_not_depend_on_its_neighbours(case, device, monkeypatch):
+    """Whatever shares its tile or its call, a sample keeps its bits, in all gradients too."""
+    monkeypatch.setattr(_split, "PART_BLOCKS", 1)
+    monkeypatch.setattr(_split, "PROGRAMS", 2)
+    monkeypatch.setattr(np, "matmul", _matmul_in_order)  # the interpreter's dot
+    ranges, heads, heads_k, mine, keys, longest = NEIGHBOURS[case]
+    inputs, start, stop = _inputs((ranges, keys.stop, heads, heads_k, 8), torch.float32, device)
+    alone = [inputs[0][mine], inputs[1][keys], inputs[2][keys], start[mine] - keys.start, stop[mine] - keys.start]
     grad = torch.randn_like(inputs[0])
-    want = op.cross_attention_bwd_triton(grad, *inputs, *before, start, stop, *PLAIN, True, False)[0]
-    q, k, v = (t.clone() for t in inputs)
-    for t, rows in ((q, slice(0, 4)), (k, slice(0, 20)), (v, slice(0, 20))):
-        t[rows] = float("nan")
-    got = op.cross_attention_triton(q, k, v, start, stop, *PLAIN)
-    assert torch.equal(got[0][mine], before[0][mine])
-    assert torch.equal(got[1][:, mine], before[1][:, mine])
-    dq = op.cross_attention_bwd_triton(grad, q, k, v, *got, start, stop, *PLAIN, True, False)[0]
-    assert torch.equal(dq[mine], want[mine])
+    assert op._plan(0, *alone[:2], *longest)[2] == (2 if case == "split" else 1)
+    out, lse = op.cross_attention_triton(*inputs, start, stop, *longest, 0.3)
+    got = op.cross_attention_bwd_triton(grad, *inputs, out, lse, start, stop, *longest, 0.3, True, True)
+    want = op.cross_attention_triton(*alone, *longest, 0.3)
+    want_grads = op.cross_attention_bwd_triton(grad[mine], *alone[:3], *want, *alone[3:], *longest, 0.3, True, True)
+    pieces = (out[mine], lse[:, mine], got[0][mine], *(t[keys] for t in got[1:]))
+    for a, b in zip(pieces, (*want, *want_grads), strict=True):
+        assert torch.equal(a, b)
 
 
 NAN = {  # ranges, rows of q and of the gradient that are NaN, keys that are: what these see, and nothing else, is NaN
