@@ -97,6 +97,17 @@ def test_a_closed_gate_is_the_identity_and_still_learns():
 
 
 @pytest.mark.parametrize("scalar", [False, True])
+def test_the_gradient_of_the_gate_takes_products_beyond_fp16(scalar, device):
+    """grad * branch may exceed 65504 where their sum does not."""
+    grad = torch.tensor([[300.0], [-300.0], [1.0]]).expand(3, 4).to(device, torch.float16)
+    branch = torch.full((3, 4), 300.0, device=device, dtype=torch.float16)
+    gate = torch.zeros(1 if scalar else 4, device=device, dtype=torch.float16)
+    for function in (op.gated_residual_bwd_reference, op.gated_residual_bwd_triton):
+        dgate = function(grad, branch, gate, False, True)[1]
+        assert torch.equal(dgate, torch.full_like(gate, 1200.0 if scalar else 300.0))
+
+
+@pytest.mark.parametrize("scalar", [False, True])
 def test_opcheck(scalar):
     inputs = [t.requires_grad_() for t in _inputs((3, 8), torch.float32, scalar)]
     torch.library.opcheck(torch.ops.fastmllm.gated_residual.default, tuple(inputs))
