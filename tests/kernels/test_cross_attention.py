@@ -257,6 +257,33 @@ def test_nan_goes_only_where_it_is_seen(case, parts, device, monkeypatch):
         assert torch.equal(got[~hit.to(device)], was[~hit.to(device)])
 
 
+def _count_launches(monkeypatch, **kernels):
+    """Record launches instead of making them."""
+    launched = []
+    for name, module in kernels.items():
+        record = {"__getitem__": lambda self, grid, name=name: lambda *args, **options: launched.append(name)}
+        monkeypatch.setattr(module, name, type("Kernel", (), record)())
+    return launched
+
+
+@pytest.mark.parametrize("shape, split", [((3, 64, 64, 8, 8, 64), False), ((2, 1, 6404, 32, 8, 128), True)])
+def test_one_launch_forward_two_backward_one_more_for_a_split_and_no_wait(shape, split, monkeypatch):
+    """Meta tensors cannot be read: a launcher that waits for the device fails here."""
+    images, rows, keys, heads, heads_k, d = shape
+    kernels = {"_fwd_kernel": op, "_dq_kernel": op, "_dkv_kernel": op, "_combine_kernel": _split}
+    launched = _count_launches(monkeypatch, **kernels)
+    q, k = (torch.empty(images * n, h, d, device="meta").bfloat16() for n, h in ((rows, heads), (keys, heads_k)))
+    start = torch.empty(images * rows, dtype=torch.int32, device="meta")
+    combined = ["_combine_kernel"] * split
+    out, lse = op.cross_attention_triton(q, k, k, start, start, rows, keys, 0.1)
+    assert launched == ["_fwd_kernel", *combined]
+    for query_grad, key_grad in ((True, True), (True, False), (False, True)):
+        launched.clear()
+        saved = (out, q, k, k, out, lse, start, start, rows, keys, 0.1)
+        op.cross_attention_bwd_triton(*saved, query_grad, key_grad)
+        assert launched == ["_dq_kernel", *(combined if query_grad else []), *["_dkv_kernel"] * key_grad]
+
+
 def test_same_result_twice(device, monkeypatch):
     monkeypatch.setattr(_split, "PART_BLOCKS", 1)
     inputs, *ranges = _inputs(([(0, 70)] * 3, 70, 1, 1, 8), torch.float32, device)
