@@ -120,8 +120,9 @@ def _ranges(start_ptr, stop_ptr, rows, T, N):
 
 
 @triton.jit
-def _pairs(low, high):
+def _pairs(start_ptr, stop_ptr, rows, T, N):
     """Return each row's range as one number, by which ranges have an order."""
+    low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
     return (low.to(tl.int64) << 32) + high
 
 
@@ -183,14 +184,13 @@ def _fwd_kernel(
 ):  # fmt: skip
     """Give out and log-sum-exp of one part of the keys; there is only one unless queries are few."""
     rows, heads, head, part = _own(parts, HEADS, PACK, BLOCK_M)
-    low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
     wide = rows.to(tl.int64)
     q = _load(q_ptr, wide * Q_ROW + heads * Q_HEAD, rows, T, D, BLOCK_D)
     k_ptr += head // GROUP * K_HEAD
     v_ptr += head // GROUP * V_HEAD
     out_ptr += part.to(tl.int64) * T * (HEADS * D)
     lse_ptr += part.to(tl.int64) * T * HEADS
-    pairs = _pairs(low, high)
+    pairs = _pairs(start_ptr, stop_ptr, rows, T, N)
     pair = _next(pairs, -1)
     while pair < 9223372036854775807:
         begin, masked, end = _share(pair, part, parts, BLOCK_N)
@@ -205,6 +205,7 @@ def _fwd_kernel(
                 v = load_tile(v_ptr, cols, end, V_ROW, D, BLOCK_D, TAIL == 1)
                 acc, peak, total = softmax_step(acc, peak, total, s, v)
         out, lse = softmax_end(acc, peak, total)
+        pairs = _pairs(start_ptr, stop_ptr, rows, T, N)  # again, not held in registers meanwhile
         mine = (pairs == pair) & (rows < T)
         _store(out_ptr, out, wide * (HEADS * D) + heads * D, mine, D, BLOCK_D)
         tl.store(lse_ptr + heads * T + rows, lse, mask=mine)
@@ -220,7 +221,6 @@ def _dq_kernel(
 ):  # fmt: skip
     """Give a part of dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
     rows, heads, head, part = _own(parts, HEADS, PACK, BLOCK_M)
-    low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
     wide = rows.to(tl.int64)
     packed = wide * (HEADS * D) + heads * D
     do = _load(do_ptr, packed, rows, T, D, BLOCK_D)
@@ -235,7 +235,7 @@ def _dq_kernel(
         v_ptr += head // GROUP * V_HEAD
         dq_ptr += part.to(tl.int64) * T * (HEADS * D)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        pairs = _pairs(low, high)
+        pairs = _pairs(start_ptr, stop_ptr, rows, T, N)
         pair = _next(pairs, -1)
         while pair < 9223372036854775807:
             begin, masked, end = _share(pair, part, parts, BLOCK_N)
@@ -248,6 +248,7 @@ def _dq_kernel(
                     s = _scores(q, k, cols, end, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
                     ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
                     dq = dot(ds.to(k.dtype), k, dq)
+            pairs = _pairs(start_ptr, stop_ptr, rows, T, N)
             _store(dq_ptr, dq * scale, packed, (pairs == pair) & (rows < T), D, BLOCK_D)
             pair = _next(pairs, pair)
 
@@ -274,7 +275,6 @@ def _dkv_kernel(
         edge = tl.full((SCAN_ROWS,), 2147483647, tl.int32)
         earliest = tl.full((SCAN_ROWS,), 2147483647, tl.int32)
         latest = tl.zeros((SCAN_ROWS,), tl.int32)
-        count = tl.zeros((SCAN_ROWS,), tl.int32)
         for start in range(0, T, SCAN_ROWS):
             rows = start + tl.arange(0, SCAN_ROWS)
             low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
@@ -282,33 +282,28 @@ def _dkv_kernel(
             edge = tl.minimum(edge, tl.where(low > at, low, tl.where(sees, high, 2147483647)))
             earliest = tl.minimum(earliest, tl.where(sees, rows, 2147483647))
             latest = tl.maximum(latest, tl.where(sees, rows + 1, 0))
-            count += tl.where(sees, 1, 0)
         stop = tl.minimum(tl.min(edge, 0), last)
         end = tl.max(latest, 0)
         begin = tl.minimum(tl.min(earliest, 0), end)
-        solid = tl.sum(count, 0) == end - begin  # every row between sees the run, as a rule
-        whole = begin + tl.where(solid, (end - begin) // BLOCK_M * BLOCK_M, 0)
         k = load_tile(k_ptr + head * K_HEAD, cols, N, K_ROW, D, BLOCK_D, True)
         v = load_tile(v_ptr + head * V_HEAD, cols, N, V_ROW, D, BLOCK_D, True)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for h in range(GROUP):
             one = head * GROUP + h
-            for TAIL in tl.static_range(2):
-                for start in range(whole if TAIL else begin, end if TAIL else whole, BLOCK_M):
-                    rows = start + tl.arange(0, BLOCK_M)
-                    if TAIL:  # a row that does not see the run is read as zeros, with p = 0
-                        low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
-                        rows = tl.where((low <= at) & (high > at), rows, T)
-                    q = load_tile(q_ptr + one * Q_HEAD, rows, T, Q_ROW, D, BLOCK_D, TAIL == 1)
-                    do = load_tile(do_ptr + one * D, rows, T, HEADS * D, D, BLOCK_D, TAIL == 1)
-                    lse = tl.load(lse2_ptr + one * T + rows, mask=rows < T, other=float("inf"))
-                    delta = tl.load(delta_ptr + one * T + rows, mask=rows < T, other=0.0)
-                    s = dot(k, tl.trans(q), zeros) * (scale * 1.4426950408889634) - lse[None, :]  # (BLOCK_N, BLOCK_M)
-                    p = tl.exp2(s)
-                    dv = dot(p.to(do.dtype), do, dv)
-                    ds = p * (dot(v, tl.trans(do), zeros) - delta[None, :])
-                    dk = dot(ds.to(q.dtype), q, dk)
+            for start in range(begin, end, BLOCK_M):
+                rows = start + tl.arange(0, BLOCK_M)
+                low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
+                rows = tl.where((low <= at) & (high > at), rows, T)  # a row that does not see it is read as zeros
+                q = load_tile(q_ptr + one * Q_HEAD, rows, T, Q_ROW, D, BLOCK_D, True)
+                do = load_tile(do_ptr + one * D, rows, T, HEADS * D, D, BLOCK_D, True)
+                lse = tl.load(lse2_ptr + one * T + rows, mask=rows < T, other=float("inf"))  # and has p = 0
+                delta = tl.load(delta_ptr + one * T + rows, mask=rows < T, other=0.0)
+                s = dot(k, tl.trans(q), zeros) * (scale * 1.4426950408889634) - lse[None, :]  # (BLOCK_N, BLOCK_M)
+                p = tl.exp2(s)
+                dv = dot(p.to(do.dtype), do, dv)
+                ds = p * (dot(v, tl.trans(do), zeros) - delta[None, :])
+                dk = dot(ds.to(q.dtype), q, dk)
         run = tl.where((cols >= at) & (cols < stop), cols, N)
         store_tile(dk_ptr + head * D, dk * scale, run, N, stride, D, BLOCK_D)
         store_tile(dv_ptr + head * D, dv, run, N, stride, D, BLOCK_D)
@@ -319,14 +314,14 @@ def _dkv_kernel(
 # Head dimension, padded -> (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq, and dk with dv, in 16 bits. These
 # do not spill on sm_80, sm_90, sm_100 and gfx942.
 _TILES = {
-    16: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
-    32: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
-    64: ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
-    128: ((64, 32, 4, 3), (64, 32, 4, 2), (16, 64, 8, 2)),
+    16: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+    32: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+    64: ((128, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+    128: ((64, 64, 8, 2), (64, 32, 8, 2), (16, 64, 8, 2)),
 }
 _FP32_TILES = {  # no tensor cores here
-    False: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
-    True: ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    False: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    True: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
 }
 
 
