@@ -190,7 +190,7 @@ def test_tiles_and_parts_do_not_follow_the_batch(shape):
 # ranges of the rows, H, Hkv, rows and keys of the sample that is looked at, both longest lengths
 NEIGHBOURS = {
     "whole": ([(0, 0)] + [(0, 20)] * 3 + [(20, 37)] * 18, 1, 1, slice(4, 22), slice(20, 37), (18, 20)),
-    "split": ([(0, 3)] * 16 + [(3, 42)] * 2, 1, 1, slice(16, 18), slice(3, 42), (2, 39)),
+    "split": ([(0, 3)] * 15 + [(3, 35)] * 2, 1, 1, slice(15, 17), slice(3, 35), (2, 32)),
     "all images so far": ([(0, 5)] * 3 + [(5, 8)] * 2 + [(5, 25)] * 3, 1, 1, slice(3, 8), slice(5, 25), (3, 20)),
 }
 
@@ -210,7 +210,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(case, device, monkeypatch):
     monkeypatch.setattr(_split, "PROGRAMS", 2)
     monkeypatch.setattr(np, "matmul", _matmul_in_order)  # the interpreter's dot
     ranges, heads, heads_k, mine, keys, longest = NEIGHBOURS[case]
-    inputs, start, stop = _inputs((ranges, keys.stop, heads, heads_k, 8), torch.float32, device)
+    inputs, start, stop = _inputs((ranges, keys.stop, heads, heads_k, 72), torch.float32, device)
     alone = [inputs[0][mine], inputs[1][keys], inputs[2][keys], start[mine] - keys.start, stop[mine] - keys.start]
     grad = torch.randn_like(inputs[0])
     assert op._plan(0, *alone[:2], *longest)[2] == (2 if case == "split" else 1)
