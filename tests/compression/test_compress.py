@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmllm.compression import METHODS, compress
+from fastmllm.compression import compress
+
+ALONE = ("pool", "bipartite_merge")  # these need no evidence and no weights
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALONE)
 @pytest.mark.parametrize("keep", [1, 4, 6, 9, 15])
 def test_keeps_exactly_k(method, keep):
     tokens = torch.randn(3, 16, 5)
@@ -22,19 +24,19 @@ def test_keeps_exactly_k(method, keep):
         torch.testing.assert_close(out[i : i + 1], compress(tokens[i : i + 1], method, keep=keep))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALONE)
 def test_the_whole_grid_is_the_identity(method):
     tokens = torch.randn(2, 9, 4)
     assert compress(tokens, method, keep=9) is tokens
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALONE)
 def test_one_token_is_the_mean(method):
     tokens = torch.randn(2, 16, 4, dtype=torch.float64)
     torch.testing.assert_close(compress(tokens, method, keep=1)[:, 0], tokens.mean(1))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALONE)
 def test_gradients_reach_every_token(method):
     tokens = torch.randn(2, 16, 4, requires_grad=True)
     compress(tokens, method, keep=4).sum().backward()
@@ -60,7 +62,7 @@ def test_rejects_impossible_counts(keep):
 
 
 def test_rejects_unknown_methods_and_shapes():
-    with pytest.raises(ValueError, match="unknown method 'prune'; known: pool, bipartite_merge"):
+    with pytest.raises(ValueError, match="unknown method 'prune'; known: "):
         compress(torch.randn(1, 4, 4), "prune", keep=1)
     with pytest.raises(ValueError, match=r"\(I, N, D\), got \(4, 4\)"):
         compress(torch.randn(4, 4), "pool", keep=1)

@@ -1,0 +1,150 @@
+"""The interface of all compressors: tokens and evidence in, tokens and a plan out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastmllm.compression.budget import Budget, tokens_to_keep
+from fastmllm.compression.tokens import Plan, Tokens, boundaries
+from fastmllm.kernels.attention_scores import attention_scores
+
+Position = Literal["keep", "renumber", "calibrate"]
+Mode = Literal["clean", "faithful"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """Queries and keys of one attention layer, read while it ran with flash: what scores are made of.
+
+    Args:
+        q: (T', H, D) as that attention took them.
+        k: (N', Hkv, D).
+        lse: (H, T') its log-sum-exp.
+        cu_seqlens: (S + 1,) int32 of its segments.
+        max_seqlen: its longest segment, host.
+        columns: (T,) int64 rows of `k` that the visual tokens are, or None: all.
+        causal: as in that attention.
+        softmax_scale: as in that attention.
+        text: (S,) int32 first row and the one behind the last of each segment's text, for scores by text.
+    """
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    columns: Tensor | None = None
+    causal: bool = False
+    softmax_scale: float | None = None
+    text: tuple[Tensor, Tensor] | None = None
+
+    def received(self, rows: str | tuple[Tensor, Tensor] = "all", reduce: str = "mean") -> Tensor:
+        """Return the attention (T,) fp32 that each visual token receives (`attention_scores`)."""
+        scores = attention_scores(
+            self.q, self.k, self.lse, self.cu_seqlens, max_seqlen_k=self.max_seqlen, causal=self.causal,
+            softmax_scale=self.softmax_scale, reduce=reduce, rows=rows,
+        )  # fmt: skip
+        return scores if self.columns is None else scores.index_select(0, self.columns)
+
+    def keys(self) -> Tensor:
+        """Return the keys of the visual tokens, the mean over heads: (T, D) in the dtype of k."""
+        keys = self.k if self.columns is None else self.k.index_select(0, self.columns)
+        return keys.float().mean(1).to(keys.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What a compressor may judge tokens by, beside their features. Nothing of it has a gradient.
+
+    Args:
+        probe: of the attention layer that the compressor names in `layer`.
+        relevance: (T,) at least 0, e.g. similarity with the prompt.
+        scores: (T,) made elsewhere, for the scorer "external".
+    """
+
+    probe: Probe | None = None
+    relevance: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class Compressor(nn.Module):
+    """Reduce every image's visual tokens to exactly K.
+
+    Args:
+        keep: K, a fraction, or one K an image.
+        position: of a kept token: "keep" its own, "renumber" 0..K-1, or "calibrate": its own, and its size says how much
+            of the image stands behind it (all of it behind all of them), for the attention to add the logarithm.
+        mode: "clean", or "faithful": as the published code computes it, where that differs.
+    """
+
+    name: ClassVar[str]
+    faithful_to: ClassVar[str | None] = None  # what the faithful mode reproduces; None: there is no other than clean
+
+    def __init__(self, keep: Budget, *, position: Position = "keep", mode: Mode = "clean") -> None:
+        super().__init__()
+        if position not in get_args(Position):
+            raise ValueError(f"{self.name}: position {position!r} is not one of {', '.join(get_args(Position))}")
+        if mode not in get_args(Mode) or (mode == "faithful" and self.faithful_to is None):
+            known = "clean" if self.faithful_to is None else "clean, faithful"
+            raise ValueError(f"{self.name}: mode {mode!r} is not one of {known}")
+        self.keep, self.position, self.mode = keep, position, mode
+
+    @property
+    def layer(self) -> int | None:
+        """The layer whose attention it needs a probe of, -1 the last one; None: none."""
+        return None
+
+    def forward(self, tokens: Tokens, evidence: Evidence | None = None) -> tuple[Tokens, Plan | None]:
+        """Compress.
+
+        Args:
+            tokens: of all images.
+            evidence: what the scores are made of.
+
+        Returns:
+            The tokens left, and where they came from; None where each is a mixture of all or nothing was done.
+
+        Raises:
+            ValueError: a budget that does not fit the images, or evidence that is missing.
+        """
+        budgets = tokens_to_keep(self.name, self.keep, tokens.seqlens)
+        if budgets == tokens.seqlens:
+            return tokens, None
+        out, plan = self.reduce(tokens, evidence or Evidence(), budgets)
+        if out.seqlens != budgets:
+            raise AssertionError(f"{self.name}: kept {out.seqlens}, asked for {budgets}")
+        return self._placed(tokens, out), plan
+
+    def reduce(self, tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> tuple[Tokens, Plan | None]:
+        """Do it; where K is the image's own number of tokens, the image stays as it is."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}, position={self.position}, mode={self.mode}"
+
+    def _probe(self, evidence: Evidence) -> Probe:
+        if evidence.probe is None:
+            raise ValueError(
+                f"{self.name}: needs the attention of a layer; give Evidence(probe=...), or place it in a model that "
+                "has attention"
+            )
+        return evidence.probe
+
+    def _placed(self, before: Tokens, after: Tokens) -> Tokens:
+        if self.position == "renumber":
+            index = boundaries(after.seqlens, after.pos.device)[1]
+            return replace(after, pos=index[:, None].expand(-1, after.pos.shape[1]))
+        if self.position == "calibrate":
+            return replace(after, size=_whole(before, after))
+        return after
+
+
+def _whole(before: Tokens, after: Tokens) -> Tensor:
+    """Return the sizes of the tokens left, scaled so that each image weighs what it did."""
+    count = len(before.seqlens)
+    full, left = (torch.zeros(count, device=t.x.device).index_add_(0, t.owners(), t.mass()) for t in (before, after))
+    return after.mass() * (full / left).index_select(0, after.owners())
