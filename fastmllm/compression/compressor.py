@@ -76,8 +76,8 @@ class Compressor(nn.Module):
 
     Args:
         keep: K, a fraction, or one K an image.
-        position: of a kept token: "keep" its own, "renumber" 0..K-1, or "calibrate": its own, and its size says how much
-            of the image stands behind it (all of it behind all of them), for the attention to add the logarithm.
+        position: of a kept token: "keep" its own, "renumber" 0..K-1, or "calibrate": its own, and its size says how
+            much of the image stands behind it (all of it behind all of them), for the attention to add the logarithm.
         mode: "clean", or "faithful": as the published code computes it, where that differs.
     """
 
