@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastmllm.models.weights.folder import INDEX, SINGLE, read_config, read_state, write_folder
 
@@ -62,6 +63,25 @@ def test_an_index_that_names_a_pickle_or_lies_is_refused(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="promises ghost"):
         read_state(tmp_path)
+
+
+def test_a_shard_gives_only_what_the_index_assigns_to_it(tmp_path):
+    write_folder(tmp_path, {}, STATE, 300)
+    last = tmp_path / json.loads((tmp_path / INDEX).read_text())["weight_map"]["w4"]
+    save_file({"w4": STATE["w4"], "w0": torch.zeros(4, 8)}, last)
+    assert torch.equal(read_state(tmp_path)["w0"], STATE["w0"])
+    save_file({"w4": STATE["w4"], "more": torch.zeros(1)}, last)
+    with pytest.raises(ValueError, match=f"{last.name} has more, which {INDEX} does not know"):
+        read_state(tmp_path)
+    save_file({"w0": torch.ones(2)}, tmp_path / SINGLE)  # a single file goes before an index
+    assert read_state(tmp_path)["w0"].shape == (2,)
+
+
+def test_a_link_is_followed(tmp_path):
+    write_folder(tmp_path / "blobs", {}, STATE)
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / SINGLE).symlink_to(tmp_path / "blobs" / SINGLE)
+    assert read_state(tmp_path / "snapshot").keys() == STATE.keys()
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "no JSON object")])

@@ -29,24 +29,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """Read all weights of a folder.
+    """Read all weights of a folder: model.safetensors where there is one, as transformers does, otherwise its shards.
+
+    Of a shard only that is taken which the index assigns to it. Links inside the folder are followed, as the Hub's cache
+    is made of them; an index may name files of the folder, never paths.
 
     Raises:
         FileNotFoundError: no safetensors, or a shard that the index names is missing.
-        ValueError: a damaged file, a path outside of the folder, or pickled weights only.
+        ValueError: a damaged file, an index that disagrees with its shards or names a path, or pickled weights only.
     """
-    if (folder / INDEX).is_file():
-        where = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise ValueError(f"fastmllm::weights: {folder / INDEX} has no weight_map from tensors to files")
-        files = sorted(set(where.values()))
-    else:
-        where, files = None, [SINGLE]
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return _read_file(folder, SINGLE)
+    where = _read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise ValueError(f"fastmllm::weights: {index} has no weight_map from tensors to files")
     state: dict[str, Tensor] = {}
-    for name in files:
-        state |= _read_file(folder, name)
-    if where is not None and (missing := sorted(set(where) - set(state))):
-        raise ValueError(f"fastmllm::weights: {folder / INDEX} promises {missing[0]}, which {where[missing[0]]} lacks")
+    for name in sorted(set(where.values())):
+        shard = _read_file(folder, name)
+        if unknown := sorted(set(shard) - set(where)):
+            raise ValueError(f"fastmllm::weights: {folder / name} has {unknown[0]}, which {INDEX} does not know")
+        state |= {key: tensor for key, tensor in shard.items() if where[key] == name}
+    if missing := sorted(set(where) - set(state)):
+        raise ValueError(f"fastmllm::weights: {index} promises {missing[0]}, which {where[missing[0]]} lacks")
     return state
 
 
