@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from fastmllm.models import weights
 from fastmllm.models.language import LanguageConfig, LanguageModel
@@ -152,6 +153,18 @@ def test_full_disk_does_not_stop_a_load(
     assert model.config == CONFIG
     assert "No space left" in caplog.text
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_save_that_fails_keeps_the_tokenizer_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    weights.save_language(tiny(), tmp_path, Tokenizer(WordLevel({"old": 0})))
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        weights.save_language(tiny(1), tmp_path, Tokenizer(WordLevel({"new": 0})))
+    assert list(weights.load_tokenizer(tmp_path).get_vocab()) == ["old"]
+    assert torch.equal(weights.load_language(tmp_path).head_weight, tiny().head_weight)
 
 
 def test_undo_pairing_inverts_the_converter() -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,7 +140,7 @@ def save_language(
 
     Args:
         model: the model; a tied head is written once.
-        folder: made if absent. Each file is written beside its place and then renamed.
+        folder: made if absent; an earlier checkpoint there is readable until this one is.
         tokenizer: written as tokenizer.json.
         model_type: "llama", "mistral", "qwen2" or "qwen3"; None for the first of them that computes the same.
 
@@ -158,10 +159,10 @@ def save_language(
     state = to_theirs(model.state_dict(), LANGUAGE_RULES)
     if config.tie_embeddings:
         del state["lm_head.weight"]
-    if tokenizer is not None:
-        with renamed(folder / "tokenizer.json") as target:
-            tokenizer.save(str(target))
-    write_folder(folder, fields, state)
+    with ExitStack() as stack:  # the tokenizer comes to its place behind the weights
+        if tokenizer is not None:
+            tokenizer.save(str(stack.enter_context(renamed(folder / "tokenizer.json"))))
+        write_folder(folder, fields, state)
 
 
 _ARCHITECTURES: Mapping[str, str] = {
