@@ -15,11 +15,31 @@ from torch import Tensor, nn
 from fastmllm.modules.patch_embed import conv_to_patch_weight
 
 
+class Misfit(Exception):
+    """A tensor of a checkpoint has a shape that a form does not take; `to_ours` says which one."""
+
+    def __init__(self, at: int, shape: Sequence[int]) -> None:
+        super().__init__(at, shape)
+        self.at = at
+        self.shape = shape
+
+
+def expect(theirs: Sequence[Tensor], *shape: int, at: int = 0) -> None:
+    """Raise a `Misfit` unless a tensor has this shape, -1 for any size."""
+    found = theirs[at].shape
+    if len(found) != len(shape) or any(size not in (-1, own) for size, own in zip(shape, found, strict=True)):
+        raise Misfit(at, shape)
+
+
 class Form:
     """How tensors of a checkpoint become tensors of ours: as they are."""
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
-        """Turn a checkpoint's tensors into ours."""
+        """Turn a checkpoint's tensors into ours.
+
+        Raises:
+            Misfit: one has a shape that is not taken. What the model's config decides is for `fill` to say.
+        """
         return theirs
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -40,6 +60,9 @@ class Join(Form):
     sizes: tuple[int, ...] | None = None
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        rows, *row = theirs[0].shape or (-1,)
+        for at in range(len(theirs)):
+            expect(theirs, self.sizes[at] if self.sizes else rows, *row, at=at)
         return [torch.cat(theirs)]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -62,6 +85,8 @@ class Conv(Form):
     channels: int = 3
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        p = self.patch_size
+        expect(theirs, -1, self.channels, *([self.frames] if self.frames else []), p, p)
         return [conv_to_patch_weight(theirs[0])]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -78,6 +103,7 @@ class View(Form):
     theirs: tuple[int, ...]
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        expect(theirs, *self.theirs)
         return [theirs[0].reshape(self.ours)]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -91,8 +117,9 @@ class Positions(Form):
     leading: bool = False  # theirs has a leading axis of 1
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        expect(theirs, *([1] if self.leading else []), -1, -1)
         table = theirs[0].flatten(0, -2)
-        return [table[0].clone(), table[1:].clone()]
+        return [table[:1].flatten().clone(), table[1:].clone()]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
         table = torch.cat([ours[0][None], ours[1]])
@@ -137,7 +164,8 @@ def to_ours(
         Our state dict, and the unused tensors under their own names: `to_theirs` writes them back.
 
     Raises:
-        ValueError: a name that no rule knows, or a tensor that others need to be joined with is missing.
+        ValueError: a name that no rule knows, a tensor of a shape that its form does not take, or one that others need
+            to be joined with is missing.
     """
     return _translate(state, [(r.theirs, r.ours, r.form.pack) for r in rules], origin, unused)
 
@@ -226,6 +254,12 @@ def _translate(
         wanted = [name.format(**values) for name in _names(names)]
         if missing := [name for at, name in enumerate(wanted) if at not in parts]:
             raise ValueError(f"fastmllm::weights: {origin} lacks {_some(missing)}")
-        changed = change([parts[at] for at in range(len(wanted))])
+        try:
+            changed = change([parts[at] for at in range(len(wanted))])
+        except Misfit as error:
+            expected = ", ".join("any" if size < 0 else str(size) for size in error.shape)
+            raise ValueError(
+                f"fastmllm::weights: {origin}: {wanted[error.at]} is {tuple(parts[error.at].shape)}, not ({expected})"
+            ) from None
         result |= dict(zip([name.format(**values) for name in _names(targets)], changed, strict=True))
     return result, rest
