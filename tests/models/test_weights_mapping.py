@@ -98,6 +98,7 @@ def test_a_tensor_of_another_shape_is_named_before_it_is_joined_or_cut(name, sha
         (lambda s: s.pop("bias"), "lacks: bias"),
         (lambda s: s.update(more=torch.ones(1)), "does not: more"),
         (lambda s: s.update(bias=torch.ones(3)), r"other shapes .*bias is \(3,\), not \(2,\)"),
+        (lambda s: s.update(bias=torch.ones(2, dtype=torch.int8)), r"quantised.*bias is torch\.int8"),
     ],
 )
 def test_a_model_is_filled_completely_or_not_at_all(change, message):

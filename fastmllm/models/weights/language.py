@@ -202,11 +202,17 @@ def _file_in_wheel(distribution: str) -> Path:
 
 
 def _build(config: LanguageConfig, state: dict[str, Tensor], dtype: torch.dtype, origin: str) -> LanguageModel:
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    last = f"model.layers.{config.depth - 1}"  # asked before the layers are built: a config may say any number
+    if not any(name.startswith(f"{last}.") for name in state):
+        raise ValueError(f"fastmllm::weights: {origin} lacks: {last}")
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+    except RuntimeError as error:  # more bytes than an int64 counts
+        raise ValueError(f"fastmllm::weights: {origin} says sizes that no tensor has: {config}") from error
     if config.tie_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    fill(model, {name: tensor.to(dtype) for name, tensor in state.items()}, origin)
+    fill(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}, origin)
     model.tie()
     return model.eval()
 

@@ -187,7 +187,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
         origin: what the messages call the checkpoint.
 
     Raises:
-        ValueError: tensors are missing, too many, or of another shape; the message names them.
+        ValueError: tensors are missing, too many, of another shape, or whole numbers where the model has fractions
+            (quantised); the message names them.
     """
     own = model.state_dict()
     wrong = [
@@ -195,10 +196,16 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    whole = [
+        f"{name} is {state[name].dtype}"
+        for name in own
+        if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
+    ]
     for what, names in (
         ("lacks", [n for n in own if n not in state]),
         ("has what the model does not", [n for n in state if n not in own]),
         ("has other shapes than its config says", wrong),
+        ("is quantised, which is not computed here", whole),
     ):
         if names:
             raise ValueError(f"fastmllm::weights: {origin} {what}: {_some(names)}")
