@@ -211,6 +211,7 @@ def test_a_value_of_another_kind_is_named_with_its_key_and_its_origin(
         {"rope_type": "linear", "factor": False},
         {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": float("nan")},
         {"rope_type": ["linear"]},
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0},
         {"mrope_section": 3},
         {"mrope_section": [1, 1]},
         {"mrope_section": [32.0, 16, 16]},

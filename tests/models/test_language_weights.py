@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -196,6 +196,19 @@ def test_folder_goes_to_transformers_and_back(tmp_path: Path, biases: tuple[bool
     assert back.config == model.config
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_a_tied_model_with_another_head_is_refused(tmp_path: Path) -> None:
+    """transformers 4 drops such a head, transformers 5 uses it."""
+    weights.save_language(tiny(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    table = state["model.embed_tokens.weight"]
+    save_file(state | {"lm_head.weight": table.clone()}, file)
+    assert weights.load_language(tmp_path).config.tie_embeddings
+    save_file(state | {"lm_head.weight": table + 1}, file)
+    with pytest.raises(ValueError, match=r"another lm_head\.weight.*tie_word_embeddings"):
+        weights.load_language(tmp_path)
 
 
 def test_sharded_folder(tmp_path: Path) -> None:

@@ -92,6 +92,14 @@ def test_a_tensor_of_another_shape_is_named_before_it_is_joined_or_cut(name, sha
         to_ours(state | {name: torch.randn(shape)}, table, "a checkpoint")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
+def test_quantised_parts_are_not_joined_with_others(dtype):
+    state = _theirs()
+    assert to_ours(state | {"layers.7.k_proj.bias": torch.ones(4).half()}, TABLE, "a checkpoint")
+    with pytest.raises(ValueError, match=rf"layers\.7\.k_proj\.bias is {dtype}, but is joined with torch\.float32"):
+        to_ours(state | {"layers.7.k_proj.bias": torch.ones(4).to(dtype)}, TABLE, "a checkpoint")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

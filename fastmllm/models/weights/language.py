@@ -210,8 +210,14 @@ def _build(config: LanguageConfig, state: dict[str, Tensor], dtype: torch.dtype,
             model = LanguageModel(config)
     except RuntimeError as error:  # more bytes than an int64 counts
         raise ValueError(f"fastmllm::weights: {origin} says sizes that no tensor has: {config}") from error
-    if config.tie_embeddings and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    table = state.get("model.embed_tokens.weight")
+    if config.tie_embeddings and table is not None:
+        head = state.setdefault("lm_head.weight", table)
+        if head is not table and (head.dtype != table.dtype or not torch.equal(head, table)):
+            raise ValueError(
+                f"fastmllm::weights: {origin} has another lm_head.weight than embedding table, but its config says "
+                "tie_word_embeddings; set that to false to use the head, or drop the tensor"
+            )
     fill(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}, origin)
     model.tie()
     return model.eval()

@@ -267,6 +267,8 @@ def _rope(
     factor = _number(rope, "factor", max_positions / original if kind == "yarn" else None, origin)
     more: dict[str, Any] = {}
     if kind == "yarn":
+        if theta <= 1:
+            raise _wrong(origin, "rope_theta", theta, "no base of which YaRN takes logarithms; it must be above 1")
         magnitude = None if rope.get("attention_factor") is None else _number(rope, "attention_factor", None, origin)
         scales = [_number(rope, name, 0.0, origin, zero=True) for name in ("mscale", "mscale_all_dim")]
         if magnitude is None and all(scales):

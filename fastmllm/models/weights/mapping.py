@@ -14,21 +14,23 @@ from torch import Tensor, nn
 
 from fastmllm.modules.patch_embed import conv_to_patch_weight
 
+_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # may be joined with each other
+
 
 class Misfit(Exception):
-    """A tensor of a checkpoint has a shape that a form does not take; `to_ours` says which one."""
+    """A tensor of a checkpoint has a shape or a type that a form does not take; `to_ours` says which one."""
 
-    def __init__(self, at: int, shape: Sequence[int]) -> None:
-        super().__init__(at, shape)
+    def __init__(self, at: int, what: str) -> None:
+        super().__init__(what)
         self.at = at
-        self.shape = shape
 
 
 def expect(theirs: Sequence[Tensor], *shape: int, at: int = 0) -> None:
     """Raise a `Misfit` unless a tensor has this shape, -1 for any size."""
     found = theirs[at].shape
     if len(found) != len(shape) or any(size not in (-1, own) for size, own in zip(shape, found, strict=True)):
-        raise Misfit(at, shape)
+        wanted = ", ".join("any" if size < 0 else str(size) for size in shape)
+        raise Misfit(at, f"is {tuple(found)}, not ({wanted})")
 
 
 class Form:
@@ -38,7 +40,7 @@ class Form:
         """Turn a checkpoint's tensors into ours.
 
         Raises:
-            Misfit: one has a shape that is not taken. What the model's config decides is for `fill` to say.
+            Misfit: one has a shape or a type that is not taken. What the model's config decides is for `fill` to say.
         """
         return theirs
 
@@ -63,6 +65,8 @@ class Join(Form):
         rows, *row = theirs[0].shape or (-1,)
         for at in range(len(theirs)):
             expect(theirs, self.sizes[at] if self.sizes else rows, *row, at=at)
+            if {theirs[0].dtype, theirs[at].dtype} - _FLOATS and theirs[0].dtype != theirs[at].dtype:
+                raise Misfit(at, f"is {theirs[at].dtype}, but is joined with {theirs[0].dtype}")
         return [torch.cat(theirs)]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -164,8 +168,8 @@ def to_ours(
         Our state dict, and the unused tensors under their own names: `to_theirs` writes them back.
 
     Raises:
-        ValueError: a name that no rule knows, a tensor of a shape that its form does not take, or one that others need
-            to be joined with is missing.
+        ValueError: a name that no rule knows, a tensor of a shape or type that its form does not take, or one that
+            others need to be joined with is missing.
     """
     return _translate(state, [(r.theirs, r.ours, r.form.pack) for r in rules], origin, unused)
 
@@ -264,9 +268,6 @@ def _translate(
         try:
             changed = change([parts[at] for at in range(len(wanted))])
         except Misfit as error:
-            expected = ", ".join("any" if size < 0 else str(size) for size in error.shape)
-            raise ValueError(
-                f"fastmllm::weights: {origin}: {wanted[error.at]} is {tuple(parts[error.at].shape)}, not ({expected})"
-            ) from None
+            raise ValueError(f"fastmllm::weights: {origin}: {wanted[error.at]} {error}") from None
         result |= dict(zip([name.format(**values) for name in _names(targets)], changed, strict=True))
     return result, rest
