@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -43,23 +44,57 @@ class BipartiteMerge(Compressor):
         return self._layer if self.metric == "keys" else None
 
     def reduce(self, tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> tuple[Tokens, Plan]:
-        x, size, cu_seqlens, seqlens = tokens.x, tokens.size, tokens.cu_seqlens, tokens.seqlens
+        x, merger = tokens.x, Merger(tokens.seqlens, tokens.cu_seqlens, tokens.size)
         metric = x if self.metric == "features" else self._probe(evidence).keys()
-        keep = assign = torch.arange(len(x), device=x.device)
-        while seqlens != budgets:
-            merges = [min(n - k, n // 2) for n, k in zip(seqlens, budgets, strict=True)]
-            before = seqlens
-            merged = token_merge(x, metric, size, merges, cu_seqlens=cu_seqlens, max_seqlen=max(before))
-            x, size, cu_seqlens = merged.tokens, merged.size, merged.cu_seqlens
-            seqlens = tuple(n - r for n, r in zip(before, merges, strict=True))
-            standing = _standing(before, merged.destination, sum(seqlens))
-            assign, keep = merged.destination.index_select(0, assign), keep.index_select(0, standing)
-            metric = x if self.metric == "features" else metric.index_select(0, standing)
-        out = Tokens(
-            x=x, cu_seqlens=cu_seqlens, seqlens=seqlens, grid=None, pos=tokens.pos.index_select(0, keep), size=size,
-            planes=tuple(plane.index_select(0, keep) for plane in tokens.planes),
+        while merger.seqlens != budgets:
+            merges = [min(n - k, n // 2) for n, k in zip(merger.seqlens, budgets, strict=True)]
+            x = merger.merge(x, metric if self.metric == "keys" else x, merges)
+            metric = metric if self.metric == "features" else metric.index_select(0, merger.standing)
+        return merger.tokens(x, tokens.pos, tokens.planes), merger.plan()
+
+
+class Merger:
+    """Tokens that are merged in rounds: how many are left, what each stands for, and where each went.
+
+    Args:
+        seqlens: tokens of each image, host.
+        cu_seqlens: (S + 1,) int32 their boundaries.
+        size: (T,) fp32 what each stands for already; None: one each.
+        protected: tokens at the start of every image that neither merge nor are merged into.
+    """
+
+    def __init__(
+        self, seqlens: tuple[int, ...], cu_seqlens: Tensor, size: Tensor | None = None, protected: int = 0
+    ) -> None:
+        self.seqlens, self.cu_seqlens, self.size, self.protected = seqlens, cu_seqlens, size, protected
+        self.log_size = None if size is None else size.log()
+        rows = torch.arange(sum(seqlens), device=cu_seqlens.device)
+        self.keep, self.assign, self.standing = rows, rows, rows
+
+    def merge(self, x: Tensor, metric: Tensor, merges: Sequence[int]) -> Tensor:
+        """Merge the most similar pairs of each image: (T, D) -> (T', D)."""
+        longest = max(self.seqlens)
+        merged = token_merge(
+            x, metric, self.size, merges, cu_seqlens=self.cu_seqlens, max_seqlen=longest, protected=self.protected
+        )
+        before = self.seqlens
+        self.seqlens = tuple(n - r for n, r in zip(before, merges, strict=True))
+        self.size, self.log_size, self.cu_seqlens = merged.size, merged.log_size, merged.cu_seqlens
+        self.standing = _standing(before, merged.destination, sum(self.seqlens))
+        self.assign = merged.destination.index_select(0, self.assign)
+        self.keep = self.keep.index_select(0, self.standing)
+        return merged.tokens
+
+    def tokens(self, x: Tensor, pos: Tensor, planes: Sequence[Tensor] = ()) -> Tokens:
+        """Wrap what is left; positions and side planes are those of the token that each stands at."""
+        return Tokens(
+            x=x, cu_seqlens=self.cu_seqlens, seqlens=self.seqlens, grid=None, pos=pos.index_select(0, self.keep),
+            size=self.size, planes=tuple(plane.index_select(0, self.keep) for plane in planes),
         )  # fmt: skip
-        return out, Plan(keep=keep, assign=assign)
+
+    def plan(self) -> Plan:
+        """Return where every token went."""
+        return Plan(keep=self.keep, assign=self.assign)
 
 
 def _standing(seqlens: tuple[int, ...], destination: Tensor, total: int) -> Tensor:

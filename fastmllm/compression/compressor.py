@@ -30,6 +30,7 @@ class Probe:
         causal: as in that attention.
         softmax_scale: as in that attention.
         text: (S,) int32 first row and the one behind the last of each segment's text, for scores by text.
+        key_bias: (N',) as in that attention.
     """
 
     q: Tensor
@@ -41,12 +42,13 @@ class Probe:
     causal: bool = False
     softmax_scale: float | None = None
     text: tuple[Tensor, Tensor] | None = None
+    key_bias: Tensor | None = None
 
     def received(self, rows: str | tuple[Tensor, Tensor] = "all", reduce: str = "mean") -> Tensor:
         """Return the attention (T,) fp32 that each visual token receives (`attention_scores`)."""
         scores = attention_scores(
             self.q, self.k, self.lse, self.cu_seqlens, max_seqlen_k=self.max_seqlen, causal=self.causal,
-            softmax_scale=self.softmax_scale, reduce=reduce, rows=rows,
+            softmax_scale=self.softmax_scale, reduce=reduce, rows=rows, key_bias=self.key_bias,
         )  # fmt: skip
         return scores if self.columns is None else scores.index_select(0, self.columns)
 

@@ -5,14 +5,20 @@ DINOv2, InternViT, EVA (BLIP-2, CogVLM) and Idefics checkpoints as options.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmllm.compression.bipartite_merge import Merger
+from fastmllm.compression.budget import Budget, tokens_to_keep
+from fastmllm.compression.compressor import Probe
+from fastmllm.compression.selection import take
+from fastmllm.compression.tokens import Tokens, boundaries, segments
 from fastmllm.kernels.attention import attention
 from fastmllm.models.encoder import Encoder
+from fastmllm.models.vision_merge import merge_schedule
 from fastmllm.modules.attention_pool import AttentionPool
 from fastmllm.modules.gelu_mlp import ACTIVATIONS, GeluMLP
 from fastmllm.modules.layer_norm import LayerNorm
@@ -129,13 +135,34 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.width) if config.qk_norm else None
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seen: list[Probe] | None = None) -> Tensor:
+        y, probe = self.observed(x, cu_seqlens, max_seqlen)
+        if seen is not None:
+            seen.append(probe)
+        return y
+
+    def observed(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, key_bias: Tensor | None = None
+    ) -> tuple[Tensor, Probe]:
+        """Attend, and let see by what: the flash attention's own queries, keys and log-sum-exp.
+
+        Args:
+            x: (T, D).
+            cu_seqlens: (S + 1,) int32.
+            max_seqlen: of the longest image.
+            key_bias: (T,) fp32 added to the scores of each key, e.g. the log-size of a merged token.
+        """
         q, k, v = self.qkv(x).chunk(3, -1)  # (T, D) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)) for part in (q, k, v))
-        y = attention(q, k, v, cu_seqlens, max_seqlen_q=max_seqlen, causal=False)
-        return self.proj(y.reshape(x.shape))
+        y, lse = attention(
+            q, k, v, cu_seqlens, max_seqlen_q=max_seqlen, causal=False, key_bias=key_bias, return_lse=True
+        )
+        probe = Probe(
+            q=q.detach(), k=k.detach(), lse=lse, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, key_bias=key_bias
+        )
+        return self.proj(y.reshape(x.shape)), probe
 
 
 class Block(nn.Module):
@@ -153,15 +180,30 @@ class Block(nn.Module):
         self.scale2 = None if scale is None else nn.Parameter(torch.full((config.width,), float(scale)))
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor, max_seqlen: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run the block on x + scale * branch; return its residual stream, last branch and scale, not yet added."""
+        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor, max_seqlen: int,
+        seen: list[Probe] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Run the block on x + scale * branch; return its residual stream, last branch and scale, not yet added.
+
+        Its attention is added to `seen`.
+        """
         if branch is None:
             y = self.norm1(x)
         else:
             y, x = self.norm1.add(branch, x, scale)
-        y, x = self.norm2.add(self.attn(y, cu_seqlens, max_seqlen), x, self.scale1)
+        y, x = self.norm2.add(self.attn(y, cu_seqlens, max_seqlen, seen), x, self.scale1)
         return x, self.mlp(y), self.scale2
+
+    def merge(
+        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, merger: Merger, merges: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `forward`, merging tokens between attention and MLP."""
+        x = _settle(x, branch, scale)
+        y, probe = self.attn.observed(self.norm1(x), merger.cu_seqlens, max(merger.seqlens), merger.log_size)
+        x = _settle(x, y, self.scale1)
+        if any(merges):
+            x = merger.merge(x, probe.keys(), merges)
+        return x, self.mlp(self.norm2(x)), self.scale2
 
 
 class PostNormBlock(nn.Module):
@@ -175,11 +217,12 @@ class PostNormBlock(nn.Module):
         self.norm2 = LayerNorm(config.width, config.norm_eps)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor, max_seqlen: int
-    ) -> tuple[Tensor, Tensor, None]:
+        self, x: Tensor, branch: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor, max_seqlen: int,
+        seen: list[Probe] | None = None,
+    ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
         """As `Block.forward`."""
         x = _settle(x, branch, scale)
-        x = x + self.norm1(self.attn(x, cu_seqlens, max_seqlen))
+        x = x + self.norm1(self.attn(x, cu_seqlens, max_seqlen, seen))
         return x, self.norm2(self.mlp(x)), None
 
 
@@ -283,11 +326,71 @@ class VisionTransformer(Encoder):
         y = self._encode(x, cu_seqlens, longest)
         if self.cls_token is None or class_token:
             return y
-        patch = torch.ones(y.shape[0], dtype=torch.bool)  # on the host: its boundaries are known there
-        sizes = self._sizes(pixels, grids, layout)
-        starts = torch.tensor([0, *[h * w + 1 for h, w in sizes]][: len(sizes)], dtype=torch.int64).cumsum(0)
-        patch[starts] = False
-        return y.index_select(0, patch.nonzero().squeeze(1).to(y.device, non_blocking=True))
+        patches = _patch_rows([h * w for h, w in self._sizes(pixels, grids, layout)], 1, y.device)
+        return y if patches is None else y.index_select(0, patches)
+
+    def encode(
+        self, pixels: Tensor | Sequence[Tensor], grids: Sequence[Sequence[int]] | None = None, layout: str = "hwc", *,
+        probe_layer: int | None = None, merge: Budget | None = None,
+    ) -> tuple[Tokens, Probe | None]:  # fmt: skip
+        """Encode images for a compressor: the tokens, and what it may judge them by; or merge inside of the encoder.
+
+        Args:
+            pixels: (I, H, W, 3), or as `forward_packed`.
+            grids: as `forward_packed`.
+            layout: as `forward_packed`.
+            probe_layer: block whose attention is wanted, -1 the model's last one: it runs with flash as always.
+            merge: tokens that are left of each image behind the last block (number, fraction, or one an image).
+
+        Returns:
+            The tokens without class token, of N rows, and the probe of that layer, or None.
+
+        Raises:
+            ValueError: a block that does not run, merging with several layers or post-norm blocks, or a budget that
+                does not fit.
+        """
+        dense = isinstance(pixels, Tensor) and grids is None
+        x, cu_seqlens, longest = self._embed(pixels, grids, layout)
+        sizes = self._sizes(pixels[:1] if dense else pixels, grids, layout) * (len(pixels) if dense else 1)
+        plain = Tokens.of(x.new_empty(sum(h * w for h, w in sizes), 0), sizes)
+        lead = int(self.cls_token is not None)
+        if merge is not None:
+            return self._merged(x, cu_seqlens, plain, merge, lead, probe_layer), None
+        block = None
+        if probe_layer is not None:
+            block = probe_layer + self.config.depth if probe_layer < 0 else probe_layer
+            if not 0 <= block < len(self.blocks):
+                raise ValueError(
+                    f"VisionTransformer: the attention of layer {probe_layer} does not run, {len(self.blocks)} of "
+                    f"{self.config.depth} blocks do"
+                )
+        seen: list[Probe] = []
+        y = self._encode(x, cu_seqlens, longest, block, seen)
+        patches = _patch_rows(plain.seqlens, lead, y.device)
+        tokens = plain.with_x(y if patches is None else y.index_select(0, patches))
+        return tokens, replace(seen[0], columns=patches) if seen else None
+
+    def _merged(
+        self, x: Tensor, cu_seqlens: Tensor, plain: Tokens, merge: Budget, lead: int, probe_layer: int | None
+    ) -> Tokens:
+        if self.config.post_norm or len(self.config.layers) > 1 or probe_layer is not None:
+            raise ValueError(
+                "VisionTransformer: tokens merge in pre-norm blocks, for one layer, and without a probe of attention"
+            )
+        seqlens = tuple(n + lead for n in plain.seqlens)
+        budgets = [k + lead for k in tokens_to_keep("VisionTransformer", merge, plain.seqlens)]
+        merger = Merger(seqlens, cu_seqlens, protected=lead)
+        x = x if self.pre_norm is None else self.pre_norm(x)
+        branch = scale = None
+        for block, merges in zip(self.blocks, merge_schedule(seqlens, budgets, len(self.blocks), lead), strict=True):
+            assert isinstance(block, Block)  # post_norm is refused above
+            x, branch, scale = block.merge(x, branch, scale, merger, merges)
+        y = _settle(x, branch, scale) if self.norm is None else self.norm(_settle(x, branch, scale))
+        pos = boundaries(seqlens, x.device)[1][:, None] - lead
+        merged = merger.tokens(y, pos)
+        kept = tuple(n - lead for n in merger.seqlens)
+        patches = _patch_rows(kept, lead, x.device)
+        return merged if patches is None else take(merged, patches, kept)[0]
 
     def forward_pooled(
         self, pixels: Tensor | Sequence[Tensor], grids: Sequence[Sequence[int]] | None = None, layout: str = "hwc"
@@ -332,8 +435,14 @@ class VisionTransformer(Encoder):
         x, cu_seqlens = self.patch_embed.forward_packed(pixels, grids, layout, prefix=prefix)
         return x, cu_seqlens, max((h * w for h, w in sizes), default=0) + (prefix is not None)
 
-    def _encode(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Run the blocks on packed embeddings (T, D); return the wanted hidden states (T, D * layers)."""
+    def _encode(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, probed: int | None = None,
+        seen: list[Probe] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run the blocks on packed embeddings (T, D); return the wanted hidden states (T, D * layers).
+
+        The attention of block `probed` is added to `seen`.
+        """
         wanted = self.config.layers
         x = x if self.pre_norm is None else self.pre_norm(x)
         branch = scale = None
@@ -342,8 +451,16 @@ class VisionTransformer(Encoder):
             if index in wanted:
                 x, branch, scale = _settle(x, branch, scale), None, None
                 kept[index] = x
-            x, branch, scale = block(x, branch, scale, cu_seqlens, max_seqlen)
+            x, branch, scale = block(x, branch, scale, cu_seqlens, max_seqlen, seen if index == probed else None)
         if self.norm is not None:
             return self.norm(x) if branch is None else self.norm.add(branch, x, scale)[0]
         kept[len(self.blocks)] = _settle(x, branch, scale)
         return kept[wanted[0]] if len(wanted) == 1 else torch.cat([kept[index] for index in wanted], -1)
+
+
+def _patch_rows(seqlens: Sequence[int], lead: int, device: torch.device) -> Tensor | None:
+    """Return the rows of the patches (N,) int64 where `lead` rows stand in front of each image's; None without."""
+    if not lead:
+        return None
+    index = torch.arange(sum(seqlens)) + lead * (1 + segments(seqlens, torch.device("cpu")))
+    return index.to(device, non_blocking=True)
