@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmllm.data.resolution.anyres import PINPOINTS, AnyRes
 from fastmllm.data.resolution.plan import Plan, Regrid
+from fastmllm.models.families import tied
 from fastmllm.models.families.llava import ALIASES, blueprint, refuse_class_token
 from fastmllm.models.families.parts import (
     TilePath,
@@ -90,8 +91,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     layer = feature_layer(raw, origin, -1 if onevision else -2)
     tower = vision_tower(raw["vision_config"], "vision_tower.", origin, **layer)
     refuse_class_token(raw, tower.module.config.cls_token, origin)
-    tied = bool(raw.get("tie_word_embeddings", False))
-    language = decoder(raw["text_config"], origin, tied=tied, kind="qwen2" if onevision else "llama")
+    language = decoder(raw["text_config"], origin, tied=tied(raw), kind="qwen2" if onevision else "llama")
     width = language.config.width
     connector, rules = read_projector(raw, tower.module.config.width, width)
     policy = AnyRes(
@@ -101,7 +101,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     )  # fmt: skip
     placeholder = raw.get("image_token_id", raw.get("image_token_index", 151646 if onevision else 32000))
     return blueprint(
-        tower, AnyResPath(tower.module, connector, width, policy), language, rules, tied=tied, placeholder=placeholder,
+        tower, AnyResPath(tower.module, connector, width, policy), language, rules, placeholder=placeholder,
         more=[Rule("images.packer.newline", "image_newline")],
         aliases=(*ALIASES, ("model.image_newline", "image_newline")),
     )  # fmt: skip

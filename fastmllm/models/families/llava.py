@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastmllm.models.checkpoint import Layout
+from fastmllm.models.families import tied
 from fastmllm.models.families.parts import (
     TilePath,
     Tower,
@@ -15,7 +17,7 @@ from fastmllm.models.families.parts import (
     vision_tower,
 )
 from fastmllm.models.language import LanguageModel
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.weights.connectors import read_projector
 from fastmllm.models.weights.mapping import Rule, prefixed
 
@@ -32,16 +34,15 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a LLaVA."""
     tower = vision_tower(raw["vision_config"], "vision_tower.", origin, **feature_layer(raw, origin, -2))
     refuse_class_token(raw, tower.module.config.cls_token, origin)
-    tied = bool(raw.get("tie_word_embeddings", False))
-    language = decoder(raw["text_config"], origin, tied=tied)
+    language = decoder(raw["text_config"], origin, tied=tied(raw))
     connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
     path = TilePath(tower.module, connector, language.config.width)
     placeholder = raw.get("image_token_id", raw.get("image_token_index", 32000))
-    return blueprint(tower, path, language, rules, tied=tied, placeholder=placeholder)
+    return blueprint(tower, path, language, rules, placeholder=placeholder)
 
 
 def blueprint(
-    tower: Tower, path: TilePath, language: LanguageModel, connector: Sequence[Rule], *, tied: bool, placeholder: int,
+    tower: Tower, path: TilePath, language: LanguageModel, connector: Sequence[Rule], *, placeholder: int,
     more: Sequence[Rule] = (), aliases: Sequence[tuple[str, str]] = ALIASES,
 ) -> Blueprint:  # fmt: skip
     """Lay out what LLaVA and its relatives share: encoder, projector and decoder, each under its own prefix.
@@ -49,7 +50,6 @@ def blueprint(
     Args:
         tower, path, language: the parts.
         connector: table of the projector.
-        tied: the head is the embedding table.
         placeholder: token that visual tokens replace.
         more: further rules.
         aliases: as in `Layout`.
@@ -66,8 +66,8 @@ def blueprint(
             ],
             aliases=aliases,
             unused=[*tower.unused, *decoder_unused("language_model.model.")],
-            spare=tower.spare,
-            tied=tied,
+            whole=tower.whole,
+            tied=language.config.tie_embeddings,
         ),
         placeholders=(placeholder,),
     )

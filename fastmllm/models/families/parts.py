@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmllm.data.resolution.plan import Plan
+from fastmllm.models.checkpoint import VISION
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.language import LanguageModel
-from fastmllm.models.vision import VisionTransformer
+from fastmllm.models.vision import VisionConfig, VisionTransformer
 from fastmllm.models.weights.language import DECODER_RULES, UNUSED, language_config
 from fastmllm.models.weights.mapping import Rule, prefixed
-from fastmllm.models.weights.towers import family_of
+from fastmllm.models.weights.towers import describe_stored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,9 +24,9 @@ class Tower:
     """An encoder and its part of a layout: our names begin with "images.vision."."""
 
     module: VisionTransformer
+    whole: VisionConfig
     rules: list[Rule]
     unused: list[str]
-    spare: tuple[str, ...] = ("images.vision.blocks.", "images.vision.norm.")
 
 
 def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: Any) -> Tower:
@@ -37,12 +38,11 @@ def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: An
         origin: what the messages call it.
         changes: fields of VisionConfig that the model decides, such as `layer` and `final_norm`.
     """
-    family = family_of(raw.get("model_type"), origin)
-    stored = family.config(raw)
-    rules = prefixed(family.rules(replace(stored, **changes)), "images.vision.", prefix)
+    stored = describe_stored(raw, origin, changes=changes)
     return Tower(
-        module=VisionTransformer(replace(stored, **changes)), rules=rules, unused=[prefix + n for n in family.unused]
-    )
+        module=VisionTransformer(stored.config), whole=stored.whole,
+        rules=prefixed(stored.rules, VISION, prefix), unused=[prefix + name for name in stored.unused],
+    )  # fmt: skip
 
 
 def feature_layer(raw: Mapping[str, Any], origin: str, default: int | list[int]) -> dict[str, Any]:
