@@ -74,7 +74,7 @@ def as_published(config: MLLMConfig, own: Blueprint) -> Published | None:
 
 def _facts(blueprint: Blueprint, config: MLLMConfig) -> list[Any]:
     """Return all that decides what a model computes."""
-    facts: list[Any] = [getattr(blueprint.images, "policy", None)]
+    facts: list[Any] = [getattr(blueprint.images, name, None) for name in ("policy", "skip")]
     for part in (blueprint.images, blueprint.language):
         facts += [(name, tuple(t.shape)) for name, t in part.state_dict().items()]
         facts += [
@@ -136,7 +136,8 @@ def _candidates(config: MLLMConfig, own: Blueprint) -> Iterator[Raw]:
                     ratio = 1 / config.connector_sizes.block
                     yield {"model_type": "internvl", **raw, "downsample_ratio": ratio, "image_seq_length": each}
                     continue
-                raw |= {"image_token_index": config.image_token_id, "vision_feature_select_strategy": "default"}
+                strategy = "default" if encoder.cls_token else "full"  # the first row is the class token's, or none's
+                raw |= {"image_token_index": config.image_token_id, "vision_feature_select_strategy": strategy}
                 yield from _llava(config, own, raw, encoder)
 
 
@@ -150,8 +151,7 @@ def _llava(config: MLLMConfig, own: Blueprint, raw: Raw, encoder: VisionConfig) 
     raw = {**raw, "image_grid_pinpoints": [list(p) for p in policy.pinpoints]}
     if policy.max_tiles is None:
         yield {"model_type": "llava_next", **raw}
-    elif not encoder.cls_token:  # its strategy is "full": no token is dropped
-        raw["vision_feature_select_strategy"] = "full"
+    elif not encoder.cls_token:
         yield {"model_type": "llava_onevision", **raw, "vision_aspect_ratio": f"anyres_max_{policy.max_tiles}"}
 
 

@@ -52,7 +52,10 @@ class IdeficsPath(ImagePath):
         pixels, mask = batch.get("pixel_values"), batch.get("image_attention_mask")
         if pixels is None or not pixels.numel():
             return None
-        if mask is None or mask.shape != (*batch["input_ids"].shape, pixels.shape[1]):
+        batch_size, length = batch["input_ids"].shape
+        if len(pixels) != batch_size:
+            raise ValueError(f"fastmllm::MLLM: pixel_values of {len(pixels)} samples, but input_ids of {batch_size}")
+        if mask is None or mask.shape != (batch_size, length, pixels.shape[1]):
             shape = None if mask is None else tuple(mask.shape)
             raise ValueError(f"fastmllm::MLLM: image_attention_mask {shape} must be (B, L, I) with I {pixels.shape[1]}")
         size = self.vision.config.patch_size

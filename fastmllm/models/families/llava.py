@@ -13,8 +13,7 @@ from fastmllm.models.families.parts import (
     decoder,
     decoder_rules,
     decoder_unused,
-    feature_layer,
-    vision_tower,
+    feature_tower,
 )
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.mllm import Blueprint
@@ -32,11 +31,10 @@ ALIASES = (
 
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a LLaVA."""
-    tower = vision_tower(raw["vision_config"], "vision_tower.", origin, **feature_layer(raw, origin, -2))
-    refuse_class_token(raw, tower.module.config.cls_token, origin)
+    tower, skip = feature_tower(raw, raw["vision_config"], origin, -2, in_a_grid=False)
     language = decoder(raw["text_config"], origin, tied=tied(raw))
     connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
-    path = TilePath(tower.module, connector, language.config.width)
+    path = TilePath(tower.module, connector, language.config.width, skip)
     placeholder = raw.get("image_token_id", raw.get("image_token_index", 32000))
     return blueprint(tower, path, language, rules, placeholder=placeholder)
 
@@ -71,16 +69,3 @@ def blueprint(
         ),
         placeholders=(placeholder,),
     )
-
-
-def refuse_class_token(raw: Mapping[str, Any], has_one: bool, origin: str) -> None:
-    """Refuse features with a class token among them.
-
-    Raises:
-        ValueError: the checkpoint wants them.
-    """
-    if has_one and raw.get("vision_feature_select_strategy", "default") == "full":
-        raise ValueError(
-            f"fastmllm::MLLM: {origin}: vision_feature_select_strategy 'full' keeps the class token; only the patches "
-            "('default') are computed here"
-        )

@@ -65,6 +65,11 @@ class MllamaPath(ImagePath):
             if batch.get(name) is None:
                 raise ValueError(f"fastmllm::MLLM: pixel_values of Llama-3.2-Vision come with {name}")
         ids, mask = batch["aspect_ratio_ids"], batch["cross_attention_mask"]
+        if len(pixels) != len(batch["input_ids"]) or ids.shape != pixels.shape[:2]:
+            raise ValueError(
+                f"fastmllm::MLLM: pixel_values {tuple(pixels.shape[:2])} and aspect_ratio_ids {tuple(ids.shape)} must "
+                f"be (B, I, ...), B the {len(batch['input_ids'])} samples of input_ids"
+            )
         if mask.shape != (*batch["input_ids"].shape, *pixels.shape[1:3]):
             raise ValueError(
                 f"fastmllm::MLLM: cross_attention_mask {tuple(mask.shape)} must be (B, L, I, tiles), I and tiles as in "

@@ -129,6 +129,8 @@ class NativePath(ImagePath):
         self, batch: Mapping[str, Any], pixels: str, grids: str
     ) -> tuple[list[Tensor] | None, list[tuple[int, ...]]]:
         if batch.get(pixels) is None:
+            if batch.get(grids) is not None and len(batch[grids]):
+                raise ValueError(f"fastmllm::MLLM: {grids} without {pixels}: give both or neither")
             return None, []
         if batch.get(grids) is None:
             raise ValueError(f"fastmllm::MLLM: {pixels} come with {grids}, the patches of each")
@@ -155,6 +157,8 @@ class NativePath(ImagePath):
                 left = t * h * w // self.merge_size**2
                 order.append((token, k))
                 done[token] += 1
+            elif token != order[-1][0]:
+                raise ValueError(f"fastmllm::MLLM: token {token} stands among the {order[-1][0]} of another image")
             left -= 1
         if left or any(done[token] != len(known) for token, known in grids.items()):
             raise ValueError(f"fastmllm::MLLM: image_grid_thw and video_grid_thw {grids} do not fit the text's places")
