@@ -93,6 +93,7 @@ def media_ranges(
     before = torch.cat([seen.new_zeros(1), seen])  # (T + 1,) ... before a row
     sample = _segment_of(cu_seqlens_q, is_media.numel())
     ends = before[cu_seqlens_q.long()]  # (S + 1,) the first image of each sample
+    ends = torch.cat([ends, ends[-1:]])  # rows behind the last sample are in one of no images
     first = ends[sample]  # (T,) the first image of a row's sample
     if policy == "latest":
         oldest = seen - 1

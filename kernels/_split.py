@@ -15,9 +15,15 @@ PART_BLOCKS = 4  # key blocks that a part has at least: below, its start and its
 MAX_PARTS = 64
 
 
-def part_count(programs: int, keys: int, block_n: int) -> int:
-    """Return into how many parts to split up to `keys` keys, where `programs` programs would run without a split."""
-    return max(1, min(cdiv(PROGRAMS, max(programs, 1)), keys // (PART_BLOCKS * block_n), MAX_PARTS))
+def part_count(programs: int, keys: int, block_n: int, rows: int) -> int:
+    """Return into how many parts to split up to `keys` keys that `rows` (row, head) pairs of a key head see.
+
+    `programs` are those of one such group of rows, not of the batch: a sample's sums must not follow its neighbours.
+    A part reads at least twice the bytes (of 16-bit keys and values) that its fp32 result costs: with a large batch,
+    which needs no split, that bounds what the split wastes.
+    """
+    least = max(PART_BLOCKS * block_n, 4 * rows)
+    return max(1, min(PROGRAMS // max(programs, 1), keys // least, MAX_PARTS))
 
 
 @triton.jit(do_not_specialize=["T", "parts"])

@@ -309,10 +309,11 @@ _TILES = {
 _FP32_TILES = {  # no tensor cores here; up to 128 wide nothing spills, at 256 dq does (and dk with dv, on gfx942)
     16: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     32: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
-    64: ((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
+    64: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1)),
+    128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 32, 4, 1)),
     256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
+_FP32_PADDED = {(2, 128): (16, 16, 4, 1)}  # heads of 72 to 96, whose mask needs registers
 _BIASED = {(1, 128): (64, 32, 4, 1), (0, 256): (64, 16, 8, 2)}  # where the bias needs the registers of half a tile
 
 
@@ -320,7 +321,9 @@ def _config(kind: int, head_dim: int, dtype: torch.dtype, biased: bool) -> dict[
     """Return the tile of the forward (0), dq (1) or dk and dv (2) kernel."""
     block_d = max(16, next_power_of_2(head_dim))
     m, n, warps, stages = (_FP32_TILES if dtype == torch.float32 else _TILES)[block_d][kind]
-    if biased and dtype != torch.float32:
+    if dtype == torch.float32 and head_dim < block_d:
+        m, n, warps, stages = _FP32_PADDED.get((kind, block_d), (m, n, warps, stages))
+    elif biased and dtype != torch.float32:
         m, n, warps, stages = _BIASED.get((kind, block_d), (m, n, warps, stages))
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 

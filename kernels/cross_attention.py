@@ -106,9 +106,10 @@ def cross_attention_bwd_reference(
 
 
 # 2. Triton kernels ----------------------------------------------------------------------------------------------------
-# One program owns one tile of rows of PACK heads that share their keys, and walks the tile's ranges one after
-# the other, by where they start: a row's result has the bits of its own range alone, whoever shares its tile, and NaN
-# stays in its sample. Ranges with one start (all images so far) are walked once. `scale2` is the scale times log2(e).
+# One program owns one tile of rows of PACK heads that share their keys, and walks the tile's different ranges one after
+# the other: a row's result has the bits of its own range alone, whoever shares its tile, and NaN stays where it is seen
+# (0 * NaN is NaN, so what a row does not see is never multiplied for it). The kernel of dk and dv does so with the runs
+# of keys that the same rows see. `scale2` is the scale times log2(e).
 @triton.jit
 def _ranges(start_ptr, stop_ptr, rows, T, N):
     """Return the keys of each row; an empty range is (N, 0), so that minima and maxima pass over it."""
@@ -119,9 +120,16 @@ def _ranges(start_ptr, stop_ptr, rows, T, N):
 
 
 @triton.jit
-def _seen(cols, low, high):
-    """Tell whether low <= cols < high, in one unsigned comparison; low and high are broadcast against cols."""
-    return (cols - low).to(tl.uint32, bitcast=True) < tl.maximum(high - low, 0).to(tl.uint32, bitcast=True)
+def _pairs(start_ptr, stop_ptr, rows, T, N):
+    """Return each row's range as one number, by which ranges have an order."""
+    low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
+    return (low.to(tl.int64) << 32) + high
+
+
+@triton.jit
+def _next(pairs, now):
+    """Return the least range that is greater than `now`; behind the last one 2^63 - 1."""
+    return tl.min(tl.where(pairs > now, pairs, 9223372036854775807), 0)
 
 
 @triton.jit
@@ -135,15 +143,14 @@ def _own(parts, HEADS: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _share(first, low, high, part, parts, N, BLOCK_N: tl.constexpr):
-    """Return where a part of the keys of rows that start at `first` begins, where masks start, and where it ends."""
-    mine = low == first
-    end = tl.max(tl.where(mine, high, 0), 0)
-    whole = tl.minimum(tl.min(tl.where(mine, high, N), 0), end)  # up to here all of these rows see
-    length = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), BLOCK_N), parts) * BLOCK_N
+def _share(pair, part, parts, BLOCK_N: tl.constexpr):
+    """Return where a part of the keys of a range begins, where its last, partial block starts, and where it ends."""
+    first = (pair >> 32).to(tl.int32)
+    stop = pair.to(tl.int32)  # the lower half
+    length = tl.cdiv(tl.cdiv(tl.maximum(stop - first, 0), BLOCK_N), parts) * BLOCK_N
     begin = first + part * length
-    end = tl.minimum(end, begin + length)
-    return begin, begin + tl.maximum(tl.minimum(whole, end) - begin, 0) // BLOCK_N * BLOCK_N, end
+    end = tl.minimum(stop, begin + length)
+    return begin, begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N, end
 
 
 @triton.jit
@@ -161,10 +168,10 @@ def _store(ptr, tile, offsets, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, cols, high, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+def _scores(q, k, cols, end, scale2, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale2
     if MASKED:
-        s = tl.where(cols[None, :] < high[:, None], s, float("-inf"))
+        s = tl.where((cols < end)[None, :], s, float("-inf"))
     return s
 
 
@@ -177,16 +184,16 @@ def _fwd_kernel(
 ):  # fmt: skip
     """Give out and log-sum-exp of one part of the keys; there is only one unless queries are few."""
     rows, heads, head, part = _own(parts, HEADS, PACK, BLOCK_M)
-    low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
     wide = rows.to(tl.int64)
     q = _load(q_ptr, wide * Q_ROW + heads * Q_HEAD, rows, T, D, BLOCK_D)
     k_ptr += head // GROUP * K_HEAD
     v_ptr += head // GROUP * V_HEAD
     out_ptr += part.to(tl.int64) * T * (HEADS * D)
     lse_ptr += part.to(tl.int64) * T * HEADS
-    first = tl.min(low, 0)
-    while first <= N:  # rows that see nothing start at N
-        begin, masked, end = _share(first, low, high, part, parts, N, BLOCK_N)
+    pairs = _pairs(start_ptr, stop_ptr, rows, T, N)
+    pair = _next(pairs, -1)
+    while pair < 9223372036854775807:
+        begin, masked, end = _share(pair, part, parts, BLOCK_N)
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -194,14 +201,15 @@ def _fwd_kernel(
             for start in range(masked if TAIL else begin, end if TAIL else masked, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
                 k = load_tile(k_ptr, cols, end, K_ROW, D, BLOCK_D, TAIL == 1)
-                s = _scores(q, k, cols, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
+                s = _scores(q, k, cols, end, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
                 v = load_tile(v_ptr, cols, end, V_ROW, D, BLOCK_D, TAIL == 1)
                 acc, peak, total = softmax_step(acc, peak, total, s, v)
         out, lse = softmax_end(acc, peak, total)
-        mine = (low == first) & (rows < T)
+        pairs = _pairs(start_ptr, stop_ptr, rows, T, N)  # again, not held in registers meanwhile
+        mine = (pairs == pair) & (rows < T)
         _store(out_ptr, out, wide * (HEADS * D) + heads * D, mine, D, BLOCK_D)
         tl.store(lse_ptr + heads * T + rows, lse, mask=mine)
-        first = tl.min(tl.where(low > first, low, N + 1), 0)
+        pair = _next(pairs, pair)
 
 
 @triton.jit(do_not_specialize=["T", "N", "parts"])
@@ -213,7 +221,6 @@ def _dq_kernel(
 ):  # fmt: skip
     """Give a part of dq, and for the kernel of dk and dv delta = sum(do * out) and log-sum-exp in powers of two."""
     rows, heads, head, part = _own(parts, HEADS, PACK, BLOCK_M)
-    low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
     wide = rows.to(tl.int64)
     packed = wide * (HEADS * D) + heads * D
     do = _load(do_ptr, packed, rows, T, D, BLOCK_D)
@@ -228,20 +235,22 @@ def _dq_kernel(
         v_ptr += head // GROUP * V_HEAD
         dq_ptr += part.to(tl.int64) * T * (HEADS * D)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        first = tl.min(low, 0)
-        while first <= N:
-            begin, masked, end = _share(first, low, high, part, parts, N, BLOCK_N)
+        pairs = _pairs(start_ptr, stop_ptr, rows, T, N)
+        pair = _next(pairs, -1)
+        while pair < 9223372036854775807:
+            begin, masked, end = _share(pair, part, parts, BLOCK_N)
             dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
             for TAIL in tl.static_range(2):
                 for start in range(masked if TAIL else begin, end if TAIL else masked, BLOCK_N):
                     cols = start + tl.arange(0, BLOCK_N)
                     k = load_tile(k_ptr, cols, end, K_ROW, D, BLOCK_D, TAIL == 1)
                     v = load_tile(v_ptr, cols, end, V_ROW, D, BLOCK_D, TAIL == 1)
-                    s = _scores(q, k, cols, high, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
+                    s = _scores(q, k, cols, end, scale * 1.4426950408889634, TAIL == 1, BLOCK_N)
                     ds = tl.exp2(s - lse[:, None]) * (dot(do, tl.trans(v), zeros) - delta[:, None])
                     dq = dot(ds.to(k.dtype), k, dq)
-            _store(dq_ptr, dq * scale, packed, (low == first) & (rows < T), D, BLOCK_D)
-            first = tl.min(tl.where(low > first, low, N + 1), 0)
+            pairs = _pairs(start_ptr, stop_ptr, rows, T, N)
+            _store(dq_ptr, dq * scale, packed, (pairs == pair) & (rows < T), D, BLOCK_D)
+            pair = _next(pairs, pair)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -251,58 +260,68 @@ def _dkv_kernel(
     V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCAN_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Give dk and dv of one block of keys: find the rows that see it, then walk them, so nothing is atomic."""
+    """Give dk and dv of one block of keys, run by run of keys that the same rows see, so nothing is atomic.
+
+    A run's rows are walked from the first that sees it: its keys' gradients have the bits of their own rows alone.
+    """
     head = (tl.program_id(0) % (HEADS // GROUP)).to(tl.int64)
     first = tl.program_id(0) // (HEADS // GROUP) * BLOCK_N
     cols = first + tl.arange(0, BLOCK_N)
-    earliest = tl.full((SCAN_ROWS,), 2147483647, tl.int32)
-    latest = tl.zeros((SCAN_ROWS,), tl.int32)
-    for start in range(0, T, SCAN_ROWS):
-        rows = start + tl.arange(0, SCAN_ROWS)
-        low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
-        sees = (low < first + BLOCK_N) & (high > first)
-        earliest = tl.minimum(earliest, tl.where(sees, rows, 2147483647))
-        latest = tl.maximum(latest, tl.where(sees, rows + 1, 0))
-    k = load_tile(k_ptr + head * K_HEAD, cols, N, K_ROW, D, BLOCK_D, True)
-    v = load_tile(v_ptr + head * V_HEAD, cols, N, V_ROW, D, BLOCK_D, True)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    last = tl.minimum(first + BLOCK_N, N)
     zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    end = tl.max(latest, 0)
-    begin = tl.minimum(tl.min(earliest, 0), end)
-    for h in range(GROUP):
-        one = head * GROUP + h
-        for start in range(begin, end, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
-            near = tl.minimum(rows, T - 1)  # rows behind the end see nothing, whatever they repeat
-            q = load_tile(q_ptr + one * Q_HEAD, near, T, Q_ROW, D, BLOCK_D, False)
-            do = load_tile(do_ptr + one * D, near, T, HEADS * D, D, BLOCK_D, False)
-            lse = tl.load(lse2_ptr + one * T + near)
-            delta = tl.load(delta_ptr + one * T + near)
-            s = dot(k, tl.trans(q), zeros) * (scale * 1.4426950408889634) - lse[None, :]  # (BLOCK_N, BLOCK_M)
-            s = tl.where(_seen(cols[:, None], low[None, :], high[None, :]), s, float("-inf"))
-            p = tl.exp2(s)
-            dv = dot(p.to(do.dtype), do, dv)
-            ds = p * (dot(v, tl.trans(do), zeros) - delta[None, :])
-            dk = dot(ds.to(q.dtype), q, dk)
     stride = HEADS // GROUP * D
-    store_tile(dk_ptr + head * D, dk * scale, cols, N, stride, D, BLOCK_D)
-    store_tile(dv_ptr + head * D, dv, cols, N, stride, D, BLOCK_D)
+    at = first
+    while at < last:
+        edge = tl.full((SCAN_ROWS,), 2147483647, tl.int32)
+        earliest = tl.full((SCAN_ROWS,), 2147483647, tl.int32)
+        latest = tl.zeros((SCAN_ROWS,), tl.int32)
+        for start in range(0, T, SCAN_ROWS):
+            rows = start + tl.arange(0, SCAN_ROWS)
+            low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
+            sees = (low <= at) & (high > at)
+            edge = tl.minimum(edge, tl.where(low > at, low, tl.where(sees, high, 2147483647)))
+            earliest = tl.minimum(earliest, tl.where(sees, rows, 2147483647))
+            latest = tl.maximum(latest, tl.where(sees, rows + 1, 0))
+        stop = tl.minimum(tl.min(edge, 0), last)
+        end = tl.max(latest, 0)
+        begin = tl.minimum(tl.min(earliest, 0), end)
+        k = load_tile(k_ptr + head * K_HEAD, cols, N, K_ROW, D, BLOCK_D, True)
+        v = load_tile(v_ptr + head * V_HEAD, cols, N, V_ROW, D, BLOCK_D, True)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for h in range(GROUP):
+            one = head * GROUP + h
+            for start in range(begin, end, BLOCK_M):
+                rows = start + tl.arange(0, BLOCK_M)
+                low, high = _ranges(start_ptr, stop_ptr, rows, T, N)
+                rows = tl.where((low <= at) & (high > at), rows, T)  # a row that does not see it is read as zeros
+                q = load_tile(q_ptr + one * Q_HEAD, rows, T, Q_ROW, D, BLOCK_D, True)
+                do = load_tile(do_ptr + one * D, rows, T, HEADS * D, D, BLOCK_D, True)
+                lse = tl.load(lse2_ptr + one * T + rows, mask=rows < T, other=float("inf"))  # and has p = 0
+                delta = tl.load(delta_ptr + one * T + rows, mask=rows < T, other=0.0)
+                s = dot(k, tl.trans(q), zeros) * (scale * 1.4426950408889634) - lse[None, :]  # (BLOCK_N, BLOCK_M)
+                p = tl.exp2(s)
+                dv = dot(p.to(do.dtype), do, dv)
+                ds = p * (dot(v, tl.trans(do), zeros) - delta[None, :])
+                dk = dot(ds.to(q.dtype), q, dk)
+        run = tl.where((cols >= at) & (cols < stop), cols, N)
+        store_tile(dk_ptr + head * D, dk * scale, run, N, stride, D, BLOCK_D)
+        store_tile(dv_ptr + head * D, dv, run, N, stride, D, BLOCK_D)
+        at = stop
 
 
 # 3. launchers ---------------------------------------------------------------------------------------------------------
 # Head dimension, padded -> (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq, and dk with dv, in 16 bits. These
 # do not spill on sm_80, sm_90, sm_100 and gfx942.
 _TILES = {
-    16: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
-    32: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
-    64: ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)),
-    128: ((64, 32, 4, 3), (64, 32, 4, 2), (16, 64, 8, 2)),
+    16: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+    32: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
+    64: ((128, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+    128: ((64, 64, 8, 2), (64, 32, 8, 2), (16, 64, 8, 2)),
 }
 _FP32_TILES = {  # no tensor cores here
-    False: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
-    True: ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    False: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    True: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
 }
 
 
@@ -322,11 +341,15 @@ def _config(kind: int, dtype: torch.dtype, head_dim: int, group: int, rows: int)
 
 
 def _plan(kind: int, q: Tensor, k: Tensor, rows: int, keys: int) -> tuple[dict[str, int], int, int]:
-    """Return the configuration, how many tiles of rows and heads there are, and into how many parts the keys go."""
+    """Return the configuration, how many tiles of rows and heads there are, and into how many parts the keys go.
+
+    Tile and parts follow the longest range and who shares it; not T or N, where the host says the former.
+    """
     total, heads, d = q.shape
-    config = _config(kind, q.dtype, d, heads // k.shape[1], min(rows or total, total))
-    tiles = cdiv(total * config["PACK"], config["BLOCK_M"]) * (heads // config["PACK"])
-    return config, tiles, part_count(tiles, min(keys or k.shape[0], k.shape[0]), config["BLOCK_N"])
+    rows, keys, group = rows or total, keys or k.shape[0], heads // k.shape[1]
+    config = _config(kind, q.dtype, d, group, rows)
+    one, tiles = (cdiv(n * config["PACK"], config["BLOCK_M"]) * (heads // config["PACK"]) for n in (rows, total))
+    return config, tiles, part_count(one, keys, config["BLOCK_N"], rows * group)
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
@@ -482,8 +505,9 @@ def cross_attention(
             of interleaved text, `mask_ranges` those of a tile mask, `segment_ranges` those of latent queries.
         media_stop: (T,) int32, the key behind the last one that it sees. Rows with start >= stop see none.
         softmax_scale: multiplies q k^T; None for D ** -0.5.
-        max_seqlen_q: about how many neighbouring rows share a range (32 latents, 1 in decoding); None for T. This and
-            `max_seqlen_k` choose tiles and how far the keys are split; with any value only the rounding differs.
+        max_seqlen_q: the most neighbouring rows that share a range (32 latents, 1 in decoding); None for T. This and
+            `max_seqlen_k` choose tiles and how far the keys are split; with any value only the rounding differs. With
+            both given, a sample's result on a GPU has the same bits whatever else is in the batch.
         max_seqlen_k: keys of the longest range; None for N.
 
     Returns:

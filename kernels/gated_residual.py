@@ -31,7 +31,7 @@ def gated_residual_bwd_reference(
     if not gate_grad:
         return dbranch, gate.new_empty(0)
     acc = accumulator_dtype(grad.dtype)
-    product = grad * branch
+    product = grad * branch.to(acc)  # in fp16 it would overflow
     total = (
         product.sum(dtype=acc).reshape(1) if gate.numel() == 1 else product.reshape(-1, gate.numel()).sum(0, dtype=acc)
     )

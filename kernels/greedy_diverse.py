@@ -363,7 +363,12 @@ def _config(
     if held:
         block_n = max(64, min(1024, next_power_of_2(max_seqlen)))
         warps = max(1, block_n // 128) * (2 if method == "coverage" else 1)
-        return pairs, {"BLOCK_N": block_n, "BLOCK_C": 4, "BLOCK_D": 16, "num_warps": warps}
+        return pairs, {
+            "BLOCK_N": block_n,
+            "BLOCK_C": 2 if method == "max_min" else 4,
+            "BLOCK_D": 16,
+            "num_warps": warps,
+        }
     block_n = 64 if method == "max_min" else 128
     return pairs, {
         "BLOCK_N": block_n,

@@ -252,7 +252,7 @@ def _config(kernel: str, width: int) -> dict[str, int]:
             "num_warps": 8,
         }
     if kernel == "plan":  # tokens, and those that they are compared with
-        return {"BLOCK": 32, "BLOCK_C": 128, "num_warps": 4}
+        return {"BLOCK": 32, "BLOCK_C": 64, "num_warps": 4}
     if kernel == "forward":
         return {"BLOCK_D": min(1024, block), "num_warps": 4}
     block = min(256, block)

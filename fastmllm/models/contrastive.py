@@ -9,7 +9,6 @@ the whole batch; so is the mean of the losses.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,30 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenate the rows of all ranks; the gradient of a row is summed over the ranks that used it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous().clone()  # features are small: all ranks take the sum, and their rows of it
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
-
-
-def _gather(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """Return the rows of all ranks, and where this rank's begin."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return x, 0
-    return _Gather.apply(x, group), dist.get_rank(group) * x.shape[0]
+from fastmllm.modules.ranks import gather, place
 
 
 def _check(name: str, image: Tensor, text: Tensor) -> None:
@@ -82,8 +58,8 @@ class ClipLoss(nn.Module):
         _check("ClipLoss", image, text)
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         n, scale = image.shape[0], self.logit_scale.exp().to(image.dtype)
-        images, start = _gather(image, group)
-        texts, _ = _gather(text, group)
+        images, texts = gather(image, group), gather(text, group)
+        start = place(group)[0] * n
         labels = torch.arange(start, start + n, device=image.device)
         find_text = linear_cross_entropy(scale * image, texts, labels, num_targets=n)
         find_image = linear_cross_entropy(scale * text, images, labels, num_targets=n)
@@ -115,7 +91,7 @@ class SiglipLoss(nn.Module):
         _check("SiglipLoss", image, text)
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         n = image.shape[0]
-        texts, start = _gather(text, group)
+        texts, start = gather(text, group), place(group)[0] * n
         logits = (image @ texts.t()).to(self.logit_bias.dtype) * self.logit_scale.exp() + self.logit_bias  # (n, N)
         column = torch.arange(texts.shape[0], device=image.device)
         pair = column == column[start : start + n, None]

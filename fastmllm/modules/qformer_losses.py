@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 from fastmllm.modules.layer_norm import LayerNorm
 from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer
+from fastmllm.modules.ranks import gather, place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,16 +187,16 @@ class QFormerPretraining(nn.Module):
         pairs, device = media.start.numel(), media.tokens.device
         if text.cu_seqlens.numel() != pairs + 1 or pairs < 1:
             raise ValueError(f"QFormerPretraining: {pairs} images for {text.cu_seqlens.numel() - 1} texts")
-        rank, ranks = _place()
+        rank, ranks = place()
         own = slice(rank * pairs, (rank + 1) * pairs)
-        ids = torch.arange(ranks * pairs, device=device) if image_ids is None else _gather(image_ids)
+        ids = torch.arange(ranks * pairs, device=device) if image_ids is None else gather(image_ids)
         same = ids[own, None] == ids[None]  # (S, W)
 
         queries, kept = self.qformer.encode_images(media, keep=True)
         images = self.image_features(queries)
         texts = self.text_features(self.qformer.encode_text(text), text)
-        image_to_text = max_similarity(images, _gather(texts)) / self.temperature
-        text_to_image = max_similarity(_gather(images), texts).t() / self.temperature
+        image_to_text = max_similarity(images, gather(texts)) / self.temperature
+        text_to_image = max_similarity(gather(images), texts).t() / self.temperature
         itc = contrastive_loss(image_to_text, text_to_image, same, self.smoothing)
 
         uniform = torch.rand(2, ranks * pairs, generator=generator, dtype=torch.float64)[:, own]
@@ -218,28 +217,17 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-def _place() -> tuple[int, int]:
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _gather(x: Tensor) -> Tensor:
-    """Join the tensors of all ranks along the first axis; gradients come back summed."""
-    return x if _place()[1] == 1 else torch.cat(all_gather(x))
-
-
 def _all_ranges(start: Tensor, stop: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Return start and length of every pair's segment in the joined buffers of all ranks, `capacity` rows each."""
-    first = torch.arange(_place()[1], device=start.device).repeat_interleave(start.numel()) * capacity
-    return _gather(start.long()) + first, _gather((stop - start).long())
+    first = torch.arange(place()[1], device=start.device).repeat_interleave(start.numel()) * capacity
+    return gather(start.long()) + first, gather((stop - start).long())
 
 
 def _filled(x: Tensor, capacity: int) -> Tensor:
     """Bring (N, ...) to the number of rows that every rank has, and join; rows behind that are padding."""
-    if _place()[1] == 1:
+    if place()[1] == 1:
         return x
-    return _gather(F.pad(x, (0, 0) * (x.dim() - 1) + (0, capacity - len(x))))  # a negative number cuts
+    return gather(F.pad(x, (0, 0) * (x.dim() - 1) + (0, capacity - len(x))))  # a negative number cuts
 
 
 def _with_other_images(media: ImageTokens, other: Tensor) -> ImageTokens:
@@ -265,7 +253,7 @@ def _with_other_texts(text: PackedText, other: Tensor) -> PackedText:
     capacity = pairs * text.max_seqlen
     world = _filled(text.ids, capacity)
     start, length = _all_ranges(text.cu_seqlens[:-1], text.cu_seqlens[1:], capacity)
-    rank, _ = _place()
+    rank, _ = place()
     which = torch.cat([torch.arange(pairs, device=other.device) + rank * pairs] * 2 + [other])
     start, length = start[which], length[which]
     cu_seqlens = F.pad(length.cumsum(0), (1, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,9 +96,9 @@ def test_plain_mathematics_equals_the_fused_cpu_kernel(monkeypatch):
 
 
 TRITON = {
-    "latest": ([(0, 0)] * 3 + [(0, 20)] * 30 + [(20, 37)] * 5, 37, 2, 1, 24),
+    "latest": ([(0, 0)] * 3 + [(0, 20)] * 30 + [(20, 26)] * 5, 26, 2, 1, 24),
     "all previous": ([(0, 20)] * 2 + [(0, 37)] * 3, 37, 2, 2, 8),
-    "overlapping": CASES["overlapping"],
+    "overlapping": ([(2, 6), (0, 3), (1, 8), (6, 2), (1, 8)], 8, 2, 2, 8),
     "beyond the keys": CASES["beyond the keys"],
     "no media": CASES["no media"],
 }
@@ -137,10 +138,10 @@ def test_triton_matches_reference(case, dtype, device, guard, monkeypatch):
 # (ranges of the rows, keys, H, Hkv, D), rows that share a range, keys of the longest range, parts of the keys
 SPLIT = {
     "latents": (([(0, 36)] * 3 + [(36, 50)] * 3, 50, 1, 1, 20), 3, 36, 2),
-    "decoding, GQA": (([(0, 20), (20, 35), (0, 0)], 36, 4, 1, 16), 1, 32, 2),
-    "group of three": (([(3, 36)] * 3, 36, 3, 1, 8), 3, 36, 2),
-    "a part without keys": (([(0, 33)] * 2 + [(33, 34)], 34, 1, 1, 8), 2, 80, 2),
-    "many parts": (([(0, 65)] * 2, 65, 1, 1, 8), 2, 80, 4),
+    "decoding, GQA": (([(0, 20), (20, 32), (0, 0)], 32, 4, 1, 16), 1, 32, 2),
+    "group of three": (([(3, 36)] * 3, 36, 3, 1, 8), 1, 36, 2),
+    "a part without keys": (([(0, 33)] * 2 + [(33, 34)], 34, 1, 1, 8), 2, 33, 2),
+    "many parts": (([(0, 65)] * 2, 65, 1, 1, 8), 2, 65, 4),
 }
 
 
@@ -160,11 +161,13 @@ def test_triton_splits_the_keys_of_few_queries(case, dtype, device, guard, monke
 
 def test_the_split_follows_sizes_that_the_host_knows():
     """Parts fill the GPU where few queries leave it empty, and never where they do not."""
-    assert _split.part_count(8, 6404, 32) == 33  # Llama-3.2-Vision decodes one token: 8 key heads, 4 tiles
-    assert _split.part_count(64, 6400, 32) == 5  # CogAgent, 256 rows of 32 heads in tiles of 128
-    assert _split.part_count(8, 64, 64) == 1  # Flamingo: 64 keys are one block
-    assert _split.part_count(264, 6404, 32) == 1
-    assert _split.part_count(1, 10**6, 32) == _split.MAX_PARTS
+    assert _split.part_count(8, 6404, 32, 4) == 33  # Llama-3.2-Vision decodes one token: 8 key heads, 4 tiles
+    assert _split.part_count(64, 6400, 32, 256) == 4  # CogAgent, 256 rows of 32 heads in tiles of 128
+    assert _split.part_count(8, 10000, 64, 64) == 33  # Perceiver: 64 latents of 8 heads
+    assert _split.part_count(16, 4900, 32, 256) == 4  # Idefics2: more parts would cost what they save
+    assert _split.part_count(8, 64, 64, 64) == 1  # Flamingo: 64 keys are one block
+    assert _split.part_count(264, 6404, 32, 4) == 1
+    assert _split.part_count(1, 10**6, 32, 1) == _split.MAX_PARTS
     decoding = op._config(0, torch.bfloat16, 128, 4, 1)
     assert (decoding["BLOCK_M"], decoding["PACK"]) == (16, 4)  # four heads read their keys once
     assert op._config(0, torch.bfloat16, 64, 1, 32)["BLOCK_M"] == 32  # a tile is the 32 latents of one image
@@ -174,29 +177,116 @@ def test_the_split_follows_sizes_that_the_host_knows():
     )
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(device):
-    """Whatever shares its tile, NaN included, a row of the output and of dq keeps its bits."""
-    ranges = [(0, 0)] + [(0, 20)] * 3 + [(20, 37)] * 5
-    inputs, start, stop = _inputs((ranges, 37, 2, 1, 8), torch.float32, device)
-    mine, keys = slice(4, 9), slice(20, 37)
-    alone = [inputs[0][mine], inputs[1][keys], inputs[2][keys], start[mine] - 20, stop[mine] - 20]
-    before = op.cross_attention_triton(*inputs, start, stop, *PLAIN)
-    torch.testing.assert_close(before[0][mine], op.cross_attention_triton(*alone, *PLAIN)[0])
+@pytest.mark.parametrize("shape", [(64, 4900, 16, 4, 96), (1, 6404, 32, 8, 128), (512, 1601, 32, 8, 128)])
+def test_tiles_and_parts_do_not_follow_the_batch(shape):
+    rows, keys, heads, heads_k, d = shape
+    plans = []
+    for images in (1, 2, 4, 8):
+        q, k = (torch.empty(images * n, h, d, device="meta") for n, h in ((rows, heads), (keys, heads_k)))
+        plans.append([op._plan(kind, q, k, rows, keys)[::2] for kind in (0, 1)])
+    assert all(plan == plans[0] for plan in plans)
+
+
+# ranges of the rows, H, Hkv, rows and keys of the sample that is looked at, both longest lengths
+NEIGHBOURS = {
+    "whole": ([(0, 0)] + [(0, 20)] * 3 + [(20, 37)] * 18, 1, 1, slice(4, 22), slice(20, 37), (18, 20)),
+    "split": ([(0, 3)] * 15 + [(3, 35)] * 2, 1, 1, slice(15, 17), slice(3, 35), (2, 32)),
+    "all images so far": ([(0, 5)] * 3 + [(5, 8)] * 2 + [(5, 25)] * 3, 1, 1, slice(3, 8), slice(5, 25), (3, 20)),
+}
+
+
+def _matmul_in_order(a, b, **_):
+    """Sum each element in one order: BLAS chooses it by where in the tile an element lies, tensor cores do not."""
+    out = np.zeros((a.shape[0], b.shape[1]), np.float32)
+    for i in range(a.shape[1]):
+        out += np.outer(a[:, i], b[i])
+    return out
+
+
+@pytest.mark.parametrize("case", NEIGHBOURS)
+def test_a_sample_does_not_depend_on_its_neighbours(case, device, monkeypatch):
+    """Whatever shares its tile or its call, a sample keeps its bits, in all gradients too."""
+    monkeypatch.setattr(_split, "PART_BLOCKS", 1)
+    monkeypatch.setattr(_split, "PROGRAMS", 2)
+    monkeypatch.setattr(np, "matmul", _matmul_in_order)  # the interpreter's dot
+    ranges, heads, heads_k, mine, keys, longest = NEIGHBOURS[case]
+    inputs, start, stop = _inputs((ranges, keys.stop, heads, heads_k, 72), torch.float32, device)
+    alone = [inputs[0][mine], inputs[1][keys], inputs[2][keys], start[mine] - keys.start, stop[mine] - keys.start]
     grad = torch.randn_like(inputs[0])
-    want = op.cross_attention_bwd_triton(grad, *inputs, *before, start, stop, *PLAIN, True, False)[0]
-    q, k, v = (t.clone() for t in inputs)
-    for t, rows in ((q, slice(0, 4)), (k, slice(0, 20)), (v, slice(0, 20))):
-        t[rows] = float("nan")
-    got = op.cross_attention_triton(q, k, v, start, stop, *PLAIN)
-    assert torch.equal(got[0][mine], before[0][mine])
-    assert torch.equal(got[1][:, mine], before[1][:, mine])
-    dq = op.cross_attention_bwd_triton(grad, q, k, v, *got, start, stop, *PLAIN, True, False)[0]
-    assert torch.equal(dq[mine], want[mine])
+    assert op._plan(0, *alone[:2], *longest)[2] == (2 if case == "split" else 1)
+    out, lse = op.cross_attention_triton(*inputs, start, stop, *longest, 0.3)
+    got = op.cross_attention_bwd_triton(grad, *inputs, out, lse, start, stop, *longest, 0.3, True, True)
+    want = op.cross_attention_triton(*alone, *longest, 0.3)
+    want_grads = op.cross_attention_bwd_triton(grad[mine], *alone[:3], *want, *alone[3:], *longest, 0.3, True, True)
+    pieces = (out[mine], lse[:, mine], got[0][mine], *(t[keys] for t in got[1:]))
+    for a, b in zip(pieces, (*want, *want_grads), strict=True):
+        assert torch.equal(a, b)
+
+
+NAN = {  # ranges, rows of q and of the gradient that are NaN, keys that are: what these see, and nothing else, is NaN
+    "rows that see nothing, between two samples": ([(0, 10)] * 4 + [(0, 0)] * 3 + [(10, 20)] * 4, range(4, 7), ()),
+    "rows that see nothing, within a sample": ([(0, 20)] * 3 + [(20, 20)] + [(0, 20)] * 4, [3], ()),
+    "the second sample": ([(0, 10)] * 4 + [(10, 20)] * 4, range(4, 8), ()),
+    "the first sample": ([(0, 10)] * 4 + [(10, 20)] * 4, range(4), range(10)),
+    "the second of all images so far": ([(0, 10)] * 4 + [(0, 20)] * 4, (), range(10, 20)),
+    "rows of the second of all images so far": ([(0, 10)] * 4 + [(0, 20)] * 4, range(4), ()),
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("case", NAN)
+def test_nan_goes_only_where_it_is_seen(case, parts, device, monkeypatch):
+    """A product of 0 and NaN is NaN: what a row or a key does not see must not even be multiplied for it."""
+    monkeypatch.setattr(op, "part_count", lambda *a: parts)
+    ranges, bad_rows, bad_keys = NAN[case]
+    (q, k, v), start, stop = _inputs((ranges, 20, 1, 1, 8), torch.float32, device)
+    grad, bad = torch.randn_like(q), float("nan")
+    rows, keys = torch.zeros(len(ranges), dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
+    rows[list(bad_rows)], keys[list(bad_keys)] = True, True
+    clean = op.cross_attention_triton(q, k, v, start, stop, *PLAIN)
+    want = op.cross_attention_bwd_triton(grad, q, k, v, *clean, start, stop, *BOTH)
+    for t, where in ((q, rows), (grad, rows), (k, keys), (v, keys)):
+        t[where.to(device)] = bad
+    sees = (torch.arange(20) >= start.cpu()[:, None]) & (torch.arange(20) < stop.cpu()[:, None])
+    rows = (rows & sees.any(1)) | (sees & keys).any(1)  # whose log-sum-exp is NaN
+    keys = (sees & rows[:, None]).any(0)
+    out = op.cross_attention_triton(q, k, v, start, stop, *PLAIN)
+    grads = op.cross_attention_bwd_triton(grad, q, k, v, *out, start, stop, *BOTH)
+    for got, was, hit in zip((out[0], *grads), (clean[0], *want), (rows, rows, keys, keys), strict=True):
+        assert torch.equal(got.isnan().flatten(1).any(1).cpu(), hit)
+        assert torch.equal(got[~hit.to(device)], was[~hit.to(device)])
+
+
+def _count_launches(monkeypatch, **kernels):
+    """Record launches instead of making them."""
+    launched = []
+    for name, module in kernels.items():
+        record = {"__getitem__": lambda self, grid, name=name: lambda *args, **options: launched.append(name)}
+        monkeypatch.setattr(module, name, type("Kernel", (), record)())
+    return launched
+
+
+@pytest.mark.parametrize("shape, split", [((3, 64, 64, 8, 8, 64), False), ((2, 1, 6404, 32, 8, 128), True)])
+def test_one_launch_forward_two_backward_one_more_for_a_split_and_no_wait(shape, split, monkeypatch):
+    """Meta tensors cannot be read: a launcher that waits for the device fails here."""
+    images, rows, keys, heads, heads_k, d = shape
+    kernels = {"_fwd_kernel": op, "_dq_kernel": op, "_dkv_kernel": op, "_combine_kernel": _split}
+    launched = _count_launches(monkeypatch, **kernels)
+    q, k = (torch.empty(images * n, h, d, device="meta").bfloat16() for n, h in ((rows, heads), (keys, heads_k)))
+    start = torch.empty(images * rows, dtype=torch.int32, device="meta")
+    combined = ["_combine_kernel"] * split
+    out, lse = op.cross_attention_triton(q, k, k, start, start, rows, keys, 0.1)
+    assert launched == ["_fwd_kernel", *combined]
+    for query_grad, key_grad in ((True, True), (True, False), (False, True)):
+        launched.clear()
+        saved = (out, q, k, k, out, lse, start, start, rows, keys, 0.1)
+        op.cross_attention_bwd_triton(*saved, query_grad, key_grad)
+        assert launched == ["_dq_kernel", *(combined if query_grad else []), *["_dkv_kernel"] * key_grad]
 
 
 def test_same_result_twice(device, monkeypatch):
     monkeypatch.setattr(_split, "PART_BLOCKS", 1)
-    inputs, *ranges = _inputs(([(0, 70)] * 3, 70, 1, 1, 8), torch.float32, device)
+    inputs, *ranges = _inputs(([(0, 40)] * 3, 40, 1, 1, 8), torch.float32, device)
     first, second = (op.cross_attention_triton(*inputs, *ranges, *PLAIN) for _ in range(2))
     grads = [op.cross_attention_bwd_triton(first[0], *inputs, *first, *ranges, *BOTH) for _ in range(2)]
     for a, b in zip((*first, *grads[0]), (*second, *grads[1]), strict=True):
@@ -359,6 +449,16 @@ def test_rows_without_media_see_all_of_their_sample_where_asked():
     assert ranges[:3] == [(0, 4)] * 3
     assert all(a >= b for a, b in ranges[3:5])  # a sample of no image
     assert ranges[5:] == [(4, 9)] * 2
+
+
+@pytest.mark.parametrize("empty", ["all", "zeros"])
+@pytest.mark.parametrize("policy", ["latest", "latest_group", "all_previous"])
+def test_rows_behind_the_last_sample_see_nothing(policy, empty):
+    """Padding at the end of a packed batch is in no sample, whatever rows without media see."""
+    is_media = torch.tensor([0, 1, 0, 0, 0], dtype=torch.bool)
+    cu_q, cu_k = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    seen = _seen(*media_ranges(is_media, cu_q, cu_k, policy, empty), 4)
+    assert seen.any(1).tolist() == [empty == "all", True, True, False, False]
 
 
 @pytest.mark.parametrize("empty", ["all", "zeros"])

@@ -97,6 +97,17 @@ def test_a_closed_gate_is_the_identity_and_still_learns():
 
 
 @pytest.mark.parametrize("scalar", [False, True])
+def test_the_gradient_of_the_gate_takes_products_beyond_fp16(scalar, device):
+    """grad * branch may exceed 65504 where their sum does not."""
+    grad = torch.tensor([[300.0], [-300.0], [1.0]]).expand(3, 4).to(device, torch.float16)
+    branch = torch.full((3, 4), 300.0, device=device, dtype=torch.float16)
+    gate = torch.zeros(1 if scalar else 4, device=device, dtype=torch.float16)
+    for function in (op.gated_residual_bwd_reference, op.gated_residual_bwd_triton):
+        dgate = function(grad, branch, gate, False, True)[1]
+        assert torch.equal(dgate, torch.full_like(gate, 1200.0 if scalar else 300.0))
+
+
+@pytest.mark.parametrize("scalar", [False, True])
 def test_opcheck(scalar):
     inputs = [t.requires_grad_() for t in _inputs((3, 8), torch.float32, scalar)]
     torch.library.opcheck(torch.ops.fastmllm.gated_residual.default, tuple(inputs))
@@ -112,6 +123,27 @@ def test_compile():
 def test_gradcheck(scalar):
     inputs = [t.requires_grad_() for t in _inputs((2, 5), torch.float64, scalar)]
     assert torch.autograd.gradcheck(gated_residual, inputs)
+
+
+def _count_launches(monkeypatch, *kernels):
+    """Record launches instead of making them."""
+    launched = []
+    for name in kernels:
+        record = {"__getitem__": lambda self, grid, name=name: lambda *args, **options: launched.append(name)}
+        monkeypatch.setattr(op, name, type("Kernel", (), record)())
+    return launched
+
+
+def test_one_launch_forward_one_backward_and_no_wait(monkeypatch):
+    """Meta tensors cannot be read: a launcher that waits for the device fails here."""
+    launched = _count_launches(monkeypatch, "_fwd_kernel", "_bwd_kernel")
+    for scalar in (False, True):
+        inputs = _inputs((7, 64), torch.bfloat16, scalar, "meta")
+        y = op.gated_residual_triton(*inputs)
+        assert launched == ["_fwd_kernel"]
+        op.gated_residual_bwd_triton(y, *inputs[1:], True, True)
+        assert launched == ["_fwd_kernel", "_bwd_kernel"]
+        launched.clear()
 
 
 def test_rejects_what_does_not_fit():
@@ -263,6 +295,21 @@ def test_norm_compile(kind):
 def test_norm_gradcheck(scalar, kind, bias):
     inputs = [t.requires_grad_() for t in _norm_inputs((2, 5), torch.float64, scalar, bias)]
     assert torch.autograd.gradcheck(lambda *t: gated_residual(*t, kind=kind), inputs)
+
+
+@pytest.mark.parametrize("kind, bias", NORMS)
+def test_norm_one_launch_forward_one_backward_and_no_wait(kind, bias, monkeypatch):
+    kernels = ["_norm_fwd_kernel", "_norm_bwd_kernel"]
+    launched = _count_launches(monkeypatch, "_fwd_kernel", "_bwd_kernel", *kernels)
+    for scalar in (False, True):
+        x, branch, gate, weight, *shift = _norm_inputs((7, 64), torch.bfloat16, scalar, bias, "meta")
+        centred = kind == "layer"
+        h, y, *statistics = op.gated_residual_norm_triton(x, branch, gate, weight, *(shift or [None]), centred, 1e-5)
+        assert launched == kernels[:1]
+        wanted = (*ALL[:4], bias)
+        op.gated_residual_norm_bwd_triton(y, h, h, branch, gate, weight, *statistics, centred, *wanted)
+        assert launched == kernels
+        launched.clear()
 
 
 def test_norm_is_that_of_mllama():

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate
 from torch import Tensor
 
 from fastmllm.models.contrastive import ClipLoss, SiglipLoss
-
-ROOT = Path(__file__).parents[2]
 
 
 def clip_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -120,19 +116,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path: Path) -> Non
         "clip": clip.state_dict(), "siglip": siglip.state_dict(),
     }  # fmt: skip
     torch.save(data, tmp_path / "batch.pt")
-    script = ROOT / "tests" / "support" / "contrastive_rank.py"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(tmp_path / "batch.pt"), str(tmp_path)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world)]
+    results = ranks.results("contrastive_rank.py", world, tmp_path)
     for name, loss, formula in (("clip", clip, clip_formula), ("siglip", siglip, siglip_formula)):
         towers = [data[key].clone().requires_grad_() for key in ("image_tower", "text_tower")]
         inputs = [*towers, *parameters(loss)]

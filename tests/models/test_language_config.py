@@ -156,6 +156,98 @@ def test_save_language_leaves_parts_of_larger_models_to_them(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+NUMBER = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
+FLAG = ("mlp_bias", "attention_bias", "tie_word_embeddings", "use_sliding_window")
+OPT_FLAG = (
+    "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine",
+    "tie_word_embeddings",
+)  # fmt: skip
+SIZE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "head_dim",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "values"),
+    [
+        ("qwen2", SIZE, (True, 0, -2, 2.0, float("nan"), float("inf"), "2", [2], {}, 2**31)),
+        ("qwen2", NUMBER, (True, 0, -1.0, float("nan"), float("inf"), float("-inf"), "2", [2.0])),
+        ("llama", FLAG[:3], ("false", 1, [], float("nan"))),
+        ("qwen2", FLAG[3:], ("false", 1, [], float("nan"))),
+        ("opt", OPT_FLAG, ("false", 1, [])),
+        ("opt", ("ffn_dim", "hidden_size", "num_attention_heads", "word_embed_proj_dim"), (True, 0, float("nan"))),
+        ("idefics", ("additional_vocab_size",), (-1, True, 1.5)),
+        ("mistral", ("sliding_window",), (0, -4, True, 2.5)),
+        ("mllama_text_model", ("cross_attention_layers",), (3, "3", [1.0], [True], [40], [-1], [3, 3], {})),
+        ("qwen2", ("rope_scaling", "rope_parameters"), (True, "yarn", [1], 2)),
+        ("qwen2", ("layer_types",), (3, "full_attention", [None], {})),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_key_and_its_origin(
+    kind: str, names: tuple[str, ...], values: tuple[Any, ...]
+) -> None:
+    for name in names:
+        for value in values:
+            with pytest.raises(ValueError, match="fastmllm::weights: here ") as caught:
+                language_config({"model_type": kind, name: value}, "here")
+            assert name in str(caught.value)
+            assert str(value) in str(caught.value), (name, value)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": float("nan")},
+        {"rope_type": "yarn", "original_max_position_embeddings": 0},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": True},
+        {"rope_type": "yarn", "factor": 2.0, "beta_fast": float("nan")},
+        {"rope_type": "yarn", "factor": 2.0, "beta_slow": "1"},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": "1"},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0},
+        {"rope_type": "yarn", "factor": 2.0, "mscale": [1], "mscale_all_dim": 1},
+        {"rope_type": "yarn", "factor": 2.0, "truncate": "no"},
+        {"rope_type": "linear", "factor": float("inf")},
+        {"rope_type": "linear", "factor": False},
+        {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": float("nan")},
+        {"rope_type": ["linear"]},
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0},
+        {"mrope_section": 3},
+        {"mrope_section": [1, 1]},
+        {"mrope_section": [32.0, 16, 16]},
+    ],
+)
+def test_a_wrong_rotary_value_is_named(rope: dict[str, Any]) -> None:
+    kind = "qwen2_vl_text" if "mrope_section" in rope else "llama"
+    name = next(name for name in reversed(rope) if name != "high_freq_factor" or rope[name] != 1)
+    with pytest.raises(ValueError, match=r"fastmllm::weights: here ") as caught:
+        language_config({"model_type": kind, "rope_parameters": rope}, "here")
+    assert str(rope[name]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (None, "config' is None"),
+        ([], r"config' is \[\]"),
+        ({"model_type": "llama", "num_attention_heads": 7, "num_key_value_heads": 2}, "num_heads 7 is no multiple"),
+        ({"model_type": "llama", "hidden_size": 33, "num_attention_heads": 11}, "even head_dim, got 3"),
+        ({"model_type": "llama", "hidden_size": 8}, "'head_dim' is 0"),
+        ({"model_type": "opt", "hidden_size": 8}, "head_dim must be positive"),
+        ({"model_type": "qwen2_vl_text", "rope_scaling": {"mrope_section": [1, 1, 1]}}, r"mrope_section \(1, 1, 1\)"),
+        ({"model_type": "mllama_text_model", "num_hidden_layers": 8}, "cross_attention_layers"),
+        (
+            {"model_type": "llama", "rope_scaling": {
+                "type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 1}},
+            "low_freq_factor 4.0 must be positive and below",
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together_are_named_with_their_origin(raw: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"weights: here.*{message}"):
+        language_config(raw, "here")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

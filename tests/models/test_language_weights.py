@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from fastmllm.models import weights
 from fastmllm.models.language import LanguageConfig, LanguageModel
@@ -154,6 +155,18 @@ def test_full_disk_does_not_stop_a_load(
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_save_that_fails_keeps_the_tokenizer_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    weights.save_language(tiny(), tmp_path, Tokenizer(WordLevel({"old": 0})))
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        weights.save_language(tiny(1), tmp_path, Tokenizer(WordLevel({"new": 0})))
+    assert list(weights.load_tokenizer(tmp_path).get_vocab()) == ["old"]
+    assert torch.equal(weights.load_language(tmp_path).head_weight, tiny().head_weight)
+
+
 def test_undo_pairing_inverts_the_converter() -> None:
     weight = torch.arange(24.0).view(12, 2)  # 2 heads of 6
     paired = torch.from_numpy(weight.numpy().reshape(2, 2, 3, 2).swapaxes(1, 2).reshape(12, 2).copy())
@@ -185,6 +198,19 @@ def test_folder_goes_to_transformers_and_back(tmp_path: Path, biases: tuple[bool
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
+def test_a_tied_model_with_another_head_is_refused(tmp_path: Path) -> None:
+    """transformers 4 drops such a head, transformers 5 uses it."""
+    weights.save_language(tiny(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    table = state["model.embed_tokens.weight"]
+    save_file(state | {"lm_head.weight": table.clone()}, file)
+    assert weights.load_language(tmp_path).config.tie_embeddings
+    save_file(state | {"lm_head.weight": table + 1}, file)
+    with pytest.raises(ValueError, match=r"another lm_head\.weight.*tie_word_embeddings"):
+        weights.load_language(tmp_path)
+
+
 def test_sharded_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     weights.save_language(tiny(), tmp_path / "one")
@@ -212,6 +238,8 @@ def test_sharded_folder(tmp_path: Path) -> None:
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"hidden_size": "64"}, "no whole number"),
         ({"num_hidden_layers": 3}, "lacks: model.layers.2"),
+        ({"num_hidden_layers": 2**31 - 1}, "lacks: model.layers.2147483646"),
+        ({"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1}, "sizes that no tensor has"),
         ({"num_hidden_layers": 1}, "has what the model does not: model.layers.1"),
         ({"intermediate_size": 97}, "other shapes than its config says: model.layers.0.mlp.gate_proj.weight"),
     ],

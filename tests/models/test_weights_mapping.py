@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from fastmllm.models.weights.connectors import Cut
 from fastmllm.models.weights.mapping import Conv, Join, Positions, Rule, View, fill, prefixed, to_ours, to_theirs
+from fastmllm.models.weights.tower_layouts import QueryApart, Transposed
 
 TABLE = [
     Rule("blocks.{i}.qkv.{p}", tuple(f"layers.{{i}}.{n}_proj.{{p}}" for n in "qkv"), Join(parts=3)),
@@ -60,11 +62,51 @@ def test_an_unknown_name_and_a_missing_part_are_named():
 
 
 @pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("layers.7.k_proj.weight", (6, 4), r"layers\.7\.k_proj\.weight is \(6, 4\), not \(4, 4\)"),  # 4 + 6 + 2 rows
+        ("layers.7.v_proj.bias", (4, 1), r"layers\.7\.v_proj\.bias is \(4, 1\), not \(4\)"),
+        ("layers.7.q_proj.bias", (), r"layers\.7\.q_proj\.bias is \(\), not \(any\)"),
+        ("conv.weight", (4, 3, 4, 1), r"conv\.weight is \(4, 3, 4, 1\), not \(any, 3, 2, 2\)"),
+        ("conv.weight", (4, 12), r"conv\.weight is \(4, 12\), not \(any, 3, 2, 2\)"),
+        ("positions.weight", (20,), r"positions\.weight is \(20,\), not \(any, any\)"),
+        ("class_token", (2, 2), r"class_token is \(2, 2\), not \(1, 1, any\)"),
+        ("extra.weight", (2, 4), r"extra\.weight is \(2, 4\), not \(3, 4\)"),
+        ("fused.bias", (), r"fused\.bias is \(\), not \(any\)"),
+        ("in_proj", (13, 4), r"in_proj is \(13, 4\), not \(12, 4\)"),
+        ("turned", (4,), r"turned is \(4,\), not \(any, any\)"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named_before_it_is_joined_or_cut(name, shape, message):
+    table = [
+        *TABLE,
+        Rule("table.weight", ("base.weight", "extra.weight"), Join(sizes=(5, 3))),
+        Rule(("q.bias", "k.bias", "v.bias"), "fused.bias", Cut()),
+        Rule(("query", "rest"), "in_proj", QueryApart(4)),
+        Rule("ours", "turned", Transposed()),
+    ]
+    state = _theirs() | {"base.weight": torch.randn(5, 4), "extra.weight": torch.randn(3, 4)}
+    state |= {"fused.bias": torch.randn(12), "in_proj": torch.randn(12, 4), "turned": torch.randn(2, 3)}
+    to_ours(state, table, "a checkpoint")
+    with pytest.raises(ValueError, match=f"a checkpoint: {message}"):
+        to_ours(state | {name: torch.randn(shape)}, table, "a checkpoint")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
+def test_quantised_parts_are_not_joined_with_others(dtype):
+    state = _theirs()
+    assert to_ours(state | {"layers.7.k_proj.bias": torch.ones(4).half()}, TABLE, "a checkpoint")
+    with pytest.raises(ValueError, match=rf"layers\.7\.k_proj\.bias is {dtype}, but is joined with torch\.float32"):
+        to_ours(state | {"layers.7.k_proj.bias": torch.ones(4).to(dtype)}, TABLE, "a checkpoint")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda s: s.pop("bias"), "lacks: bias"),
         (lambda s: s.update(more=torch.ones(1)), "does not: more"),
         (lambda s: s.update(bias=torch.ones(3)), r"other shapes .*bias is \(3,\), not \(2,\)"),
+        (lambda s: s.update(bias=torch.ones(2, dtype=torch.int8)), r"quantised.*bias is torch\.int8"),
     ],
 )
 def test_a_model_is_filled_completely_or_not_at_all(change, message):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 from qformer_pairs import BOS, CONFIG, TEXTS, VOCAB, D, Q, batch, bounds, model
@@ -18,8 +14,6 @@ from fastmllm.models.weights.connectors import qformer_rules
 from fastmllm.models.weights.mapping import Rule, prefixed, to_ours
 from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer
 from fastmllm.modules.qformer_losses import QFormerPretraining, hard_negatives
-
-HERE = Path(__file__).parent
 
 
 def one(trained: QFormerPretraining, image: Tensor, ids: Tensor) -> tuple[ImageTokens, PackedText]:
@@ -114,15 +108,7 @@ def test_everything_learns() -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     out = tmp_path_factory.mktemp("ranks")
-    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "support")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    divisor = (sum(TEXTS) - 4) / 2
-    command = [sys.executable, str(HERE / "qformer_ranks_worker.py")]
-    ranks = [subprocess.Popen([*command, str(rank), str(out), str(divisor)], env=environment, stderr=subprocess.PIPE)
-             for rank in range(2)]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert all(process.returncode == 0 for process in ranks), errors
-    return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
+    return ranks.results("qformer_rank.py", 2, out, str((sum(TEXTS) - 4) / 2))
 
 
 def test_two_ranks_are_one_with_all_pairs(two_ranks: list[dict[str, Tensor]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmllm.models.weights.mapping import Form, Join, Rule, View
+from fastmllm.models.weights.mapping import Form, Join, Rule, View, expect
 from fastmllm.modules.projector import Projector, ShuffleProjector
 from fastmllm.modules.qformer import QFormerConfig
 
@@ -24,7 +24,8 @@ class Cut(Form):
     parts: int = 3
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
-        return [part.clone() for part in theirs[0].chunk(self.parts)]
+        expect(theirs, *(theirs[0].shape or (-1,)))
+        return [part.clone() for part in theirs[0].tensor_split(self.parts)]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
         return [torch.cat(ours)]

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,7 +140,7 @@ def save_language(
 
     Args:
         model: the model; a tied head is written once.
-        folder: made if absent. Each file is written beside its place and then renamed.
+        folder: made if absent; an earlier checkpoint there is readable until this one is.
         tokenizer: written as tokenizer.json.
         model_type: "llama", "mistral", "qwen2" or "qwen3"; None for the first of them that computes the same.
 
@@ -158,10 +159,10 @@ def save_language(
     state = to_theirs(model.state_dict(), LANGUAGE_RULES)
     if config.tie_embeddings:
         del state["lm_head.weight"]
-    if tokenizer is not None:
-        with renamed(folder / "tokenizer.json") as target:
-            tokenizer.save(str(target))
-    write_folder(folder, fields, state)
+    with ExitStack() as stack:  # the tokenizer comes to its place behind the weights
+        if tokenizer is not None:
+            tokenizer.save(str(stack.enter_context(renamed(folder / "tokenizer.json"))))
+        write_folder(folder, fields, state)
 
 
 _ARCHITECTURES: Mapping[str, str] = {
@@ -201,11 +202,23 @@ def _file_in_wheel(distribution: str) -> Path:
 
 
 def _build(config: LanguageConfig, state: dict[str, Tensor], dtype: torch.dtype, origin: str) -> LanguageModel:
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    if config.tie_embeddings and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    fill(model, {name: tensor.to(dtype) for name, tensor in state.items()}, origin)
+    last = f"model.layers.{config.depth - 1}"  # asked before the layers are built: a config may say any number
+    if not any(name.startswith(f"{last}.") for name in state):
+        raise ValueError(f"fastmllm::weights: {origin} lacks: {last}")
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+    except RuntimeError as error:  # more bytes than an int64 counts
+        raise ValueError(f"fastmllm::weights: {origin} says sizes that no tensor has: {config}") from error
+    table = state.get("model.embed_tokens.weight")
+    if config.tie_embeddings and table is not None:
+        head = state.setdefault("lm_head.weight", table)
+        if head is not table and (head.dtype != table.dtype or not torch.equal(head, table)):
+            raise ValueError(
+                f"fastmllm::weights: {origin} has another lm_head.weight than embedding table, but its config says "
+                "tie_word_embeddings; set that to false to use the head, or drop the tensor"
+            )
+    fill(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}, origin)
     model.tie()
     return model.eval()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from fastmllm.models.language import LanguageConfig
 from fastmllm.models.rope import RopeScaling, yarn_magnitude
@@ -73,8 +75,11 @@ def language_config(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
         adds are part of the vocabulary.
 
     Raises:
-        ValueError: something that the decoder does not compute, or a value that is missing or no number.
+        ValueError: something that the decoder does not compute, or a value that is missing, of another kind or out of
+            range; the message names the key, the value and `origin`.
     """
+    if not isinstance(raw, Mapping):
+        raise _wrong(origin, "config", raw, "no object")
     kind = raw.get("model_type")
     if kind == "opt":
         return _opt(raw, origin)
@@ -83,8 +88,8 @@ def language_config(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
         raise _refusal(origin, f"model_type {kind!r} (supported: {', '.join(_FAMILIES)})")
     activation = raw.get("hidden_act", "silu")
     for what, bad in {
-        f"activation {activation!r}": activation not in _ACTIVATIONS,
-        "a bias in the MLP": bool(raw.get("mlp_bias")),
+        f"activation {activation!r}": not isinstance(activation, str) or activation not in _ACTIVATIONS,
+        "a bias in the MLP": _flag(raw, "mlp_bias", False, origin),
     }.items():
         if bad:
             raise _refusal(origin, what)
@@ -94,37 +99,40 @@ def language_config(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
     extra = 0
     if kind == "mllama_text_model":
         extra = _MLLAMA_EXTRA
-        cross = raw.get("cross_attention_layers")
-        depth -= len(_MLLAMA_CROSS if cross is None else cross)
+        cross = _list(raw, "cross_attention_layers", _MLLAMA_CROSS, int, origin)
+        if len(set(cross)) != len(cross) or not all(layer in range(depth) for layer in cross):
+            raise _wrong(origin, "cross_attention_layers", cross, f"no list of some of {depth} layers")
+        depth -= len(cross)
     elif kind == "idefics":
-        vocab += _size(raw, "additional_vocab_size", 0, origin)
+        vocab += _size(raw, "additional_vocab_size", 0, origin, least=0)
     max_positions = _size(raw, "max_position_embeddings", family.max_positions, origin)
     theta, scaling, section = _rope(raw, family, max_positions, origin)
-    biased = family.attention_bias and bool(raw.get("attention_bias", False))
+    biased = family.attention_bias and _flag(raw, "attention_bias", False, origin)
     window, sliding = _window(raw, family, depth, origin)
-    return LanguageConfig(
-        vocab_size=vocab,
-        width=width,
-        depth=depth,
-        num_heads=heads,
-        num_kv_heads=_size(raw, "num_key_value_heads", family.kv_heads or heads, origin, null=heads),
-        head_dim=_size(raw, "head_dim", family.head_dim or width // heads, origin, null=width // heads),
-        mlp_width=mlp_width,
-        rope_theta=theta,
-        norm_eps=_number(raw, "rms_norm_eps", family.norm_eps, origin),
-        max_positions=max_positions,
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=family.qkv_bias or biased,
-        output_bias=biased,
-        qk_norm=family.qk_norm,
-        activation=_ACTIVATIONS[activation],
-        rope_scaling=scaling,
-        mrope_section=section,
-        mrope_interleaved=family.mrope_interleaved,
-        sliding_window=window,
-        sliding_layers=sliding,
-        extra_embeddings=extra,
-    )
+    with _named(origin):
+        return LanguageConfig(
+            vocab_size=vocab,
+            width=width,
+            depth=depth,
+            num_heads=heads,
+            num_kv_heads=_size(raw, "num_key_value_heads", family.kv_heads or heads, origin, null=heads),
+            head_dim=_size(raw, "head_dim", family.head_dim or width // heads, origin, null=width // heads),
+            mlp_width=mlp_width,
+            rope_theta=theta,
+            norm_eps=_number(raw, "rms_norm_eps", family.norm_eps, origin),
+            max_positions=max_positions,
+            tie_embeddings=_flag(raw, "tie_word_embeddings", False, origin),
+            qkv_bias=family.qkv_bias or biased,
+            output_bias=biased,
+            qk_norm=family.qk_norm,
+            activation=_ACTIVATIONS[activation],
+            rope_scaling=scaling,
+            mrope_section=section,
+            mrope_interleaved=family.mrope_interleaved,
+            sliding_window=window,
+            sliding_layers=sliding,
+            extra_embeddings=extra,
+        )
 
 
 def _opt(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
@@ -137,22 +145,24 @@ def _opt(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
             strict=True,
         )
     )
+    embedded = _size(raw, "word_embed_proj_dim", width, origin, null=width)
     for what, bad in {
         f"activation {raw.get('activation_function')!r}": raw.get("activation_function", "relu") != "relu",
-        "norms behind the layers (do_layer_norm_before)": not raw.get("do_layer_norm_before", True),
-        "no final norm": bool(raw.get("_remove_final_layer_norm")),
-        "layers without biases": not raw.get("enable_bias", True),
-        "norms without weights": not raw.get("layer_norm_elementwise_affine", True),
-        "embeddings of another width": raw.get("word_embed_proj_dim") not in (None, width),
+        "norms behind the layers (do_layer_norm_before)": not _flag(raw, "do_layer_norm_before", True, origin),
+        "no final norm": _flag(raw, "_remove_final_layer_norm", False, origin),
+        "layers without biases": not _flag(raw, "enable_bias", True, origin),
+        "norms without weights": not _flag(raw, "layer_norm_elementwise_affine", True, origin),
+        f"embeddings of another width (word_embed_proj_dim {embedded})": embedded != width,
     }.items():
         if bad:
             raise _refusal(origin, what)
-    return LanguageConfig(
-        vocab_size=vocab, width=width, depth=depth, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-        mlp_width=mlp_width, norm_eps=1e-5, max_positions=_size(raw, "max_position_embeddings", 2048, origin),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", True)), qkv_bias=True, output_bias=True, activation="relu",
-        gated_mlp=False, layer_norm=True, learned_positions=True,
-    )  # fmt: skip
+    with _named(origin):
+        return LanguageConfig(
+            vocab_size=vocab, width=width, depth=depth, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
+            mlp_width=mlp_width, norm_eps=1e-5, max_positions=_size(raw, "max_position_embeddings", 2048, origin),
+            tie_embeddings=_flag(raw, "tie_word_embeddings", True, origin), qkv_bias=True, output_bias=True,
+            activation="relu", gated_mlp=False, layer_norm=True, learned_positions=True,
+        )  # fmt: skip
 
 
 def language_fields(config: LanguageConfig, model_type: str | None = None) -> dict[str, Any]:
@@ -235,13 +245,17 @@ def _rope(
     raw: Mapping[str, Any], family: _Family, max_positions: int, origin: str
 ) -> tuple[float, RopeScaling | None, tuple[int, int, int] | None]:
     """Read theta, scaling and M-RoPE's sections; transformers 4's rope_scaling goes before 5's rope_parameters."""
-    rope: Mapping[str, Any] = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    place = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope: Mapping[str, Any] = raw.get(place) or {}
+    if not isinstance(rope, Mapping):
+        raise _wrong(origin, place, rope, "no object")
     theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", family.theta, origin)
     section = family.mrope
     if section is not None:
-        section = tuple(rope.get("mrope_section", section))
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
+        time, row, column = _list(rope, "mrope_section", section, int, origin, length=3)
+        section = time, row, column
+    partial = _number(rope if "partial_rotary_factor" in rope else raw, "partial_rotary_factor", 1.0, origin)
+    if partial != 1:
         raise _refusal(origin, f"rotary positions of a part of each head (partial_rotary_factor {partial})")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" or (kind == "mrope" and section is not None):
@@ -249,24 +263,28 @@ def _rope(
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise _refusal(origin, f"rotary scaling {kind!r} in {dict(rope)}")
 
-    original = int(_number(rope, "original_max_position_embeddings", max_positions, origin))
+    original = _size(rope, "original_max_position_embeddings", max_positions, origin, null=max_positions)
     factor = _number(rope, "factor", max_positions / original if kind == "yarn" else None, origin)
     more: dict[str, Any] = {}
     if kind == "yarn":
-        magnitude = rope.get("attention_factor")
-        if magnitude is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-            magnitude = yarn_magnitude(factor, rope["mscale"]) / yarn_magnitude(factor, rope["mscale_all_dim"])
+        if theta <= 1:
+            raise _wrong(origin, "rope_theta", theta, "no base of which YaRN takes logarithms; it must be above 1")
+        magnitude = None if rope.get("attention_factor") is None else _number(rope, "attention_factor", None, origin)
+        scales = [_number(rope, name, 0.0, origin, zero=True) for name in ("mscale", "mscale_all_dim")]
+        if magnitude is None and all(scales):
+            magnitude = yarn_magnitude(factor, scales[0]) / yarn_magnitude(factor, scales[1])
         more = {
-            "beta_fast": float(rope.get("beta_fast") or 32),
-            "beta_slow": float(rope.get("beta_slow") or 1),
-            "truncate": bool(rope.get("truncate", True)),
+            "beta_fast": _number(rope, "beta_fast", 0.0, origin, zero=True) or 32.0,
+            "beta_slow": _number(rope, "beta_slow", 0.0, origin, zero=True) or 1.0,
+            "truncate": _flag(rope, "truncate", True, origin),
             "attention_factor": magnitude,
         }
     elif kind == "llama3":
         more = {name: _number(rope, name, None, origin) for name in ("low_freq_factor", "high_freq_factor")}
     if kind in ("yarn", "llama3"):
         more["original_max_positions"] = original
-    return theta, RopeScaling(kind=kind, factor=factor, **more), section
+    with _named(origin):
+        return theta, RopeScaling(kind=kind, factor=factor, **more), section
 
 
 def _window(
@@ -274,38 +292,78 @@ def _window(
 ) -> tuple[int | None, tuple[int, ...] | None]:
     """Read the sliding window and the layers that have it; None for all layers."""
     window = None
-    if family.window == "all" or (family.window == "layers" and raw.get("use_sliding_window")):
+    if family.window == "all" or (family.window == "layers" and _flag(raw, "use_sliding_window", False, origin)):
         window = None if raw.get("sliding_window", 4096) is None else _size(raw, "sliding_window", 4096, origin)
     if family.window != "layers":
         return window, None
-    first = raw.get("max_window_layers", 80 if family is _QWEN_VL else 28)
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        kinds = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(depth)]
-    sliding = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
-    unknown = sorted({kind for kind in kinds if kind not in ("sliding_attention", "full_attention")})
-    if unknown or len(kinds) != depth or (sliding and window is None):
-        raise _refusal(origin, f"layer_types {kinds} with a sliding window of {window} tokens in {depth} layers")
+    sliding: tuple[int, ...] = ()
+    if raw.get("layer_types") is not None:
+        kinds = _list(raw, "layer_types", (), str, origin)
+        sliding = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+        unknown = sorted({kind for kind in kinds if kind not in ("sliding_attention", "full_attention")})
+        if unknown or len(kinds) != depth or (sliding and window is None):
+            raise _refusal(origin, f"layer_types {kinds} with a sliding window of {window} tokens in {depth} layers")
+    elif window is not None:
+        first = _size(raw, "max_window_layers", 80 if family is _QWEN_VL else 28, origin, least=0)
+        sliding = tuple(range(first, depth))
     if not sliding:
         return None, None
     return window, None if len(sliding) == depth else sliding
 
 
-def _size(raw: Mapping[str, Any], name: str, default: int, origin: str, null: int | None = None) -> int:
+def _size(raw: Mapping[str, Any], name: str, default: int, origin: str, null: int | None = None, least: int = 1) -> int:
     value = raw.get(name, default)
     value = null if value is None else value
     if value is None:
         raise ValueError(f"fastmllm::weights: {origin} lacks {name!r}")
-    if not isinstance(value, int):
-        raise ValueError(f"fastmllm::weights: {origin} says {name!r} is {value!r}, which is no whole number")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong(origin, name, value, "no whole number")
+    if not least <= value < 2**31:
+        raise _wrong(origin, name, value, f"not in {least} .. 2^31 - 1")
     return value
 
 
-def _number(raw: Mapping[str, Any], name: str, default: float | None, origin: str) -> float:
+def _number(raw: Mapping[str, Any], name: str, default: float | None, origin: str, zero: bool = False) -> float:
     value = default if raw.get(name) is None else raw[name]
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"fastmllm::weights: {origin} lacks a number {name!r}, it says {value!r}")
+    if not (0 < value < math.inf or (zero and value == 0)):  # NaN is neither
+        raise _wrong(origin, name, value, "no positive number")
     return float(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str, default: bool, origin: str) -> bool:
+    value = raw.get(name, default)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(origin, name, value, "neither true nor false")
+    return bool(value)
+
+
+_T = TypeVar("_T", int, str)
+
+
+def _list(
+    raw: Mapping[str, Any], name: str, default: Sequence[_T], kind: type[_T], origin: str, length: int | None = None
+) -> Sequence[_T]:
+    value = default if raw.get(name) is None else raw[name]
+    if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
+        raise _wrong(origin, name, value, f"no list of {'whole numbers' if kind is int else 'names'}")
+    if length is not None and len(value) != length:
+        raise _wrong(origin, name, value, f"no list of {length}")
+    return value
+
+
+@contextmanager
+def _named(origin: str) -> Iterator[None]:
+    """Say whose values do not go together."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"fastmllm::weights: {origin}: {error}") from error
+
+
+def _wrong(origin: str, name: str, value: object, what: str) -> ValueError:
+    return ValueError(f"fastmllm::weights: {origin} says {name!r} is {value!r}, which is {what}")
 
 
 def _refusal(origin: str, what: str) -> ValueError:

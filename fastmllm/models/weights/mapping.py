@@ -14,12 +14,34 @@ from torch import Tensor, nn
 
 from fastmllm.modules.patch_embed import conv_to_patch_weight
 
+_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # may be joined with each other
+
+
+class Misfit(Exception):
+    """A tensor of a checkpoint has a shape or a type that a form does not take; `to_ours` says which one."""
+
+    def __init__(self, at: int, what: str) -> None:
+        super().__init__(what)
+        self.at = at
+
+
+def expect(theirs: Sequence[Tensor], *shape: int, at: int = 0) -> None:
+    """Raise a `Misfit` unless a tensor has this shape, -1 for any size."""
+    found = theirs[at].shape
+    if len(found) != len(shape) or any(size not in (-1, own) for size, own in zip(shape, found, strict=True)):
+        wanted = ", ".join("any" if size < 0 else str(size) for size in shape)
+        raise Misfit(at, f"is {tuple(found)}, not ({wanted})")
+
 
 class Form:
     """How tensors of a checkpoint become tensors of ours: as they are."""
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
-        """Turn a checkpoint's tensors into ours."""
+        """Turn a checkpoint's tensors into ours.
+
+        Raises:
+            Misfit: one has a shape or a type that is not taken. What the model's config decides is for `fill` to say.
+        """
         return theirs
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -40,6 +62,11 @@ class Join(Form):
     sizes: tuple[int, ...] | None = None
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        rows, *row = theirs[0].shape or (-1,)
+        for at in range(len(theirs)):
+            expect(theirs, self.sizes[at] if self.sizes else rows, *row, at=at)
+            if {theirs[0].dtype, theirs[at].dtype} - _FLOATS and theirs[0].dtype != theirs[at].dtype:
+                raise Misfit(at, f"is {theirs[at].dtype}, but is joined with {theirs[0].dtype}")
         return [torch.cat(theirs)]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -62,6 +89,8 @@ class Conv(Form):
     channels: int = 3
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        p = self.patch_size
+        expect(theirs, -1, self.channels, *([self.frames] if self.frames else []), p, p)
         return [conv_to_patch_weight(theirs[0])]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -78,6 +107,7 @@ class View(Form):
     theirs: tuple[int, ...]
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        expect(theirs, *self.theirs)
         return [theirs[0].reshape(self.ours)]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -91,8 +121,9 @@ class Positions(Form):
     leading: bool = False  # theirs has a leading axis of 1
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        expect(theirs, *([1] if self.leading else []), -1, -1)
         table = theirs[0].flatten(0, -2)
-        return [table[0].clone(), table[1:].clone()]
+        return [table[:1].flatten().clone(), table[1:].clone()]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
         table = torch.cat([ours[0][None], ours[1]])
@@ -137,7 +168,8 @@ def to_ours(
         Our state dict, and the unused tensors under their own names: `to_theirs` writes them back.
 
     Raises:
-        ValueError: a name that no rule knows, or a tensor that others need to be joined with is missing.
+        ValueError: a name that no rule knows, a tensor of a shape or type that its form does not take, or one that
+            others need to be joined with is missing.
     """
     return _translate(state, [(r.theirs, r.ours, r.form.pack) for r in rules], origin, unused)
 
@@ -159,7 +191,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
         origin: what the messages call the checkpoint.
 
     Raises:
-        ValueError: tensors are missing, too many, or of another shape; the message names them.
+        ValueError: tensors are missing, too many, of another shape, or whole numbers where the model has fractions
+            (quantised); the message names them.
     """
     own = model.state_dict()
     wrong = [
@@ -167,10 +200,16 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    whole = [
+        f"{name} is {state[name].dtype}"
+        for name in own
+        if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
+    ]
     for what, names in (
         ("lacks", [n for n in own if n not in state]),
         ("has what the model does not", [n for n in state if n not in own]),
         ("has other shapes than its config says", wrong),
+        ("is quantised, which is not computed here", whole),
     ):
         if names:
             raise ValueError(f"fastmllm::weights: {origin} {what}: {_some(names)}")
@@ -226,6 +265,9 @@ def _translate(
         wanted = [name.format(**values) for name in _names(names)]
         if missing := [name for at, name in enumerate(wanted) if at not in parts]:
             raise ValueError(f"fastmllm::weights: {origin} lacks {_some(missing)}")
-        changed = change([parts[at] for at in range(len(wanted))])
+        try:
+            changed = change([parts[at] for at in range(len(wanted))])
+        except Misfit as error:
+            raise ValueError(f"fastmllm::weights: {origin}: {wanted[error.at]} {error}") from None
         result |= dict(zip([name.format(**values) for name in _names(targets)], changed, strict=True))
     return result, rest

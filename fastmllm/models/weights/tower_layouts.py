@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmllm.models.vision import VisionConfig
-from fastmllm.models.weights.mapping import Conv, Form, Join, Positions, Rule, View
+from fastmllm.models.weights.mapping import Conv, Form, Join, Positions, Rule, View, expect
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 CLIP_PIXELS: Mapping[str, Any] = {
@@ -28,6 +28,7 @@ class Transposed(Form):
     """A linear layer's weight (D, K); ours is (K, D)."""
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        expect(theirs, -1, -1)
         return [theirs[0].t().contiguous()]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
@@ -260,6 +261,7 @@ class QueryApart(Form):
     width: int
 
     def pack(self, theirs: list[Tensor]) -> list[Tensor]:
+        expect(theirs, 3 * self.width, *theirs[0].shape[1:])
         return [theirs[0][: self.width].clone(), theirs[0][self.width :].clone()]
 
     def unpack(self, ours: list[Tensor]) -> list[Tensor]:
