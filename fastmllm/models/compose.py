@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastmllm.data.resolution import AnyRes, CogAgent, Fixed, InternVL, Mllama, Native, Policy
+from fastmllm.models.checkpoint import Layout
 from fastmllm.models.composed_paths import DualPath, GridPath, make_connector
 from fastmllm.models.composition import MLLMConfig, to_json
 from fastmllm.models.eva import EvaVisionTransformer
@@ -19,7 +20,7 @@ from fastmllm.models.families.qwen_vl import NativePath
 from fastmllm.models.image_path import ImagePath
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.mllama_vision import MllamaVision, MllamaVisionConfig
-from fastmllm.models.mllm import MLLM, Blueprint, Layout
+from fastmllm.models.mllm import MLLM, Blueprint
 from fastmllm.models.packing import Packing
 from fastmllm.models.published import as_published
 from fastmllm.models.qwen_vision import QwenVision, QwenVisionConfig

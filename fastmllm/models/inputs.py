@@ -133,7 +133,8 @@ def make_inputs(
         The packed batch, on the CPU.
 
     Raises:
-        ValueError: placeholders do not fit the images; the message names the sample.
+        ValueError: placeholders do not fit the images, or those of one do not stand side by side; the message names
+            the sample.
     """
     num = list(counts or ()) if grids is None else [t * h * w // spatial_merge_size**2 for t, h, w in grids]
     text: list[int] = []
@@ -169,7 +170,7 @@ def make_inputs(
 
 
 def _groups(marked: list[int], counts: Sequence[int], name: str) -> list[list[int]]:
-    """Part the repeated placeholders of a sample by image."""
+    """Part the repeated placeholders of a sample by image; those of one image stand side by side."""
     groups, start = [], 0
     for count in counts:
         if start == len(marked):
@@ -181,4 +182,11 @@ def _groups(marked: list[int], counts: Sequence[int], name: str) -> list[list[in
             f"fastmllm::make_inputs: {name} has {len(marked)} image placeholders, but its next images have "
             f"{list(counts[: len(groups) + 1])} visual tokens"
         )
+    for image, group in enumerate(groups):
+        together = next((n for n, at in enumerate(group) if at != group[0] + n), len(group))
+        if together != len(group):
+            raise ValueError(
+                f"fastmllm::make_inputs: {name}: image {image} has {len(group)} visual tokens, but only {together} "
+                f"placeholders side by side at token {group[0]}, the next at {group[together]}"
+            )
     return groups

@@ -85,7 +85,12 @@ class LanguageModel(nn.Module):
 
         Returns:
             The cache.
+
+        Raises:
+            ValueError: sequences longer than a learned table of positions.
         """
+        if self.config.learned_positions:
+            self._check_length(max_length)
         weight = self.head_weight
         return KVCache(
             depth=self.config.depth,
@@ -178,16 +183,7 @@ class LanguageModel(nn.Module):
             counts = [1] * sequences if max_seqlen == 1 else cu_seqlens.diff().tolist()
             slots = cache.reserve(counts, config.sliding_window)
             longest = slots.limit
-        if config.learned_positions and longest > config.max_positions:
-            raise ValueError(
-                f"fastmllm::LanguageModel: a sequence of {longest} tokens is longer than the {config.max_positions} "
-                "learned positions: shorten it"
-            )
-        if scaling is not None and scaling.kind == "dynamic" and longest > config.max_positions:
-            raise ValueError(
-                f"fastmllm::LanguageModel: a sequence of {longest} tokens is longer than max_positions "
-                f"{config.max_positions}, where dynamic RoPE scaling depends on the other sequences: shorten it"
-            )
+        self._check_length(longest)
         if config.sliding_window is not None and max_seqlen > config.sliding_window:
             window = _window_ranges(cu_seqlens, position_ids.shape[-1], config.sliding_window)
         cos = sin = None
@@ -230,6 +226,21 @@ class LanguageModel(nn.Module):
             raise ValueError(f"fastmllm::LanguageModel: cu_seqlens must be (S+1,), got {tuple(cu_seqlens.shape)}")
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("fastmllm::LanguageModel: a cache is for inference; call under torch.no_grad()")
+
+    def _check_length(self, longest: int) -> None:
+        config, scaling = self.config, self.config.rope_scaling
+        if longest <= config.max_positions:
+            return
+        if config.learned_positions:
+            raise ValueError(
+                f"fastmllm::LanguageModel: a sequence of {longest} tokens is longer than the {config.max_positions} "
+                "learned positions: shorten it"
+            )
+        if scaling is not None and scaling.kind == "dynamic":
+            raise ValueError(
+                f"fastmllm::LanguageModel: a sequence of {longest} tokens is longer than max_positions "
+                f"{config.max_positions}, where dynamic RoPE scaling depends on the other sequences: shorten it"
+            )
 
     def _check_slots(self, inputs_embeds: Tensor, media: Media | None, deepstack: Deepstack | None) -> None:
         if deepstack is not None and len(deepstack.tokens) > self.config.depth:

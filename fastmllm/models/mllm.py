@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.kernels.splice_tokens import splice_tokens
+from fastmllm.models.checkpoint import Checkpoint, Layout, tie
 from fastmllm.models.continuation import Continuation
+from fastmllm.models.families import build, untied
 from fastmllm.models.image_path import ImagePath, Visual
 from fastmllm.models.inputs import Inputs, make_inputs, unpad
 from fastmllm.models.kv_cache import KVCache
@@ -20,33 +21,9 @@ from fastmllm.models.language import LanguageModel
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.packing import Packing, Sample, pack
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
-from fastmllm.models.weights.mapping import Rule, fill, to_ours, to_theirs
 
 if TYPE_CHECKING:
     from fastmllm.models.composition import MLLMConfig
-
-SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model")  # tokenizer, processor, chat template; never code
-NOT_SIDECARS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """How a checkpoint of the family is written.
-
-    Args:
-        rules: names and forms, under the names of the files that transformers writes today.
-        aliases: (older prefix, today's prefix): files with either are read, and written as they were read.
-        unused: patterns of tensors that this model does not compute with; kept, and written back.
-        spare: beginnings of our names that `rules` give to tensors of parts that are not built (encoder blocks behind
-            the layer that is used); kept, and written back.
-        tied: the head is the embedding table and has no tensor of its own.
-    """
-
-    rules: Sequence[Rule]
-    aliases: Sequence[tuple[str, str]] = ()
-    unused: Sequence[str] = ()
-    spare: Sequence[str] = ()
-    tied: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,18 +45,6 @@ class Blueprint:
     packing: Packing | None = None
 
 
-@dataclass(slots=True)
-class _Checkpoint:
-    """What must survive from reading to writing."""
-
-    raw: dict[str, Any]
-    layout: Layout
-    rest: dict[str, Tensor] = field(default_factory=dict)  # under the checkpoint's names
-    spare: dict[str, Tensor] = field(default_factory=dict)  # under ours
-    used_aliases: list[tuple[str, str]] = field(default_factory=list)
-    folder: Path | None = None
-
-
 class MLLM(nn.Module):
     """A whole model: images and text in, hidden states, logits or a loss out; packed, without padding.
 
@@ -98,7 +63,7 @@ class MLLM(nn.Module):
         self.images: ImagePath = blueprint.images
         self.language: LanguageModel = blueprint.language
         self.placeholders, self.packing = blueprint.placeholders, blueprint.packing
-        self.checkpoint = _Checkpoint(dict(raw), blueprint.layout)
+        self.checkpoint = Checkpoint(dict(raw), blueprint.layout)
 
     @classmethod
     def from_config(cls, config: MLLMConfig, seed: int = 0) -> MLLM:
@@ -120,28 +85,27 @@ class MLLM(nn.Module):
             device: where they go.
 
         Returns:
-            The model in evaluation mode.
+            The model in evaluation mode. Where config.json ties the head to the embedding table, but the file has two
+            that differ, they stay two, as in transformers, and are saved as two.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: an unknown architecture or variant, or tensors that do not fit; the message names them.
         """
         folder = Path(folder)
-        raw = read_config(folder)
+        origin, raw = str(folder), read_config(folder)
         with torch.device("meta"):
-            model = cls(_build(raw, str(folder)), raw)
-        checkpoint, layout = model.checkpoint, model.checkpoint.layout
-        checkpoint.folder = folder
-        state = {_today(name, layout, checkpoint.used_aliases): t for name, t in read_state(folder).items()}
-        ours, checkpoint.rest = to_ours(state, layout.rules, str(folder), layout.unused)
-        own = model.state_dict()
-        checkpoint.spare = {n: t for n, t in ours.items() if n not in own and n.startswith(tuple(layout.spare))}
-        ours = {name: t for name, t in ours.items() if name not in checkpoint.spare}
-        if layout.tied:
-            ours["language.lm_head.weight"] = ours["language.model.embed_tokens.weight"]
-        if dtype is not None:
-            ours = {name: t.to(dtype) if t.is_floating_point() else t for name, t in ours.items()}
-        fill(model, ours, str(folder))
+            blueprint = build(raw, origin)
+        checkpoint = Checkpoint(raw, blueprint.layout, folder=folder)
+        ours = checkpoint.translate(read_state(folder), origin)
+        if checkpoint.layout.tied and not tie(ours):
+            checkpoint.raw = untied(raw)
+            with torch.device("meta"):
+                blueprint = build(checkpoint.raw, origin)
+            checkpoint.layout = blueprint.layout
+        model = cls(blueprint, checkpoint.raw)
+        model.checkpoint = checkpoint
+        checkpoint.fill(model, ours, origin, dtype)
         model.language.tie()
         return model.to(device).eval()
 
@@ -152,30 +116,20 @@ class MLLM(nn.Module):
             folder: made if absent.
         """
         folder = Path(folder)
-        theirs = self.checkpoint_state()
-        raw = self.checkpoint.raw | {"dtype": str(self.language.head_weight.dtype).removeprefix("torch.")}
-        source = self.checkpoint.folder
-        if source is not None and source.resolve() != folder.resolve():
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in sorted({f for pattern in SIDECARS for f in source.glob(pattern)}):
-                if file.name not in NOT_SIDECARS:
-                    shutil.copyfile(file, folder / file.name)
-        write_folder(folder, raw, theirs)
+        self.checkpoint.copy_sidecars(folder)
+        write_folder(folder, self.checkpoint.config(self.language.head_weight.dtype), self.checkpoint_state())
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         """Return all weights under the checkpoint's names, with what is kept apart."""
-        state = self.state_dict()
-        if self.checkpoint.layout.tied:
-            del state["language.lm_head.weight"]
-        theirs = to_theirs(state | self.checkpoint.spare, self.checkpoint.layout.rules, self.checkpoint.rest)
-        return {_then(name, self.checkpoint.used_aliases): t for name, t in theirs.items()}
+        return self.checkpoint.state(self)
 
     # Batches ----------------------------------------------------------------------------------------------------------
     def inputs(self, batch: Mapping[str, Any]) -> Inputs:
         """Pack what the family's processor in transformers made, with its placeholders repeated.
 
         Args:
-            batch: input_ids (B, L), attention_mask and labels (B, L) or absent, and the family's image tensors.
+            batch: input_ids (B, L), attention_mask and labels (B, L) or absent, and the family's image tensors; on any
+                device, they are read on the CPU.
 
         Returns:
             The packed batch, on the CPU; `to(device)` moves it.
@@ -183,6 +137,7 @@ class MLLM(nn.Module):
         Raises:
             ValueError: something is missing or does not fit.
         """
+        batch = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
         mask = batch.get("attention_mask")
         samples, labels = unpad(batch["input_ids"], mask, batch.get("labels"))
         seen = self.images.read(batch)
@@ -290,27 +245,3 @@ class MLLM(nn.Module):
             raise ValueError("MLLM: a loss needs labels; pack the batch with them, or call logits()")
         hidden, _ = self.start(inputs)
         return self.language.lm_head(hidden, inputs.plan.labels.to(self.device), inputs.plan.num_targets)
-
-
-def _build(raw: Mapping[str, Any], origin: str) -> Blueprint:
-    from fastmllm.models.families import build
-
-    return build(raw, origin)
-
-
-def _today(name: str, layout: Layout, used: list[tuple[str, str]]) -> str:
-    """Give a tensor its name of today; remember which older prefix it had."""
-    for alias in layout.aliases:
-        if name.startswith(alias[0]):
-            if alias not in used:
-                used.append(alias)
-            return alias[1] + name.removeprefix(alias[0])
-    return name
-
-
-def _then(name: str, used: Sequence[tuple[str, str]]) -> str:
-    """Give a tensor the name that it was read under."""
-    for old, today in used:
-        if name.startswith(today):
-            return old + name.removeprefix(today)
-    return name

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.data.resolution import AnyRes
+from fastmllm.models.checkpoint import VISION, Layout
 from fastmllm.models.composition import MLLMConfig
 from fastmllm.models.families import build
 from fastmllm.models.mllama_vision import MllamaVisionConfig
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.qwen_vision import QwenVisionConfig
 from fastmllm.models.vision import VisionConfig
 from fastmllm.models.weights.language import language_fields
@@ -67,13 +68,13 @@ def as_published(config: MLLMConfig, own: Blueprint) -> Published | None:
         with suppress(ValueError), torch.device("meta"):
             found = build(raw, "this composition")
             if _facts(own, config) == _facts(found, config):
-                return Published(raw=raw, layout=found.layout, spare=_spare(config, raw))
+                return Published(raw=raw, layout=found.layout, spare=_spare(config, found.layout.whole))
     return None
 
 
 def _facts(blueprint: Blueprint, config: MLLMConfig) -> list[Any]:
     """Return all that decides what a model computes."""
-    facts: list[Any] = [getattr(blueprint.images, "policy", None)]
+    facts: list[Any] = [getattr(blueprint.images, name, None) for name in ("policy", "skip")]
     for part in (blueprint.images, blueprint.language):
         facts += [(name, tuple(t.shape)) for name, t in part.state_dict().items()]
         facts += [
@@ -100,14 +101,13 @@ def _plain(value: object, config: MLLMConfig) -> object:
     )  # fmt: skip
 
 
-def _spare(config: MLLMConfig, raw: Raw) -> dict[str, Tensor]:
+def _spare(config: MLLMConfig, whole: VisionConfig | None) -> dict[str, Tensor]:
     """Return the norm that CLIP and SigLIP have behind their last block, where it is not used: it changes nothing."""
     encoder = config.encoder
-    kind = (raw.get("vision_config") or {}).get("model_type", raw["model_type"])
-    if not isinstance(encoder, VisionConfig) or encoder.final_norm or kind == "internvl_vision":
+    if whole is None or not whole.final_norm or not isinstance(encoder, VisionConfig) or encoder.final_norm:
         return {}
     norm = nn.LayerNorm(encoder.width, device="cpu")
-    return {f"images.vision.norm.{name}": t.detach() for name, t in norm.state_dict().items()}
+    return {f"{VISION}norm.{name}": t.detach() for name, t in norm.state_dict().items()}
 
 
 def _candidates(config: MLLMConfig, own: Blueprint) -> Iterator[Raw]:
@@ -136,7 +136,8 @@ def _candidates(config: MLLMConfig, own: Blueprint) -> Iterator[Raw]:
                     ratio = 1 / config.connector_sizes.block
                     yield {"model_type": "internvl", **raw, "downsample_ratio": ratio, "image_seq_length": each}
                     continue
-                raw |= {"image_token_index": config.image_token_id, "vision_feature_select_strategy": "default"}
+                strategy = "default" if encoder.cls_token else "full"  # the first row is the class token's, or none's
+                raw |= {"image_token_index": config.image_token_id, "vision_feature_select_strategy": strategy}
                 yield from _llava(config, own, raw, encoder)
 
 
@@ -150,8 +151,7 @@ def _llava(config: MLLMConfig, own: Blueprint, raw: Raw, encoder: VisionConfig) 
     raw = {**raw, "image_grid_pinpoints": [list(p) for p in policy.pinpoints]}
     if policy.max_tiles is None:
         yield {"model_type": "llava_next", **raw}
-    elif not encoder.cls_token:  # its strategy is "full": no token is dropped
-        raw["vision_feature_select_strategy"] = "full"
+    elif not encoder.cls_token:
         yield {"model_type": "llava_onevision", **raw, "vision_aspect_ratio": f"anyres_max_{policy.max_tiles}"}
 
 

@@ -42,7 +42,7 @@ class VisionConfig:
     num_heads: int = 6
     mlp_ratio: float = 4.0  # the MLP's middle over the width, rounded
     patch_size: int = 14
-    image_size: int = 518  # pixels on a side that the position table was made for
+    image_size: int = 518  # pixels on a side that the position table was made for; a part of a patch does not count
     resample: str = "bicubic"  # how the table comes to other grids: a name in RESAMPLE
     cls_token: bool = True
     layer_scale: float | None = 1.0  # initial value; None: no such parameters
@@ -67,10 +67,8 @@ class VisionConfig:
             raise ValueError("VisionConfig: width, depth, num_heads, patch_size and mlp_ratio must be positive")
         if self.width % self.num_heads:
             raise ValueError(f"VisionConfig: width {self.width} is not a multiple of num_heads {self.num_heads}")
-        if self.image_size < self.patch_size or self.image_size % self.patch_size:
-            raise ValueError(
-                f"VisionConfig: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"VisionConfig: image_size {self.image_size} is less than patch_size {self.patch_size}")
         for name, value, known in (
             ("activation", self.activation, ACTIVATIONS),
             ("resample", self.resample, RESAMPLE),

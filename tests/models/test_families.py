@@ -186,6 +186,23 @@ def _without(batch, *names):
             "3 tiles, but images of",
         ),
         ("llava_onevision", lambda b: {**b, "pixel_values_videos": b["pixel_values"]}, "videos are not packed"),
+        (
+            "llava_onevision",
+            lambda b: {**b, "batch_num_images": torch.tensor([2, 1])},
+            r"batch_num_images \[2, 1\] name 3 images, but image_sizes 2",
+        ),
+        ("llava_next", lambda b: {**b, "pixel_values": b["pixel_values"][:1]}, "1 pixel_values, but image_sizes of 2"),
+        ("idefics", lambda b: {**b, "pixel_values": b["pixel_values"][:1]}, "of 1 samples, but input_ids of 2"),
+        ("mllama", lambda b: {**b, "aspect_ratio_ids": b["aspect_ratio_ids"][:1]}, r"aspect_ratio_ids \(1, 1\) must"),
+        ("qwen2_5_vl", lambda b: _without(b, "pixel_values"), "image_grid_thw without pixel_values: give both"),
+        (
+            "qwen2_5_vl",
+            lambda b: {
+                **b,
+                "input_ids": b["input_ids"].index_put((torch.tensor([0]), torch.tensor([7])), torch.tensor(6)),
+            },
+            "token 6 stands among the 5 of another image",
+        ),
         ("instructblip", lambda b: _without(b, "qformer_input_ids"), "give qformer_input_ids"),
         ("idefics", lambda b: _without(b, "image_attention_mask"), r"image_attention_mask None must be \(B, L, I\)"),
         ("mllama", lambda b: _without(b, "cross_attention_mask"), "come with cross_attention_mask"),

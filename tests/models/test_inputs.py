@@ -24,6 +24,12 @@ def test_repeated_placeholders_equal_single_ones():
     assert a.plan.num_targets == 3  # the single token of the second sample predicts nothing
 
 
+def test_images_may_stand_side_by_side():
+    inputs = make_inputs([[IMAGE] * 5], placeholders=[IMAGE], counts=[2, 3], expanded=True)
+    assert inputs.input_ids.tolist() == [IMAGE] * 2
+    assert inputs.plan.visual_rows.tolist() == list(range(5))
+
+
 def test_grids_give_mrope_positions_and_their_counts():
     inputs = make_inputs([[1, *[IMAGE] * 6, 2]], placeholders=[IMAGE], grids=[(1, 4, 6)], expanded=True)
     assert inputs.plan.position_ids.shape == (3, 8)
@@ -35,6 +41,12 @@ def test_grids_give_mrope_positions_and_their_counts():
     [
         ([[1, IMAGE], [IMAGE] * 3], [2, 2], True, "sample 0 has 1 image placeholders"),
         ([[1, IMAGE, IMAGE], [IMAGE] * 3], [2, 2], True, "sample 1 has 3 image placeholders"),
+        (
+            [[1, IMAGE, IMAGE], [IMAGE, 7, 1, IMAGE, IMAGE]],
+            [2, 3],
+            True,
+            "sample 1: image 0 has 3 visual tokens, but only 1 placeholders side by side at token 0, the next at 3",
+        ),
         ([[1, IMAGE]], [2, 2], False, "2 images are given, but the text has places for 1"),
         ([[1]], [2], True, "1 images are given, but the text has places for 0"),
     ],

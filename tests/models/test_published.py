@@ -106,6 +106,17 @@ def test_transformers_loads_what_is_saved_with_the_same_logits(name, tmp_path):
         assert torch.equal(again.logits(again.pack(samples())), model.logits(model.pack(samples())))
 
 
+def test_an_encoder_without_a_class_token_keeps_its_first_patch(tmp_path):
+    """transformers drops the first row of a LLaVA's features, whatever it is, unless the strategy is "full"."""
+    model = redrawn(replace(CONFIGS["llava"], encoder=replace(SIGLIP_VIT, depth=3, layer=-2)))
+    model.save_pretrained(tmp_path)
+    oracle, batch = MODELS["llava"]()
+    theirs = type(oracle).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = theirs(**batch).logits[batch["attention_mask"].bool()]
+        assert relative(model.logits(model.inputs(batch)), expected) <= 1e-5
+
+
 def normalised(tiles, config):
     return ((tiles / 255 - torch.tensor(config.pixel_mean)) / torch.tensor(config.pixel_std)).permute(0, 3, 1, 2)
 

@@ -196,7 +196,7 @@ def test_rejects_images_that_do_not_fit() -> None:
         {"layer": (1, 2)},
         {"activation": "relu"},
         {"resample": "nearest"},
-        {"image_size": 500},
+        {"image_size": 13},
         {"image_size": 0},
         {"depth": 0},
         {"pool": True, "layer": 3},

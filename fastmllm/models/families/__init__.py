@@ -28,6 +28,35 @@ FAMILIES = {  # model_type of config.json -> file
 }
 
 
+# the whole model's config.json takes over what its text_config says of a tied head (transformers 5.17 and 5.23)
+_TEXT_DECIDES_TOO = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+
+
+def tied(raw: Mapping[str, Any]) -> bool:
+    """Say whether the head is the embedding table, as the family's class in transformers decides.
+
+    Args:
+        raw: config.json.
+    """
+    kind, text = raw["model_type"], raw.get("text_config") or {}
+    if kind == "mllama":  # never, whatever it says
+        return False
+    if kind in ("blip-2", "instructblip"):  # the language model has its own head
+        return bool(text.get("tie_word_embeddings", text.get("model_type", "opt") == "opt"))
+    whole = bool(raw.get("tie_word_embeddings", kind == "internvl"))
+    return whole or (kind in _TEXT_DECIDES_TOO and bool(text.get("tie_word_embeddings", False)))
+
+
+def untied(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json that says of the same model that its head is not the embedding table."""
+    if raw["model_type"] == "fastmllm":
+        return {**raw, "language": {**raw["language"], "tie_embeddings": False}}
+    own = {**raw, "tie_word_embeddings": False}
+    if raw.get("text_config"):
+        own["text_config"] = {**raw["text_config"], "tie_word_embeddings": False}
+    return own
+
+
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a model from a config.json.
 

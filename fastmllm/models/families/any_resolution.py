@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmllm.data.resolution.anyres import PINPOINTS, AnyRes
-from fastmllm.data.resolution.plan import Plan, Regrid
-from fastmllm.models.families.llava import ALIASES, blueprint, refuse_class_token
+from fastmllm.data.resolution.anyres import ONEVISION_PINPOINTS, PINPOINTS, AnyRes
+from fastmllm.data.resolution.plan import Plan, Regrid, Size
+from fastmllm.models.families import tied
+from fastmllm.models.families.llava import ALIASES, blueprint
 from fastmllm.models.families.parts import (
     TilePath,
     decoder,
-    feature_layer,
+    feature_tower,
     host_list,
-    vision_tower,
 )
 from fastmllm.models.image_path import Seen, Visual
 from fastmllm.models.mllm import Blueprint
@@ -58,15 +58,21 @@ class AnyResPath(TilePath):
             raise ValueError("fastmllm::MLLM: pixel_values come with image_sizes, (height, width) of each image")
         alone = [True] * len(sizes)
         if batch.get("batch_num_images") is not None:
-            alone = [
-                n == 1 for (n,) in host_list(torch.as_tensor(batch["batch_num_images"])[:, None]) for _ in range(n)
-            ]
+            numbers = [int(n) for n in batch["batch_num_images"]]
+            alone = [n == 1 for n in numbers for _ in range(n)]
+            if len(alone) != len(sizes):
+                raise ValueError(
+                    f"fastmllm::MLLM: batch_num_images {numbers[:8]} name {len(alone)} images, but image_sizes "
+                    f"{len(sizes)}"
+                )
         regrids = [
             self.policy.plan(width, height).regrid if tiled else None
             for (height, width), tiled in zip(host_list(sizes), alone, strict=True)
         ]
         counts = [1 if r is None else 1 + r.rows * r.columns for r in regrids]
         if pixels.dim() == 5:
+            if len(pixels) != len(sizes):
+                raise ValueError(f"fastmllm::MLLM: {len(pixels)} pixel_values, but image_sizes of {len(sizes)} images")
             pixels = torch.cat([image[:n] for image, n in zip(pixels, counts, strict=True)])
         if len(pixels) != sum(counts):
             raise ValueError(
@@ -87,24 +93,25 @@ class AnyResPath(TilePath):
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a LLaVA-NeXT or a LLaVA-OneVision."""
     onevision = raw["model_type"] == "llava_onevision"
-    layer = feature_layer(raw, origin, -1 if onevision else -2)
-    tower = vision_tower(raw["vision_config"], "vision_tower.", origin, **layer)
-    refuse_class_token(raw, tower.module.config.cls_token, origin)
-    tied = bool(raw.get("tie_word_embeddings", False))
-    language = decoder(raw["text_config"], origin, tied=tied, kind="qwen2" if onevision else "llama")
+    tower, _ = feature_tower(raw, raw["vision_config"], origin, -1 if onevision else -2)
+    language = decoder(raw["text_config"], origin, tied=tied(raw), kind="qwen2" if onevision else "llama")
     width = language.config.width
     connector, rules = read_projector(raw, tower.module.config.width, width)
     policy = AnyRes(
         image_size=tower.module.config.image_size, patch_size=tower.module.config.patch_size,
-        pinpoints=tuple(host_list(raw.get("image_grid_pinpoints") or PINPOINTS)),  # type: ignore[arg-type]
+        pinpoints=_pinpoints(raw, ONEVISION_PINPOINTS if onevision else PINPOINTS),
         max_tiles=_most_tiles(raw, origin) if onevision else None,
     )  # fmt: skip
     placeholder = raw.get("image_token_id", raw.get("image_token_index", 151646 if onevision else 32000))
     return blueprint(
-        tower, AnyResPath(tower.module, connector, width, policy), language, rules, tied=tied, placeholder=placeholder,
+        tower, AnyResPath(tower.module, connector, width, policy), language, rules, placeholder=placeholder,
         more=[Rule("images.packer.newline", "image_newline")],
         aliases=(*ALIASES, ("model.image_newline", "image_newline")),
     )  # fmt: skip
+
+
+def _pinpoints(raw: Mapping[str, Any], default: tuple[Size, ...]) -> tuple[Size, ...]:
+    return tuple((a, b) for a, b in host_list(raw.get("image_grid_pinpoints") or default))
 
 
 def _most_tiles(raw: Mapping[str, Any], origin: str) -> int:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmllm.models.checkpoint import Layout
+from fastmllm.models.families import tied
 from fastmllm.models.families.parts import cut, decoder, decoder_rules, decoder_unused, vision_tower
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.inputs import unpad
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.connectors import qformer_rules, read_qformer
 from fastmllm.models.weights.mapping import Rule, prefixed
@@ -95,8 +97,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
         raise ValueError(f"fastmllm::MLLM: {origin}: a T5 behind the Q-Former is not computed here, only decoders")
     if raw.get("image_token_index") is None:
         raise ValueError(f"fastmllm::MLLM: {origin}: config.json has no image_token_index, where the queries go")
-    tied = bool(text.get("tie_word_embeddings", text["model_type"] == "opt"))
-    language = decoder(text, origin, tied=tied)
+    language = decoder(text, origin, tied=tied(raw))
     vision = {"model_type": "blip_2_vision_model", **raw["vision_config"]}
     tower = vision_tower(vision, "vision_model.", origin)
     queries = {**raw["qformer_config"], "encoder_hidden_size": tower.module.config.width}
@@ -118,8 +119,8 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 *decoder_table,
             ],
             unused=[*tower.unused, *([] if opt else decoder_unused("language_model.model."))],
-            spare=(*tower.spare, "images.qformer."),
-            tied=tied,
+            whole=tower.whole,
+            tied=language.config.tie_embeddings,
         ),
         placeholders=(raw["image_token_index"],),
     )

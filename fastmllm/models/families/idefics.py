@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmllm.data.resolution.plan import Plan
+from fastmllm.models.checkpoint import Layout
+from fastmllm.models.families import tied
 from fastmllm.models.families.parts import cut, decoder, decoder_rules, decoder_unused, flat, vision_tower
 from fastmllm.models.image_path import ImagePath, Seen, Visual
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.fusion import (
     IDEFICS_RESAMPLER,
@@ -50,7 +52,10 @@ class IdeficsPath(ImagePath):
         pixels, mask = batch.get("pixel_values"), batch.get("image_attention_mask")
         if pixels is None or not pixels.numel():
             return None
-        if mask is None or mask.shape != (*batch["input_ids"].shape, pixels.shape[1]):
+        batch_size, length = batch["input_ids"].shape
+        if len(pixels) != batch_size:
+            raise ValueError(f"fastmllm::MLLM: pixel_values of {len(pixels)} samples, but input_ids of {batch_size}")
+        if mask is None or mask.shape != (batch_size, length, pixels.shape[1]):
             shape = None if mask is None else tuple(mask.shape)
             raise ValueError(f"fastmllm::MLLM: image_attention_mask {shape} must be (B, L, I) with I {pixels.shape[1]}")
         size = self.vision.config.patch_size
@@ -92,8 +97,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     if vision["model_type"] not in ("idefics_vision", "idefics"):
         raise ValueError(f"fastmllm::MLLM: {origin}: vision_config is of model_type {vision['model_type']!r}")
     tower = vision_tower({**vision, "model_type": "idefics_vision"}, "model.vision_model.", origin)
-    tied = bool(raw.get("tie_word_embeddings", False))
-    language = decoder(raw, origin, tied=tied, kind="idefics")
+    language = decoder(raw, origin, tied=tied(raw), kind="idefics")
     config, every = idefics_cross_config(raw), raw.get("cross_layer_interval", 1)
     rules: list[Rule] = []
     for k in range(language.config.depth // every):
@@ -119,8 +123,8 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 *tower.unused, *decoder_unused("model."),
                 "model.gated_cross_attn_layers.{i}.cross_attn.rotary_emb.inv_freq",
             ],
-            spare=tower.spare,
-            tied=tied,
+            whole=tower.whole,
+            tied=language.config.tie_embeddings,
         ),
     )  # fmt: skip
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastmllm.models.families.llava import ALIASES, blueprint, refuse_class_token
-from fastmllm.models.families.parts import TilePath, decoder, vision_tower
+from fastmllm.models.families import tied
+from fastmllm.models.families.llava import ALIASES, blueprint
+from fastmllm.models.families.parts import TilePath, decoder, feature_tower
 from fastmllm.models.mllm import Blueprint
 from fastmllm.models.weights.connectors import read_projector
 
@@ -16,13 +17,10 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     layer = raw.get("vision_feature_layer", -1)
     if not isinstance(layer, int):
         raise ValueError(f"fastmllm::MLLM: {origin}: several vision_feature_layer {layer} are not computed here")
-    changes = {} if layer == -1 else {"layer": layer, "final_norm": False}
     vision = {"model_type": "internvl_vision", **raw["vision_config"]}
-    tower = vision_tower(vision, "vision_tower.", origin, **changes)
-    refuse_class_token(raw, tower.module.config.cls_token, origin)
-    tied = bool(raw.get("tie_word_embeddings", True))
-    language = decoder(raw["text_config"], origin, tied=tied, kind="qwen2")
+    tower, _ = feature_tower(raw, vision, origin, -1)
+    language = decoder(raw["text_config"], origin, tied=tied(raw), kind="qwen2")
     connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
     path = TilePath(tower.module, connector, language.config.width)
     placeholder = raw.get("image_token_id", 151667)
-    return blueprint(tower, path, language, rules, tied=tied, placeholder=placeholder, aliases=ALIASES[1:])
+    return blueprint(tower, path, language, rules, placeholder=placeholder, aliases=ALIASES[1:])

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastmllm.models.checkpoint import Layout
+from fastmllm.models.families import tied
 from fastmllm.models.families.parts import (
     TilePath,
     Tower,
     decoder,
     decoder_rules,
     decoder_unused,
-    feature_layer,
-    vision_tower,
+    feature_tower,
 )
 from fastmllm.models.language import LanguageModel
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.weights.connectors import read_projector
 from fastmllm.models.weights.mapping import Rule, prefixed
 
@@ -30,18 +31,16 @@ ALIASES = (
 
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a LLaVA."""
-    tower = vision_tower(raw["vision_config"], "vision_tower.", origin, **feature_layer(raw, origin, -2))
-    refuse_class_token(raw, tower.module.config.cls_token, origin)
-    tied = bool(raw.get("tie_word_embeddings", False))
-    language = decoder(raw["text_config"], origin, tied=tied)
+    tower, skip = feature_tower(raw, raw["vision_config"], origin, -2, in_a_grid=False)
+    language = decoder(raw["text_config"], origin, tied=tied(raw))
     connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
-    path = TilePath(tower.module, connector, language.config.width)
+    path = TilePath(tower.module, connector, language.config.width, skip)
     placeholder = raw.get("image_token_id", raw.get("image_token_index", 32000))
-    return blueprint(tower, path, language, rules, tied=tied, placeholder=placeholder)
+    return blueprint(tower, path, language, rules, placeholder=placeholder)
 
 
 def blueprint(
-    tower: Tower, path: TilePath, language: LanguageModel, connector: Sequence[Rule], *, tied: bool, placeholder: int,
+    tower: Tower, path: TilePath, language: LanguageModel, connector: Sequence[Rule], *, placeholder: int,
     more: Sequence[Rule] = (), aliases: Sequence[tuple[str, str]] = ALIASES,
 ) -> Blueprint:  # fmt: skip
     """Lay out what LLaVA and its relatives share: encoder, projector and decoder, each under its own prefix.
@@ -49,7 +48,6 @@ def blueprint(
     Args:
         tower, path, language: the parts.
         connector: table of the projector.
-        tied: the head is the embedding table.
         placeholder: token that visual tokens replace.
         more: further rules.
         aliases: as in `Layout`.
@@ -66,21 +64,8 @@ def blueprint(
             ],
             aliases=aliases,
             unused=[*tower.unused, *decoder_unused("language_model.model.")],
-            spare=tower.spare,
-            tied=tied,
+            whole=tower.whole,
+            tied=language.config.tie_embeddings,
         ),
         placeholders=(placeholder,),
     )
-
-
-def refuse_class_token(raw: Mapping[str, Any], has_one: bool, origin: str) -> None:
-    """Refuse features with a class token among them.
-
-    Raises:
-        ValueError: the checkpoint wants them.
-    """
-    if has_one and raw.get("vision_feature_select_strategy", "default") == "full":
-        raise ValueError(
-            f"fastmllm::MLLM: {origin}: vision_feature_select_strategy 'full' keeps the class token; only the patches "
-            "('default') are computed here"
-        )

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.data.resolution.plan import Plan
+from fastmllm.models.checkpoint import Layout
+from fastmllm.models.families import tied
 from fastmllm.models.families.parts import decoder
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.mllama_vision import MllamaVision
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.weights.fusion import MLLAMA_CROSS, mllama_cross_config
 from fastmllm.models.weights.language import LAYER_RULES
 from fastmllm.models.weights.mapping import Rule, prefixed
@@ -63,6 +65,11 @@ class MllamaPath(ImagePath):
             if batch.get(name) is None:
                 raise ValueError(f"fastmllm::MLLM: pixel_values of Llama-3.2-Vision come with {name}")
         ids, mask = batch["aspect_ratio_ids"], batch["cross_attention_mask"]
+        if len(pixels) != len(batch["input_ids"]) or ids.shape != pixels.shape[:2]:
+            raise ValueError(
+                f"fastmllm::MLLM: pixel_values {tuple(pixels.shape[:2])} and aspect_ratio_ids {tuple(ids.shape)} must "
+                f"be (B, I, ...), B the {len(batch['input_ids'])} samples of input_ids"
+            )
         if mask.shape != (*batch["input_ids"].shape, *pixels.shape[1:3]):
             raise ValueError(
                 f"fastmllm::MLLM: cross_attention_mask {tuple(mask.shape)} must be (B, L, I, tiles), I and tiles as in "
@@ -103,8 +110,7 @@ def runs_of_real(seen: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a Llama-3.2-Vision. Rows before the first image see none: Meta's policy, not transformers'."""
     text = raw["text_config"]
-    tied = bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    language = decoder(text, origin, tied=tied, kind="mllama_text_model")
+    language = decoder(text, origin, tied=tied(raw), kind="mllama_text_model")
     crossing = text.get("cross_attention_layers")
     crossing = CROSS_LAYERS if crossing is None else tuple(crossing)
     config = mllama_cross_config(text)
@@ -134,6 +140,6 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 Rule("language.lm_head.weight", "language_model.lm_head.weight"),
             ],
             aliases=ALIASES,
-            tied=tied,
+            tied=language.config.tie_embeddings,
         ),
     )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmllm.data.resolution.plan import Plan
+from fastmllm.models.checkpoint import VISION
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.language import LanguageModel
-from fastmllm.models.vision import VisionTransformer
+from fastmllm.models.vision import VisionConfig, VisionTransformer
 from fastmllm.models.weights.language import DECODER_RULES, UNUSED, language_config
 from fastmllm.models.weights.mapping import Rule, prefixed
-from fastmllm.models.weights.towers import family_of
+from fastmllm.models.weights.towers import describe_stored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,9 +24,9 @@ class Tower:
     """An encoder and its part of a layout: our names begin with "images.vision."."""
 
     module: VisionTransformer
+    whole: VisionConfig
     rules: list[Rule]
     unused: list[str]
-    spare: tuple[str, ...] = ("images.vision.blocks.", "images.vision.norm.")
 
 
 def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: Any) -> Tower:
@@ -37,24 +38,52 @@ def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: An
         origin: what the messages call it.
         changes: fields of VisionConfig that the model decides, such as `layer` and `final_norm`.
     """
-    family = family_of(raw.get("model_type"), origin)
-    stored = family.config(raw)
-    rules = prefixed(family.rules(replace(stored, **changes)), "images.vision.", prefix)
+    stored = describe_stored(raw, origin, changes=changes)
     return Tower(
-        module=VisionTransformer(replace(stored, **changes)), rules=rules, unused=[prefix + n for n in family.unused]
-    )
+        module=VisionTransformer(stored.config), whole=stored.whole,
+        rules=prefixed(stored.rules, VISION, prefix), unused=[prefix + name for name in stored.unused],
+    )  # fmt: skip
 
 
-def feature_layer(raw: Mapping[str, Any], origin: str, default: int | list[int]) -> dict[str, Any]:
-    """Read which hidden states of a CLIP-like encoder a LLaVA uses.
+def feature_tower(
+    raw: Mapping[str, Any], vision: Mapping[str, Any], origin: str, default: int, *, in_a_grid: bool = True
+) -> tuple[Tower, int]:
+    """Build the encoder of a LLaVA or its relatives: which hidden states are features, and which rows of them.
+
+    Args:
+        raw: config.json.
+        vision: its `vision_config`, with its model_type.
+        origin: what the messages call it.
+        default: `vision_feature_layer` where `raw` has none.
+        in_a_grid: the features of a tile are laid out in two dimensions.
+
+    Returns:
+        The encoder, and how many of a tile's patches are dropped in front: the "default" strategy drops the first row,
+        which is a patch where the encoder has no class token (a SigLIP in transformers' LLaVA).
 
     Raises:
-        ValueError: the class token is among the features.
+        ValueError: the class token is among the features, or a patch would be missing in a grid.
     """
-    if raw.get("vision_feature_select_strategy", "default") not in ("default", "full"):
+    strategy, layer = raw.get("vision_feature_select_strategy", "default"), raw.get("vision_feature_layer", default)
+    if strategy not in ("default", "full"):
         raise ValueError(f"fastmllm::MLLM: {origin}: vision_feature_select_strategy is neither 'default' nor 'full'")
-    layer = raw.get("vision_feature_layer", default)
-    return {"layer": layer if isinstance(layer, int) else tuple(layer), "final_norm": False}
+    changes = {"layer": layer if isinstance(layer, int) else tuple(layer), "final_norm": False}
+    if raw["model_type"] == "internvl" and layer == -1:
+        changes = {}
+    tower = vision_tower(vision, "vision_tower.", origin, **changes)
+    has_one = tower.module.config.cls_token
+    if has_one and strategy == "full":
+        raise ValueError(
+            f"fastmllm::MLLM: {origin}: vision_feature_select_strategy 'full' keeps the class token; only the patches "
+            "('default') are computed here"
+        )
+    skip = int(strategy == "default" and not has_one)
+    if skip and in_a_grid:
+        raise ValueError(
+            f"fastmllm::MLLM: {origin}: vision_feature_select_strategy 'default' drops the first patch of an encoder "
+            "without a class token, so that no grid is left; write 'full'"
+        )
+    return tower, skip
 
 
 def decoder(raw: Mapping[str, Any], origin: str, *, tied: bool, kind: str = "llama") -> LanguageModel:
@@ -102,7 +131,9 @@ def flat(tiles: Sequence[tuple[Tensor, ...]], patch_size: int) -> tuple[Tensor, 
     if len(sizes) != 1:
         raise ValueError(f"fastmllm::MLLM: tiles must be of one size here, got {sorted(map(tuple, sizes))}")
     height, width = sizes.pop()
-    return torch.cat([image[0].flatten() for image in tiles]), (height // patch_size, width // patch_size)
+    h, w = height // patch_size, width // patch_size
+    kept = slice(h * patch_size), slice(w * patch_size)  # a part of a patch is not seen
+    return torch.cat([image[0][:, *kept].flatten() for image in tiles]), (h, w)
 
 
 class TilePath(ImagePath):
@@ -112,11 +143,12 @@ class TilePath(ImagePath):
         vision: the encoder.
         connector: (n, N, Dv) -> (n, K, D); its `num_tokens(h, w)`, where it has one, is K.
         width: D.
+        skip: patches of each tile that are dropped, in front.
     """
 
-    def __init__(self, vision: VisionTransformer, connector: nn.Module, width: int) -> None:
+    def __init__(self, vision: VisionTransformer, connector: nn.Module, width: int, skip: int = 0) -> None:
         super().__init__()
-        self.vision, self.connector, self.width = vision, connector, width
+        self.vision, self.connector, self.width, self.skip = vision, connector, width, skip
 
     def forward(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Visual:
         """Encode tiles of one grid (h, w): cut, (tiles * h * w, P * P * 3), or a flat uint8 buffer of them."""
@@ -125,7 +157,7 @@ class TilePath(ImagePath):
     def project(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Tensor:
         """Return (tiles, K, D)."""
         features = self.vision.forward_packed(patches, [grid] * tiles)
-        return self.connector(features.unflatten(0, (tiles, -1)))
+        return self.connector(features.unflatten(0, (tiles, -1))[:, self.skip :])
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` (n, 3, H, W) out of a processor's batch."""
@@ -147,13 +179,15 @@ class TilePath(ImagePath):
     def num_tokens(self, grid: tuple[int, int]) -> int:
         """Return K for a tile of (h, w) patches."""
         count = getattr(self.connector, "num_tokens", None)
-        return grid[0] * grid[1] if count is None else int(count(*grid))
+        return (grid[0] * grid[1] if count is None else int(count(*grid))) - self.skip
 
     def arguments(self, pixels: Tensor) -> dict[str, Any]:
         """Return the arguments of `forward` for normalised tiles (n, 3, H, W)."""
         if pixels.dim() != 4:
             raise ValueError(f"fastmllm::MLLM: pixel_values must be (n, 3, H, W), got {tuple(pixels.shape)}")
-        p = self.vision.config.patch_size
+        p, size = self.vision.config.patch_size, self.vision.config.image_size
+        if pixels.shape[2:] == (size, size):  # 384 with patches of 14: a part of a patch is not seen
+            pixels = pixels[..., : size - size % p, : size - size % p]
         grid = (pixels.shape[2] // p, pixels.shape[3] // p)
         return {"patches": cut(pixels, p), "tiles": len(pixels), "grid": grid}
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fastmllm.data.resolution.plan import Plan
+from fastmllm.models.checkpoint import Layout
+from fastmllm.models.families import tied
 from fastmllm.models.families.parts import decoder, decoder_rules, decoder_unused, host_list
 from fastmllm.models.image_path import ImagePath, Seen, Visual
-from fastmllm.models.mllm import Blueprint, Layout
+from fastmllm.models.mllm import Blueprint
 from fastmllm.models.qwen_vision import QwenVision, QwenVisionConfig
 from fastmllm.models.weights.mapping import prefixed
 from fastmllm.models.weights.qwen_vision import (
@@ -127,6 +129,8 @@ class NativePath(ImagePath):
         self, batch: Mapping[str, Any], pixels: str, grids: str
     ) -> tuple[list[Tensor] | None, list[tuple[int, ...]]]:
         if batch.get(pixels) is None:
+            if batch.get(grids) is not None and len(batch[grids]):
+                raise ValueError(f"fastmllm::MLLM: {grids} without {pixels}: give both or neither")
             return None, []
         if batch.get(grids) is None:
             raise ValueError(f"fastmllm::MLLM: {pixels} come with {grids}, the patches of each")
@@ -153,6 +157,8 @@ class NativePath(ImagePath):
                 left = t * h * w // self.merge_size**2
                 order.append((token, k))
                 done[token] += 1
+            elif token != order[-1][0]:
+                raise ValueError(f"fastmllm::MLLM: token {token} stands among the {order[-1][0]} of another image")
             left -= 1
         if left or any(done[token] != len(known) for token, known in grids.items()):
             raise ValueError(f"fastmllm::MLLM: image_grid_thw and video_grid_thw {grids} do not fit the text's places")
@@ -164,8 +170,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     variant = VARIANTS[raw["model_type"]]
     vision = QwenVision(variant.vision(raw["vision_config"]))
     text = raw.get("text_config") or {k: v for k, v in raw.items() if k not in ("vision_config", "model_type")}
-    tied = bool(raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False))
-    language = decoder({**text, "model_type": variant.text}, origin, tied=tied)
+    language = decoder({**text, "model_type": variant.text}, origin, tied=tied(raw))
     tokens = {"image": raw.get("image_token_id", 151655), "video": raw.get("video_token_id", 151656)}
     rate = raw["vision_config"].get("tokens_per_second", 4) if variant.seconds else None
     aliases = [(new, old) for old, new in _TODAY.items() if old in (variant.visual, variant.body)]
@@ -179,7 +184,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
             ],
             aliases=aliases,
             unused=decoder_unused(variant.body) if variant.body == "model." else [],
-            tied=tied,
+            tied=language.config.tie_embeddings,
         ),
         placeholders=tuple(tokens.values()),
     )

@@ -47,8 +47,8 @@ class Family:
     unused: tuple[str, ...] = ()
 
 
-_HEAD = ("head.probe", "head.attention.in_proj_{p}", "head.attention.out_proj.{p}", "head.layernorm.{p}",
-         "head.mlp.{layer}.{p}")  # fmt: skip
+_HEAD = ("head.probe", "head.attention.in_proj_weight", "head.attention.in_proj_bias", "head.attention.out_proj.{p}",
+         "head.layernorm.{p}", "head.mlp.fc1.{p}", "head.mlp.fc2.{p}")  # fmt: skip
 _CLIP = Family(clip_vision_config, clip_rules, norm_unused=True, unused=("embeddings.position_ids",))
 _SIGLIP = Family(siglip_vision_config, siglip_rules, unused=("embeddings.position_ids", *_HEAD))
 _SIGLIP2 = Family(siglip2_vision_config, siglip2_rules, unused=_HEAD)
@@ -80,6 +80,64 @@ def family_of(kind: object, origin: str) -> Family:
     return FAMILIES[kind]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """An encoder as a checkpoint has it.
+
+    Args:
+        config: of the encoder that is built.
+        whole: of one with everything that files hold: the blocks behind the layer used, a norm that is not applied.
+        rules: its table.
+        unused: patterns of names beside these.
+    """
+
+    config: VisionConfig
+    whole: VisionConfig
+    rules: list[Rule]
+    unused: tuple[str, ...]
+
+
+def describe_stored(
+    raw: Mapping[str, Any], origin: str, *, kind: str | None = None, changes: Mapping[str, Any] | None = None
+) -> Stored:
+    """Read a tower's configuration; the arguments of `read_tower`.
+
+    Raises:
+        ValueError: an unknown family or variant.
+    """
+    family = family_of(kind or raw.get("model_type"), origin)
+    stored = family.config(raw)
+    config = replace(stored, **(changes or {}))
+    whole = replace(config, layer=None, final_norm=stored.final_norm or family.norm_unused)
+    return Stored(config=config, whole=whole, rules=family.rules(config), unused=family.unused)
+
+
+def take_spare(
+    ours: dict[str, Tensor], model: VisionTransformer, whole: VisionConfig, origin: str, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Take what a checkpoint holds of an encoder beyond what is built out of its tensors.
+
+    Args:
+        ours: the checkpoint's tensors, under our names; what is taken goes.
+        model: the encoder that is built.
+        whole: as in `Stored`.
+        origin: what the messages call the checkpoint.
+        prefix: of the encoder's names.
+
+    Returns:
+        The tensors that the encoder lacks, with the prefix: to be written back, so they must be sound too.
+
+    Raises:
+        ValueError: a tensor of the whole encoder is missing, of another shape, or unknown.
+    """
+    with torch.device("meta"):
+        complete = VisionTransformer(whole)
+    inside = {name.removeprefix(prefix): tensor for name, tensor in ours.items() if name.startswith(prefix)}
+    fill(complete, inside, f"{origin} ({prefix}*)" if prefix else origin)
+    own = model.state_dict()
+    return {prefix + name: ours.pop(prefix + name) for name in inside if name not in own}
+
+
 def read_tower(
     raw: Mapping[str, Any],
     state: Mapping[str, Tensor],
@@ -103,18 +161,13 @@ def read_tower(
     Raises:
         ValueError: an unknown family or variant; a tensor is missing, of another shape, or unknown.
     """
-    kind = kind or str(raw.get("model_type"))
-    family = family_of(kind, origin)
-    stored = family.config(raw)
-    config = replace(stored, **(changes or {}))
-    stored = replace(config, layer=None, final_norm=stored.final_norm or family.norm_unused)
-    rules = family.rules(config)
-    ours, rest = to_ours(state, rules, origin, family.unused)
+    stored = describe_stored(raw, origin, kind=kind, changes=changes)
+    ours, rest = to_ours(state, stored.rules, origin, stored.unused)
     with torch.device("meta"):
-        whole, model = VisionTransformer(stored), VisionTransformer(config)
-    fill(whole, ours, origin)  # the blocks that are not used must be sound too: they are written back
-    fill(model, {name: ours.pop(name) for name in model.state_dict()}, origin)
-    model.source = Source(kind, raw, rest=to_theirs(ours, rules, rest))
+        model = VisionTransformer(stored.config)
+    spare = take_spare(ours, model, stored.whole, origin)
+    fill(model, ours, origin)
+    model.source = Source(kind or str(raw.get("model_type")), raw, rest=to_theirs(spare, stored.rules, rest))
     return model.eval()
 
 

@@ -1,0 +1,251 @@
+"""What a checkpoint folder says and holds: ties, older names, parts that are not built, dtypes, files beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
+
+from fastmllm.models.families import tied
+from fastmllm.models.mllm import MLLM
+from tests.models.test_published import CONFIGS
+from tests.support.tiny_mllm import MODELS, oracle
+
+# family -> its embedding table and its head
+TABLE = {"llava": "language_model.model.embed_tokens", "blip2": "language_model.model.decoder.embed_tokens",
+         "idefics": "model.embed_tokens", "qwen2_5_vl": "model.embed_tokens",
+         "qwen3_vl": "model.language_model.embed_tokens"}  # fmt: skip
+TABLE = {name: f"{table}.weight" for name, table in TABLE.items()}
+HEADS = {name: f"{'language_model.' if name in ('llava', 'blip2') else ''}lm_head.weight" for name in TABLE}
+TOWER = "vision_tower.encoder.layers."
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folders = {}
+
+    def folder(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            oracle(name)[0].save_pretrained(folders[name])
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture
+def changed(saved, tmp_path):
+    """Give a function: a copy of a family's folder with other tensors and another config.json."""
+
+    def change(name, tensors=None, config=None):
+        folder = shutil.copytree(saved(name), tmp_path / name)
+        state, raw = read(folder)
+        if tensors is not None:
+            save_file(tensors(state), folder / "model.safetensors", metadata={"format": "pt"})
+        if config is not None:
+            config(raw)
+            (folder / "config.json").write_text(json.dumps(raw))
+        return folder
+
+    return change
+
+
+def read(folder):
+    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+
+def again(name, folder):
+    return type(oracle(name)[0]).from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def logits(theirs, name):
+    batch = oracle(name)[1]
+    with torch.no_grad():
+        return theirs(**batch).logits[batch["attention_mask"].bool()]
+
+
+def assert_equal(name, folder, out):
+    """A folder computes here what it does in transformers, and so does what is saved of it."""
+    model, expected = MLLM.from_pretrained(folder), logits(again(name, folder), name)
+    with torch.no_grad():
+        found = model.logits(model.inputs(oracle(name)[1]))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    model.save_pretrained(out)
+    assert torch.equal(logits(again(name, out), name), expected)
+    return model
+
+
+# Tied heads -----------------------------------------------------------------------------------------------------------
+def flags(whole, text):
+    """Set or take out the two flags."""
+
+    def change(raw):
+        for part, flag in ((raw, whole), (raw.get("text_config", raw), text)):
+            if flag is not ...:
+                part.pop("tie_word_embeddings", None)
+            if flag in (True, False):
+                part["tie_word_embeddings"] = flag
+
+    return change
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_two_that_differ_stay_two(name, changed, tmp_path):
+    """A flag never overwrites the head that a file has."""
+
+    def tensors(state):
+        return state | {HEADS[name]: torch.randn_like(state[TABLE[name]])}
+
+    model = assert_equal(name, changed(name, tensors, flags(True, ...) if name == "idefics" else flags(True, True)),
+                         tmp_path / "out")  # fmt: skip
+    assert not model.language.config.tie_embeddings
+    state, raw = read(tmp_path / "out")
+    assert HEADS[name] in state
+    assert not tied(raw)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_is_the_table_is_tied(name, changed, tmp_path):
+    folder = changed(name, lambda s: s | {HEADS[name]: s[TABLE[name]].clone()}, flags(True, True))
+    model = assert_equal(name, folder, tmp_path / "out")
+    assert model.language.lm_head.weight is model.language.model.embed_tokens.weight
+    assert HEADS[name] not in read(tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize("kept", ["table", "head"])
+def test_either_of_the_two_is_enough(kept, changed, tmp_path):
+    gone = {"table": HEADS, "head": TABLE}[kept]["llava"]
+    folder = changed("llava", lambda s: {n: t for n, t in s.items() if n != gone}, flags(True, ...))
+    assert_equal("llava", folder, tmp_path / "out")
+
+
+CASES = [(True, False), (False, True), (None, True), (True, None), (None, None), (False, False)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_ties_where_transformers_does(name, case, saved, tmp_path):
+    _, raw = read(saved(name))
+    flags(*case)(raw)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    cls = type(oracle(name)[0])
+    with torch.device("meta"):
+        theirs = cls(cls.config_class.from_pretrained(tmp_path))
+        theirs.tie_weights()
+    assert tied(raw) == (theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight)
+
+
+def test_a_head_that_nothing_ties_is_missed(changed):
+    folder = changed("llava", lambda s: {n: t for n, t in s.items() if n != HEADS["llava"]})
+    with pytest.raises(ValueError, match=r"lacks: language\.lm_head\.weight"):
+        MLLM.from_pretrained(folder)
+
+
+def test_a_composition_of_our_own_is_untied_too(tmp_path):
+    config = CONFIGS["llava"]
+    model = MLLM.from_config(
+        replace(config, connector="resampler", language=replace(config.language, tie_embeddings=True))
+    )
+    assert model.checkpoint.raw["model_type"] == "fastmllm"
+    model.save_pretrained(tmp_path / "tied")
+    state, _ = read(tmp_path / "tied")
+    head = torch.randn_like(state["language.model.embed_tokens.weight"])
+    save_file(state | {"language.lm_head.weight": head}, tmp_path / "tied" / "model.safetensors")
+    MLLM.from_pretrained(tmp_path / "tied").save_pretrained(tmp_path / "two")
+    assert torch.equal(MLLM.from_pretrained(tmp_path / "two").language.lm_head.weight, head)
+
+
+# Parts that are not built ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llava", lambda s: {n: t for n, t in s.items() if not n.startswith(f"{TOWER}2.")},
+         r"\(images\.vision\.\*\) lacks: blocks\.2\."),
+        ("llava", lambda s: {n: t[:3].clone() if n == f"{TOWER}2.mlp.fc1.weight" else t for n, t in s.items()},
+         r"other shapes .*blocks\.2\.mlp"),
+        ("llava", lambda s: s | {n.replace(f"{TOWER}2.", f"{TOWER}7."): t.clone() for n, t in s.items()},
+         r"what the model does not: blocks\.7\."),
+        ("llava_onevision", lambda s: {n: t for n, t in s.items() if "post_layernorm" not in n}, r"lacks: norm\."),
+        ("llava_onevision", lambda s: s | {"vision_tower.head.mlp.fc3.weight": torch.ones(2)}, r"computes with: .*fc3"),
+        ("blip2", lambda s: s | {"qformer.encoder.layer.9.attention.output.dense.bias": torch.ones(2)},
+         r"does not: images\.qformer\.layers\.9\.attn\.proj\.bias"),
+        ("blip2", lambda s: s | {"embeddings.word_embeddings.weight": torch.ones(2, 2)},
+         r"does not: images\.qformer\.word_embeddings"),
+    ],
+)  # fmt: skip
+def test_what_is_kept_must_fit_too(name, change, message, changed):
+    with pytest.raises(ValueError, match=message):
+        MLLM.from_pretrained(changed(name, change))
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name", ["llava", "llava_next", "llava_onevision", "internvl", "mllama", "qwen2_5_vl", "qwen3_vl"]
+)
+def test_names_of_any_age_are_read_and_written_as_they_were(name, saved, tmp_path):
+    """What transformers 5 calls its parameters, and with 4.52's vision_model in between, on some."""
+    expected, theirs = MLLM.from_pretrained(saved(name)).state_dict(), oracle(name)[0].state_dict()
+    today, _ = read(saved(name))
+    renamed = {n: t.clone() for n, t in theirs.items()}
+    if name.startswith("llava"):
+        renamed = {n.replace("model.vision_tower.", "model.vision_tower.vision_model.", k % 2): t
+                   for k, (n, t) in enumerate(renamed.items())}  # fmt: skip
+    assert renamed.keys() != today.keys() or name == "qwen3_vl"
+    shutil.copy(saved(name) / "config.json", tmp_path)
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = MLLM.from_pretrained(tmp_path)
+    assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
+    assert model.checkpoint_state().keys() == renamed.keys() - ({"lm_head.weight"} if name == "internvl" else set())
+
+
+def test_one_tensor_under_two_names_is_refused(changed):
+    new, old = "language_model.model.norm.weight", "model.language_model.norm.weight"
+    folder = changed("llava", lambda s: s | {old: torch.zeros_like(s[new])})
+    with pytest.raises(ValueError, match=rf"one tensor twice, as ({new} and as {old}|{old} and as {new})"):
+        MLLM.from_pretrained(folder)
+
+
+# Dtypes, and files beside the weights ---------------------------------------------------------------------------------
+def test_the_dtype_is_that_of_all_weights(changed, tmp_path):
+    def config(raw):
+        raw["torch_dtype"] = raw.pop("dtype")
+        raw["vision_config"]["torch_dtype"] = raw["vision_config"].pop("dtype", "float32")
+
+    folder = changed("llava_onevision", None, config)  # it keeps tensors apart of both kinds
+    model = MLLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert model.checkpoint.spare
+    assert model.checkpoint.rest
+    model.save_pretrained(tmp_path / "out")
+    state, raw = read(tmp_path / "out")
+    assert {t.dtype for t in state.values()} == {torch.bfloat16}
+    said = [part[key] for part in (raw, raw["text_config"], raw["vision_config"]) for key in part if "dtype" in key]
+    assert said
+    assert set(said) == {"bfloat16"}
+    assert "torch_dtype" not in json.dumps(raw)
+    assert again("llava_onevision", tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_only_files_of_the_checkpoint_go_along(saved, tmp_path, caplog):
+    cache, out = tmp_path / "snapshots" / "main", tmp_path / "out"
+    shutil.copytree(saved("llava"), cache)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_text("{}")
+    (cache / "tokenizer.json").symlink_to("../../blobs/abc")  # as the hub's cache has it
+    (tmp_path / "secret").write_text("secret")
+    (cache / "secret.txt").symlink_to("../../secret")
+    (cache / "nowhere.txt").symlink_to("nothing")
+    (cache / "folder.json").mkdir()
+    (cache / "chat.jinja").symlink_to("own.txt")
+    (cache / "own.txt").write_text("own")
+    MLLM.from_pretrained(cache).save_pretrained(out)
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "chat.jinja").read_text() == "own"
+    assert not {"secret.txt", "nowhere.txt", "folder.json"} & {p.name for p in out.iterdir()}
+    assert "secret.txt leads out of its folder" in caplog.text
