@@ -30,6 +30,7 @@ class Probe:
         causal: as in that attention.
         softmax_scale: as in that attention.
         text: (S,) int32 first row and the one behind the last of each segment's text, for scores by text.
+        prompt: (S,) int32 row behind each prompt's last one, whose attention is "the last"; None: the segment's end.
         key_bias: (N',) as in that attention.
     """
 
@@ -42,6 +43,7 @@ class Probe:
     causal: bool = False
     softmax_scale: float | None = None
     text: tuple[Tensor, Tensor] | None = None
+    prompt: Tensor | None = None
     key_bias: Tensor | None = None
 
     def received(self, rows: str | tuple[Tensor, Tensor] = "all", reduce: str = "mean") -> Tensor:
@@ -148,5 +150,7 @@ class Compressor(nn.Module):
 def _whole(before: Tokens, after: Tokens) -> Tensor:
     """Return the sizes of the tokens left, scaled so that each image weighs what it did."""
     count = len(before.seqlens)
-    full, left = (torch.zeros(count, device=t.x.device).index_add_(0, t.owners(), t.mass()) for t in (before, after))
+    full, left = (
+        torch.zeros(count, device=t.x.device).index_add_(0, t.owners(), t.mass().float()) for t in (before, after)
+    )
     return after.mass() * (full / left).index_select(0, after.owners())

@@ -30,8 +30,9 @@ def received(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Te
 
 
 def last_row(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Tensor:
-    """Attention of each sequence's last token in a language model (FastV, arXiv 2403.06764)."""
-    return _probe("last_row", evidence).received("last")
+    """Attention of each prompt's last token in a language model (FastV, arXiv 2403.06764)."""
+    probe = _probe("last_row", evidence)
+    return probe.received("last" if probe.prompt is None else (probe.prompt - 1, probe.prompt))
 
 
 def text_rows(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Tensor:

@@ -83,7 +83,8 @@ def prefill(model: Starter, batch: PackedPrompts, cache: KVCache) -> tuple[Tenso
         (S, D) hidden state of the last token of each prompt, after the final norm; and how the prompts go on.
     """
     hidden, continuation = model.start(batch, cache)
-    return hidden[(batch.cu_seqlens[1:].long() - 1).to(hidden.device)], continuation
+    ends = batch.cu_seqlens if continuation.cu_seqlens is None else continuation.cu_seqlens
+    return hidden[(ends[1:].long() - 1).to(hidden.device)], continuation
 
 
 def _name(batch: PackedPrompts, place: int) -> str:

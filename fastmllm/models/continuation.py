@@ -20,10 +20,12 @@ class Continuation:
     Args:
         language: the decoder.
         media: what the last row of each sequence sees across, or None.
+        cu_seqlens: (S + 1,) int32 of the hidden states, where visual tokens were dropped between layers, or None.
     """
 
     language: LanguageModel
     media: Media | None = None
+    cu_seqlens: Tensor | None = None
 
     def extend(self, tokens: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run further tokens of every sequence.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmllm.compression.compressor import Probe
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.vision_rope import vision_rope
@@ -131,6 +132,9 @@ class Pass:
     window: tuple[Tensor, Tensor] | None  # (T,) int32 rows that a row sees through the sliding window, if it is full
     cache: KVCache | None
     slots: CacheSlots | None
+    key_bias: Tensor | None = None  # (T,) fp32 added to the scores of each key
+    probed: frozenset[int] = frozenset()  # layers whose attention is wanted
+    seen: dict[int, Probe] = field(default_factory=dict)  # layer -> its attention
 
 
 class Attention(nn.Module):
@@ -171,8 +175,13 @@ class Attention(nn.Module):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: Pass) -> Tensor:
         if self.slides and context.window is not None:
+            if context.key_bias is not None or self.layer in context.probed:
+                raise ValueError(
+                    f"fastmllm::LanguageModel: layer {self.layer} attends through a full sliding window: no visual "
+                    "tokens are judged by it, and none weigh more than one"
+                )
             return cross_attention(query, key, value, *context.window, max_seqlen_q=1)
-        return attention(
+        out, lse = attention(
             query,
             key,
             value,
@@ -180,7 +189,15 @@ class Attention(nn.Module):
             max_seqlen_q=context.max_seqlen,
             causal=True,
             softmax_scale=self.head_dim**-0.5,
+            key_bias=context.key_bias,
+            return_lse=True,
         )
+        if self.layer in context.probed:
+            context.seen[self.layer] = Probe(
+                q=query.detach(), k=key.detach(), lse=lse, cu_seqlens=context.cu_seqlens,
+                max_seqlen=context.max_seqlen, causal=True, key_bias=context.key_bias,
+            )  # fmt: skip
+        return out
 
 
 def _attend_cached(query: Tensor, keys: Tensor, values: Tensor, slots: CacheSlots, mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fastmllm.kernels.cross_attention import segment_ranges
 from fastmllm.models.decoder import DecoderLayer, LanguageConfig, Pass
 from fastmllm.models.kv_cache import CacheSlots, KVCache
 from fastmllm.models.media import Deepstack, Media
+from fastmllm.models.reduction import Reduction
 from fastmllm.models.rope import rope_frequencies, rope_tables
 from fastmllm.modules.lm_head import LMHead
 
@@ -134,6 +135,7 @@ class LanguageModel(nn.Module):
         *,
         media: Media | None = None,
         deepstack: Deepstack | None = None,
+        reduction: Reduction | None = None,
     ) -> Tensor:
         """Decode packed sequences.
 
@@ -146,9 +148,10 @@ class LanguageModel(nn.Module):
             cache: earlier tokens of the same S sequences; the new ones are added. Only without autograd.
             media: what the inserted layers look at; None skips them, and the result is the plain decoder's.
             deepstack: features added behind the first layers; only with the tokens that they belong to.
+            reduction: drops or merges visual tokens between layers; only with the tokens that they are.
 
         Returns:
-            (T, D) hidden states after the final norm.
+            (T, D) hidden states after the final norm, of the rows that `reduction` leaves.
 
         Raises:
             ValueError: shapes that do not fit together, a cache under autograd, media without a layer that looks at
@@ -156,11 +159,29 @@ class LanguageModel(nn.Module):
         """
         self._check(inputs_embeds, position_ids, cu_seqlens, cache)
         self._check_slots(inputs_embeds, media, deepstack)
-        context = self._context(position_ids, cu_seqlens, max_seqlen, cache)
+        if reduction is not None and reduction.stages and max(reduction.stages) >= self.config.depth:
+            raise ValueError(
+                f"fastmllm::LanguageModel: a reduction in front of layer {max(reduction.stages)}, the model has "
+                f"{self.config.depth}"
+            )
+        passes: list[Pass] = []
         x = inputs_embeds
         if self.model.embed_positions is not None:
             x = x + self.model.embed_positions(position_ids + POSITION_OFFSET)
         for index, layer in enumerate(self.model.layers):
+            reduced = reduction is not None and index in reduction.stages
+            if reduction is not None and reduced:
+                probe = passes[-1].seen.get(index - 1) if passes else None
+                x, position_ids, rows = reduction.apply(index, x, position_ids, probe)
+                cu_seqlens, max_seqlen = reduction.cu_seqlens, reduction.max_seqlen
+                media = None if media is None else media.at(rows)
+                deepstack = None if deepstack is None else deepstack.at(reduction.visual.index, reduction.kept)
+                if cache is not None and index:
+                    cache.split(index, reduction.fewest_dropped)
+            if index == 0 or reduced or (cache is not None and index in cache.groups):
+                group = 0 if cache is None else cache.groups.index(index)
+                passes.append(self._context(position_ids, cu_seqlens, max_seqlen, cache, group, reduction))
+            context = passes[-1]
             x = self._cross(index, x, media)
             inner = None
             if media is not None and str(index) in self.inner_layers:
@@ -169,19 +190,25 @@ class LanguageModel(nn.Module):
             if deepstack is not None:
                 x = deepstack.add(x, index)
         x = self._cross(self.config.depth, x, media)
-        if cache is not None and context.slots is not None:
-            cache.advance(context.slots, _next_positions(position_ids, context.slots))
+        for one in passes:
+            if cache is not None and one.slots is not None:
+                cache.advance(one.slots, _next_positions(position_ids, one.slots, cache, reduction))
         return self.model.norm(x)
 
-    def _context(self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache | None) -> Pass:
-        """Compute what all layers share."""
+    def _context(
+        self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache | None, group: int,
+        reduction: Reduction | None,
+    ) -> Pass:  # fmt: skip
+        """Compute what all layers share, or those behind a reduction."""
         config, scaling = self.config, self.config.rope_scaling
         slots, window, longest = None, None, max_seqlen
         if cache is not None:
             # one token a sequence needs no look at the device; otherwise the lengths are read back once a call
             sequences = len(cu_seqlens) - 1
             counts = [1] * sequences if max_seqlen == 1 else cu_seqlens.diff().tolist()
-            slots = cache.reserve(counts, config.sliding_window)
+            slots = cache.reserve(counts, config.sliding_window, group)
+            if reduction is not None and reduction.key_bias is not None:
+                cache.add_bias(reduction.key_bias, slots)
             longest = slots.limit
         self._check_length(longest)
         if config.sliding_window is not None and max_seqlen > config.sliding_window:
@@ -197,8 +224,10 @@ class LanguageModel(nn.Module):
                 1.0 if scaling is None else scaling.table_factor,
             )
         return Pass(
-            cos=cos, sin=sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=window, cache=cache, slots=slots
-        )
+            cos=cos, sin=sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=window, cache=cache, slots=slots,
+            key_bias=None if reduction is None else reduction.key_bias,
+            probed=frozenset() if reduction is None else reduction.probed,
+        )  # fmt: skip
 
     def _run(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -273,8 +302,13 @@ def _window_ranges(cu_seqlens: Tensor, num_rows: int, window: int) -> tuple[Tens
     return torch.maximum(first, behind - window), torch.minimum(end, behind)
 
 
-def _next_positions(position_ids: Tensor, slots: CacheSlots) -> list[int] | None:
-    """Read off where the text goes on behind (3, T) positions: an image takes fewer than it has tokens."""
+def _next_positions(
+    position_ids: Tensor, slots: CacheSlots, cache: KVCache, reduction: Reduction | None
+) -> list[int] | None:
+    """Return where the text goes on: behind an image with M-RoPE, which takes fewer positions than it has tokens, and
+    behind one that lost tokens, which takes as many as before."""
+    if position_ids.dim() == 1 and reduction is not None:
+        return [place + n for place, n in zip(cache.next_positions, reduction.positions_taken, strict=True)]
     if position_ids.dim() == 1 or max(slots.counts) == 1:
         return None
     last = torch.zeros(len(slots.counts), dtype=position_ids.dtype, device=position_ids.device)

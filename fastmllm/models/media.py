@@ -111,3 +111,13 @@ class Deepstack:
         if layer >= len(self.tokens):
             return x
         return x.index_add(0, self.index, self.tokens[layer].to(x.dtype))
+
+    def at(self, index: Tensor, rows: Tensor | None = None) -> Deepstack:
+        """Return the features whose tokens are left.
+
+        Args:
+            index: (N',) int64 the rows they stand at now.
+            rows: (N',) int64 which of the features.
+        """
+        tokens = self.tokens if rows is None else tuple(t.index_select(0, rows) for t in self.tokens)
+        return replace(self, tokens=tokens, index=index)

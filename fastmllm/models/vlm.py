@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastmllm.compression import compress
+from fastmllm.compression import Compressor, compress
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
+from fastmllm.models.reduction import Reduction, Visual
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 from fastmllm.modules.projector import Projector
 
@@ -100,6 +101,9 @@ class VLM(nn.Module):
         language: decoder over packed embeddings.
         config: sizes and defaults.
         tokenizer: of the language model; kept beside the weights so that a VLM can talk.
+
+    Attributes:
+        stages: (layer, compressor): what reduces the visual tokens in front of that layer of the language model.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class VLM(nn.Module):
         self.connector, self.language = connector, language
         self.config, self.tokenizer = config, tokenizer
         self.feature_cache: FeatureCache | None = None
+        self.stages: tuple[tuple[int, Compressor], ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -153,19 +158,36 @@ class VLM(nn.Module):
 
     def start(self, batch: Batch, cache: KVCache | None = None) -> tuple[Tensor, Continuation]:
         """Run a packed batch: hidden states (T, D) after the final norm, and how its sequences go on."""
-        hidden = self.language(
+        reduction = self._reduction(batch)
+        hidden = self._decode(batch, cache, reduction)
+        left = None if reduction is None else reduction.cu_seqlens
+        return hidden, Continuation(language=self.language, cu_seqlens=left)
+
+    def _decode(self, batch: Batch, cache: KVCache | None, reduction: Reduction | None) -> Tensor:
+        return self.language(
             self.embed_batch(batch),
             batch.position_ids.to(self.device),
             batch.cu_seqlens.to(self.device),
             batch.max_seqlen,
             cache,
+            reduction=reduction,
         )
-        return hidden, Continuation(language=self.language)
+
+    def _reduction(self, batch: Batch) -> Reduction | None:
+        """Return what `stages` do to this batch inside of the language model."""
+        images = len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
+        if not self.stages or not images:
+            return None
+        seqlens = (batch.image_index.numel() // images,) * images
+        visual = Visual.of_batch(batch.image_index, seqlens, batch.cu_seqlens, batch.labels, self.device)
+        return Reduction(self.stages, visual, batch.labels.to(self.device))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of a packed batch: the fp32 sum of cross-entropy over its target tokens."""
-        hidden, _ = self.start(batch)
-        return self.language.lm_head(hidden, batch.labels.to(self.device), batch.num_targets)
+        reduction = self._reduction(batch)
+        hidden = self._decode(batch, None, reduction)
+        labels = batch.labels.to(self.device) if reduction is None else reduction.labels
+        return self.language.lm_head(hidden, labels, batch.num_targets)
 
     def _features(self, batch: Batch) -> Tensor:
         if batch.pixels is not None:

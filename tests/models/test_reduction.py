@@ -1,0 +1,238 @@
+"""Visual tokens dropped between layers: against a dense transcription in fp64, with a cache, in training, merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmllm.compression.bipartite_merge import BipartiteMerge
+from fastmllm.compression.pool import Pool
+from fastmllm.compression.topk import TopK
+from fastmllm.models.language import LanguageConfig, LanguageModel
+from fastmllm.models.reduction import Reduction, Visual
+
+COUNTS = (11, 4, 13)  # tokens of each sequence: one image, none, two
+IMAGES = ((1, 6), (16, 4), (22, 5))  # first row, tokens
+VISIBLE = [row for first, n in IMAGES for row in range(first, first + n)]
+
+
+def language(dtype: torch.dtype = torch.float64, **options) -> LanguageModel:
+    torch.manual_seed(3)
+    config = LanguageConfig(vocab_size=31, width=16, depth=4, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24,
+                            **options)  # fmt: skip
+    model = LanguageModel(config).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.35)
+    return model
+
+
+def batch(counts=COUNTS, images=IMAGES, prompts=None):
+    """Embeddings, positions, boundaries, and where the images are."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(sum(counts), 16, generator=generator, dtype=torch.float64)
+    positions = torch.cat([torch.arange(n) for n in counts])
+    bounds = torch.tensor([0, *counts]).cumsum(0).int()
+    index = torch.tensor([row for first, n in images for row in range(first, first + n)])
+    labels = None
+    if prompts is not None:
+        labels = torch.full((sum(counts),), -100)
+        for row in prompts:
+            labels[row] = row % 31
+    visual = Visual.of_batch(index, [n for _, n in images], bounds, labels, torch.device("cpu"))
+    return x, positions, bounds, visual
+
+
+def run(model, x, positions, bounds, reduction=None, cache=None):
+    longest = int(bounds.diff().max())
+    return model(x, positions, bounds, longest, cache, reduction=reduction)
+
+
+def dense(model, x, positions, allowed, layers):
+    """Run some layers on one sequence with matrices; return hidden states and the last layer's probabilities."""
+    probabilities = None
+    frequencies = 10000.0 ** (-torch.arange(0, 4, 2, dtype=torch.float64) / 4)
+    angles = positions[:, None] * frequencies
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+
+    def turn(t):
+        a, b = t.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    for layer in layers:
+        attn, y = layer.self_attn, layer.input_layernorm(x)
+        q = turn(attn.q_proj(y).unflatten(-1, (4, 4)))
+        k, v = (p(y).unflatten(-1, (2, 4)).repeat_interleave(2, 1) for p in (attn.k_proj, attn.v_proj))
+        scores = torch.einsum("qhd,khd->hqk", q, turn(k)) / 2 + allowed
+        probabilities = scores.softmax(-1)
+        x = x + attn.o_proj(torch.einsum("hqk,khd->qhd", probabilities, v).flatten(1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return x, probabilities
+
+
+def causal(n):
+    return torch.full((n, n), -torch.inf, dtype=torch.float64).triu(1)
+
+
+def transcription(model, x, positions, images, stages, row=-1):
+    """FastV and PyramidDrop on one sequence: the last row's attention in the layer in front, the mean over heads."""
+    rows, at = torch.arange(len(x)), 0
+    visible = [list(range(first, first + n)) for first, n in images]
+    for layer, keep in [*stages, (4, None)]:
+        x, p = dense(model, x, positions[rows], causal(len(x)), model.model.layers[at:layer])
+        at = layer
+        if keep is None:
+            break
+        dropped = set()
+        for image, places in enumerate(visible):
+            here = [int((rows == place).nonzero()) for place in places]
+            score = p[:, row, here].mean(0)
+            best = sorted(score.argsort(descending=True)[:keep].tolist())
+            dropped |= set(places) - {places[i] for i in best}
+            visible[image] = [places[i] for i in best]
+        left = torch.tensor([i for i, place in enumerate(rows.tolist()) if place not in dropped])
+        x, rows = x[left], rows[left]
+    return model.model.norm(x), rows
+
+
+@pytest.mark.parametrize("stages", [[(2, 3)], [(1, 4), (2, 2), (3, 1)]], ids=["FastV", "PyramidDrop"])
+def test_equals_the_transcription_sequence_by_sequence(stages):
+    model, (x, positions, bounds, visual) = language(), batch()
+    reduction = Reduction([(layer, TopK(keep, scorer="last_row")) for layer, keep in stages], visual)
+    out = run(model, x, positions, bounds, reduction)
+    assert len(out) == len(reduction.rows) == int(reduction.cu_seqlens[-1])
+    own = {0: [(1, 6)], 1: [], 2: [(1, 4), (7, 5)]}
+    for s, images in own.items():
+        a, b = int(bounds[s]), int(bounds[s + 1])
+        want, rows = transcription(model, x[a:b], positions[a:b], images, stages)
+        c, d = reduction.cu_seqlens[s : s + 2].tolist()
+        torch.testing.assert_close(out[c:d], want)
+        assert torch.equal(reduction.rows[c:d], rows + a)
+
+
+def test_all_tokens_kept_is_the_plain_model():
+    model, (x, positions, bounds, visual) = language(), batch()
+    reduction = Reduction([(2, TopK(1.0, scorer="last_row"))], visual)
+    assert torch.equal(run(model, x, positions, bounds, reduction), run(model, x, positions, bounds))
+
+
+@pytest.mark.parametrize("position", ["keep", "calibrate"])
+def test_decoding_with_a_cache_equals_running_everything(position):
+    model, (x, positions, bounds, visual) = language(), batch()
+    new = torch.randn(3, 3, 16, dtype=torch.float64)  # (S, steps, D)
+    cache = model.new_cache(3, 20)
+    kind = [(1, TopK(3, scorer="last_row", position=position)), (2, TopK(2, scorer="last_row", position=position))]
+    with torch.no_grad():
+        run(model, x, positions, bounds, Reduction(kind, visual), cache)
+        assert cache.lengths == list(COUNTS)
+        assert [keys.shape[2] for keys in cache.keys] == [20] * 4  # the text-only sequence loses nothing
+        for step in range(3):
+            after = torch.tensor(cache.next_positions)
+            got = model(new[:, step], after, torch.arange(4, dtype=torch.int32), 1, cache)
+            pieces, places, index, at = [], [], [], 0
+            for s, n in enumerate(COUNTS):
+                pieces += [x[bounds[s] : bounds[s + 1]], new[s, : step + 1]]
+                places.append(torch.arange(n + step + 1))
+                index += [at + row - int(bounds[s]) for row in VISIBLE if bounds[s] <= row < bounds[s + 1]]
+                at += n + step + 1
+            counts = [n + step + 1 for n in COUNTS]
+            ends = torch.tensor([0, *counts]).cumsum(0).int()
+            whole = Visual(index=torch.tensor(index), seqlens=visual.seqlens, owners=visual.owners,
+                           counts=tuple(counts), prompt=ends[:-1] + torch.tensor(COUNTS).int())  # fmt: skip
+            reduction = Reduction(kind, whole)
+            want = run(model, torch.cat(pieces), torch.cat(places), ends, reduction)
+            torch.testing.assert_close(got, want[reduction.cu_seqlens[1:].long() - 1])
+        kept = cache.select([2, 0])
+        again = model(new[[2, 0], 0], torch.tensor(kept.next_positions), torch.arange(3, dtype=torch.int32), 1, kept)
+        both = model(new[:, 0], torch.tensor(cache.next_positions), torch.arange(4, dtype=torch.int32), 1, cache)
+        torch.testing.assert_close(again, both[[2, 0]])
+
+
+def test_later_layers_cache_what_is_left():
+    model, (x, positions, bounds, visual) = language(), batch((11, 13), ((1, 6), (12, 4), (18, 5)))
+    cache = model.new_cache(2, 16)
+    with torch.no_grad():
+        run(model, x, positions, bounds, Reduction([(2, TopK(2, scorer="last_row"))], visual), cache)
+    assert [keys.shape[2] for keys in cache.keys] == [16, 16, 12, 12]  # at least four are dropped of each
+    assert cache.next_positions == [11, 13]
+
+
+def test_training_scores_by_the_prompt_and_carries_the_labels():
+    model = language()
+    x, positions, bounds, visual = batch(prompts=(8, 9, 12, 26, 27))
+    assert visual.prompt.tolist() == [9, 13, 27]
+    labels = torch.arange(28) % 31
+    labels[VISIBLE[:-1]] = -100  # behind the last image its text follows at once: its last row predicts it
+    reduction = Reduction([(1, TopK(2, scorer="last_row"))], visual, labels)
+    out = run(model, x, positions, bounds, reduction)
+    changed = x.clone()
+    changed[[9, 10, 13, 14, 27]] += 1  # answers: what is kept does not depend on them
+    other = Reduction([(1, TopK(2, scorer="last_row"))], visual, labels)
+    run(model, changed, positions, bounds, other)
+    assert torch.equal(reduction.rows, other.rows)
+    targets = reduction.labels[reduction.labels != -100]
+    assert torch.equal(targets, labels[labels != -100])
+    last = reduction.visual.index[-1]
+    assert reduction.labels[last] == labels[VISIBLE[-1]]
+    out.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "embed" not in name and "head" not in name)
+
+
+def test_merged_tokens_weigh_what_they_stand_for():
+    model, (x, positions, bounds, visual) = language(), batch((9,), ((1, 6),))
+    x[1:7] = x[1]  # six equal tokens at one position merge into one of the same value and six times the weight
+    positions[1:7] = 3
+    reduction = Reduction([(2, BipartiteMerge(1))], visual)
+    whole = run(model, x, positions, bounds)
+    merged = run(model, x, positions, bounds, reduction)
+    torch.testing.assert_close(reduction.key_bias.exp().float(), torch.tensor([1.0, 6.0, 1.0, 1.0]))
+    assert len(merged) == 4
+    assert not torch.allclose(whole[-1], merged[-1])  # the layers in front saw six tokens that differ by then
+    reduction = Reduction([(0, BipartiteMerge(1))], visual)
+    first = run(model, x, positions, bounds, reduction)
+    single = torch.cat([x[:1], x[6:]])
+    p = torch.cat([positions[:1], positions[6:]])
+    bias = torch.tensor([1.0, 6.0, 1.0, 1.0], dtype=torch.float64).log()
+    want, _ = dense(model, single, p, causal(4) + bias, model.model.layers)
+    torch.testing.assert_close(first, model.model.norm(want))
+
+
+def test_positions_are_renumbered_in_front_of_the_first_layer_alone():
+    model, (x, positions, bounds, visual) = language(), batch((9,), ((1, 6),))
+    reduction = Reduction([(0, TopK(2, scorer="norm", position="renumber"))], visual)
+    cache = model.new_cache(1, 12)
+    with torch.no_grad():
+        out = run(model, x, positions, bounds, reduction, cache)
+    assert cache.next_positions == [5]
+    short = x[reduction.rows]
+    torch.testing.assert_close(out, run(model, short, torch.arange(5), torch.tensor([0, 5], dtype=torch.int32)))
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours():
+    model, (x, positions, bounds, visual) = language(), batch()
+    stages = [(1, TopK(0.5, scorer="text_rows")), (3, TopK(2, scorer="received"))]
+    together = Reduction(stages, visual)
+    out = run(model, x, positions, bounds, together)
+    alone = Visual(index=torch.arange(1, 7), seqlens=(6,), owners=(0,), counts=(11,))
+    single = Reduction(stages, alone)
+    got = run(model, x[:11], positions[:11], bounds[:2], single)
+    torch.testing.assert_close(got, out[: len(got)])
+    assert torch.equal(single.rows, together.rows[: len(got)])
+
+
+def test_what_does_not_fit_is_refused():
+    model, (x, positions, bounds, visual) = language(), batch()
+    with pytest.raises(ValueError, match="layers \\[2, 1\\] must ascend"):
+        Reduction([(2, TopK(1)), (1, TopK(1))], visual)
+    with pytest.raises(ValueError, match="in front of layer 0 there is none"):
+        Reduction([(0, TopK(1))], visual)
+    with pytest.raises(ValueError, match="renumbers positions in front of layer 1"):
+        Reduction([(1, TopK(1, position="renumber"))], visual)
+    with pytest.raises(ValueError, match="layer 4, the model has 4"):
+        run(model, x, positions, bounds, Reduction([(4, TopK(1))], visual))
+    with pytest.raises(ValueError, match="no square grid"):
+        run(model, x, positions, bounds, Reduction([(1, Pool(1))], visual))
+    with pytest.raises(ValueError, match="do not fit images"):
+        Visual(index=torch.arange(3), seqlens=(2,), owners=(0,), counts=(5,))
+    slides = language(sliding_window=4)
+    with pytest.raises(ValueError, match="full sliding window"):
+        run(slides, x, positions, bounds, Reduction([(2, TopK(1))], visual))
