@@ -24,6 +24,8 @@ class Inputs:
         images: arguments of the model's image path; None without images.
         media_start, media_stop: (T',) int32, the media tokens that each row sees, where layers look across; else None.
         max_media: media tokens of the longest such range, a host number.
+        counts: visual tokens of each image in the text, on the host.
+        grids: frames, rows and columns of them, where they are a grid (Qwen-VL), or None.
         ids: names of the samples.
     """
 
@@ -33,6 +35,8 @@ class Inputs:
     media_start: Tensor | None = None
     media_stop: Tensor | None = None
     max_media: int = 0
+    counts: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] | None = None
     ids: tuple[str, ...] = ()
 
     @property
@@ -166,7 +170,9 @@ def make_inputs(
         shift_labels=True,
     )
     names = tuple(f"sample {k}" for k in range(len(samples)))
-    return Inputs(input_ids=ids, plan=plan, images=images, ids=names)
+    m = spatial_merge_size
+    merged = None if grids is None else tuple((t, h // m, w // m) for t, h, w in grids)
+    return Inputs(input_ids=ids, plan=plan, images=images, counts=tuple(num), grids=merged, ids=names)
 
 
 def _groups(marked: list[int], counts: Sequence[int], name: str) -> list[list[int]]:

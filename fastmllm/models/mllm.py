@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastmllm.compression.compressor import Compressor
 from fastmllm.kernels.splice_tokens import splice_tokens
 from fastmllm.models.checkpoint import Checkpoint, Layout, tie
 from fastmllm.models.continuation import Continuation
@@ -20,6 +21,7 @@ from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.packing import Packing, Sample, pack
+from fastmllm.models.reduction import Reduction, VisualRows
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class MLLM(nn.Module):
 
     Attributes:
         packing: what `pack` does with pictures; None for a checkpoint of others, until one is set.
+        stages: (layer, compressor): what reduces the visual tokens in front of that layer of the language model, 0 the
+            first one. Images that layers look across to are not in the text and stay as they are.
     """
 
     def __init__(self, blueprint: Blueprint, raw: Mapping[str, Any]) -> None:
@@ -64,6 +68,7 @@ class MLLM(nn.Module):
         self.language: LanguageModel = blueprint.language
         self.placeholders, self.packing = blueprint.placeholders, blueprint.packing
         self.checkpoint = Checkpoint(dict(raw), blueprint.layout)
+        self.stages: tuple[tuple[int, Compressor], ...] = ()
 
     @classmethod
     def from_config(cls, config: MLLMConfig, seed: int = 0) -> MLLM:
@@ -202,7 +207,16 @@ class MLLM(nn.Module):
         Returns:
             Hidden states (T', D) of all rows after the final norm, and what later tokens need besides the cache.
         """
-        ends = inputs.plan.cu_seqlens[1:].long() - 1
+        hidden, media, reduction = self._decode(inputs, cache)
+        if media is not None:
+            ends = (inputs.plan.cu_seqlens if reduction is None else reduction.cu_seqlens)[1:].long() - 1
+            media = media.at(ends.to(self.device))
+        left = None if reduction is None else reduction.cu_seqlens
+        return hidden, Continuation(language=self.language, media=media, cu_seqlens=left)
+
+    def _decode(self, inputs: Inputs, cache: KVCache | None) -> tuple[Tensor, Media | None, Reduction | None]:
+        """Run a batch; return hidden states, what its rows see across, and what became of its visual tokens."""
+        reduction = self._reduction(inputs)
         inputs = inputs.to(self.device)
         plan = inputs.plan
         x = self.language.embed(inputs.input_ids)
@@ -215,11 +229,23 @@ class MLLM(nn.Module):
             if visual.planes:
                 deepstack = Deepstack(tokens=visual.planes, index=plan.visual_rows)
         hidden = self.language(
-            x, plan.position_ids, plan.cu_seqlens, plan.max_seqlen, cache, media=media, deepstack=deepstack
+            x, plan.position_ids, plan.cu_seqlens, plan.max_seqlen, cache, media=media, deepstack=deepstack,
+            reduction=reduction,
+        )  # fmt: skip
+        if media is not None and reduction is not None:
+            media = media.at(reduction.rows)
+        return hidden, media, reduction
+
+    def _reduction(self, inputs: Inputs) -> Reduction | None:
+        """Return what `stages` do to this batch inside of the language model."""
+        plan = inputs.plan
+        if not self.stages or inputs.images is None or not inputs.counts:
+            return None
+        labels = None if plan.labels is None else plan.labels.to(self.device)
+        visual = VisualRows.of_batch(
+            plan.visual_rows, inputs.counts, plan.cu_seqlens, plan.labels, self.device, inputs.grids
         )
-        if media is not None:
-            media = media.at(ends.to(self.device))
-        return hidden, Continuation(language=self.language, media=media)
+        return Reduction(self.stages, visual, labels)
 
     def _media(self, visual: Visual | None, inputs: Inputs) -> Media:
         """Say what each row sees; without images every row sees nothing, as a row without one does beside others."""
@@ -243,5 +269,6 @@ class MLLM(nn.Module):
         """
         if inputs.plan.labels is None:
             raise ValueError("MLLM: a loss needs labels; pack the batch with them, or call logits()")
-        hidden, _ = self.start(inputs)
-        return self.language.lm_head(hidden, inputs.plan.labels.to(self.device), inputs.plan.num_targets)
+        hidden, _, reduction = self._decode(inputs, None)
+        labels = inputs.plan.labels.to(self.device) if reduction is None else reduction.labels
+        return self.language.lm_head(hidden, labels, inputs.plan.num_targets)

@@ -22,7 +22,7 @@ IGNORED = -100  # a label that is no target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Visual:
+class VisualRows:
     """Where the visual tokens of a packed batch stand.
 
     Args:
@@ -45,14 +45,15 @@ class Visual:
     def __post_init__(self) -> None:
         if self.index.shape != (sum(self.seqlens),) or len(self.owners) != len(self.seqlens):
             raise ValueError(
-                f"Visual: index {tuple(self.index.shape)} and {len(self.owners)} owners do not fit images of "
+                f"VisualRows: index {tuple(self.index.shape)} and {len(self.owners)} owners do not fit images of "
                 f"{self.seqlens[:8]} tokens"
             )
 
     @classmethod
     def of_batch(
         cls, index: Tensor, seqlens: Sequence[int], cu_seqlens: Tensor, labels: Tensor | None, device: torch.device,
-    ) -> Visual:  # fmt: skip
+        grid: tuple[Grid, ...] | None = None,
+    ) -> VisualRows:  # fmt: skip
         """Read a packed batch, whose tensors are on the host.
 
         Args:
@@ -61,19 +62,19 @@ class Visual:
             cu_seqlens: (S + 1,) boundaries of the sequences.
             labels: (T,) already shifted, or None: all of it is a prompt.
             device: of the model.
+            grid: of each image, if it is one.
         """
         bounds = cu_seqlens.tolist()
         starts = index[torch.tensor([0, *seqlens[:-1]]).cumsum(0)].tolist()
         prompt = list(bounds[1:])
         if labels is not None:
-            for row in (
-                (labels != IGNORED).nonzero().view(-1).tolist()[::-1]
-            ):  # the first target of each is the last set
+            targets = (labels != IGNORED).nonzero().view(-1).tolist()
+            for row in reversed(targets):  # the first of each sequence is set last
                 prompt[bisect_right(bounds, row) - 1] = row + 1
         return cls(
             index=index.to(device, non_blocking=True), seqlens=tuple(seqlens),
             owners=tuple(bisect_right(bounds, start) - 1 for start in starts),
-            counts=tuple(b - a for a, b in pairwise(bounds)),
+            counts=tuple(b - a for a, b in pairwise(bounds)), grid=grid,
             prompt=torch.tensor(prompt, dtype=torch.int32).to(device, non_blocking=True),
         )  # fmt: skip
 
@@ -92,7 +93,9 @@ class Reduction:
         rows: (T',) int64 the rows of the batch that are left.
     """
 
-    def __init__(self, stages: Sequence[tuple[int, Compressor]], visual: Visual, labels: Tensor | None = None) -> None:
+    def __init__(
+        self, stages: Sequence[tuple[int, Compressor]], visual: VisualRows, labels: Tensor | None = None
+    ) -> None:
         layers = [layer for layer, _ in stages]
         if layers != sorted(set(layers)) or (layers and layers[0] < 0):
             raise ValueError(f"Reduction: layers {layers} must ascend from 0")
@@ -196,12 +199,12 @@ class Reduction:
         self.rows = self.rows.index_select(0, rows)
         self.fewest_dropped += min(before - after for before, after in zip(visual.counts, left, strict=True))
         self.cu_seqlens = boundaries(left, device)[0]
-        self.visual = Visual(
+        self.visual = VisualRows(
             index=place.index_select(0, stands), seqlens=seqlens, owners=visual.owners, counts=left, prompt=prompt
         )
 
 
-def _counts(visual: Visual, seqlens: Sequence[int]) -> tuple[int, ...]:
+def _counts(visual: VisualRows, seqlens: Sequence[int]) -> tuple[int, ...]:
     """Return the tokens left of each sequence."""
     counts = list(visual.counts)
     for owner, before, after in zip(visual.owners, visual.seqlens, seqlens, strict=True):

@@ -18,7 +18,7 @@ from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
-from fastmllm.models.reduction import Reduction, Visual
+from fastmllm.models.reduction import Reduction, VisualRows
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 from fastmllm.modules.projector import Projector
 
@@ -179,7 +179,7 @@ class VLM(nn.Module):
         if not self.stages or not images:
             return None
         seqlens = (batch.image_index.numel() // images,) * images
-        visual = Visual.of_batch(batch.image_index, seqlens, batch.cu_seqlens, batch.labels, self.device)
+        visual = VisualRows.of_batch(batch.image_index, seqlens, batch.cu_seqlens, batch.labels, self.device)
         return Reduction(self.stages, visual, batch.labels.to(self.device))
 
     def forward(self, batch: Batch) -> Tensor:

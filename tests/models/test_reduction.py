@@ -9,7 +9,7 @@ from fastmllm.compression.bipartite_merge import BipartiteMerge
 from fastmllm.compression.pool import Pool
 from fastmllm.compression.topk import TopK
 from fastmllm.models.language import LanguageConfig, LanguageModel
-from fastmllm.models.reduction import Reduction, Visual
+from fastmllm.models.reduction import Reduction, VisualRows
 
 COUNTS = (11, 4, 13)  # tokens of each sequence: one image, none, two
 IMAGES = ((1, 6), (16, 4), (22, 5))  # first row, tokens
@@ -38,7 +38,7 @@ def batch(counts=COUNTS, images=IMAGES, prompts=None):
         labels = torch.full((sum(counts),), -100)
         for row in prompts:
             labels[row] = row % 31
-    visual = Visual.of_batch(index, [n for _, n in images], bounds, labels, torch.device("cpu"))
+    visual = VisualRows.of_batch(index, [n for _, n in images], bounds, labels, torch.device("cpu"))
     return x, positions, bounds, visual
 
 
@@ -136,7 +136,7 @@ def test_decoding_with_a_cache_equals_running_everything(position):
                 at += n + step + 1
             counts = [n + step + 1 for n in COUNTS]
             ends = torch.tensor([0, *counts]).cumsum(0).int()
-            whole = Visual(index=torch.tensor(index), seqlens=visual.seqlens, owners=visual.owners,
+            whole = VisualRows(index=torch.tensor(index), seqlens=visual.seqlens, owners=visual.owners,
                            counts=tuple(counts), prompt=ends[:-1] + torch.tensor(COUNTS).int())  # fmt: skip
             reduction = Reduction(kind, whole)
             want = run(model, torch.cat(pieces), torch.cat(places), ends, reduction)
@@ -212,7 +212,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
     stages = [(1, TopK(0.5, scorer="text_rows")), (3, TopK(2, scorer="received"))]
     together = Reduction(stages, visual)
     out = run(model, x, positions, bounds, together)
-    alone = Visual(index=torch.arange(1, 7), seqlens=(6,), owners=(0,), counts=(11,))
+    alone = VisualRows(index=torch.arange(1, 7), seqlens=(6,), owners=(0,), counts=(11,))
     single = Reduction(stages, alone)
     got = run(model, x[:11], positions[:11], bounds[:2], single)
     torch.testing.assert_close(got, out[: len(got)])
@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="no square grid"):
         run(model, x, positions, bounds, Reduction([(1, Pool(1))], visual))
     with pytest.raises(ValueError, match="do not fit images"):
-        Visual(index=torch.arange(3), seqlens=(2,), owners=(0,), counts=(5,))
+        VisualRows(index=torch.arange(3), seqlens=(2,), owners=(0,), counts=(5,))
     slides = language(sliding_window=4)
     with pytest.raises(ValueError, match="full sliding window"):
         run(slides, x, positions, bounds, Reduction([(2, TopK(1))], visual))
