@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastmllm.compression.compressor import Probe
 from fastmllm.compression.ragged import Padding, interleaved, pooled, repeat, units
@@ -53,8 +52,7 @@ def prumerge(tokens: Tokens, probe: Probe, budgets: Counts) -> tuple[Tokens, Pla
     keep = keep.index_select(0, by_score(ranks, owners))
     others = tuple((n - k) * r for n, k, r in zip(tokens.seqlens, kept, rest_too, strict=True))
     rest = best(tokens, torch.ones_like(scores).index_fill(0, keep, 0.0), others)
-    ends = torch.tensor(others).cumsum(0)[torch.tensor(rest_too) > 0]  # of those that leave some
-    starts = F.pad(ends, (1, 0)).to(device, non_blocking=True)
+    starts = torch.tensor([0, *(n for n in others if n)]).cumsum(0).to(device, non_blocking=True)
     last = pooled(tokens.x, rest, starts, scores.index_select(0, rest))
     parts = [last]
     if len(keep):
@@ -74,8 +72,8 @@ def one_head(probe: Probe) -> Tensor:
     """
     if probe.q.shape[1] != probe.k.shape[1]:
         raise ValueError(
-            f"dominant_contextual: faithful neighbours need as many heads of keys as of queries, got {probe.k.shape[1]} "
-            f"and {probe.q.shape[1]}"
+            "dominant_contextual: faithful neighbours need as many heads of keys as of queries, got "
+            f"{probe.k.shape[1]} and {probe.q.shape[1]}"
         )
     keys = probe.k.flatten(1).to(accumulator_dtype(probe.k.dtype))
     starts = probe.cu_seqlens.long()

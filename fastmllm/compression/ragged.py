@@ -29,7 +29,9 @@ class Padding:
             row = (lengths.cumsum(0) - lengths + torch.minimum(place, lengths - 1)).clamp(0, sum(seqlens) - 1)
             self.inside = inside.to(device, non_blocking=True)
             self._row = row.flatten().to(device, non_blocking=True)  # behind an end, some row that exists
-            self._place = inside.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+            self._place = torch.cat([i * self.width + torch.arange(n) for i, n in enumerate(seqlens)]).to(
+                device, non_blocking=True
+            )
 
     def pad(self, rows: Tensor) -> Tensor:
         """Return (S, N, ...); behind a segment's end stands what `mask` has to cover."""
@@ -51,8 +53,8 @@ class Padding:
 
 def repeat(values: Sequence[int | float | bool], seqlens: Sequence[int], device: torch.device) -> Tensor:
     """Return a segment's value for each of its tokens, (T,)."""
-    repeated = torch.tensor(values).repeat_interleave(torch.tensor(seqlens, dtype=torch.int64))
-    return repeated.to(device, non_blocking=True)
+    lengths = torch.tensor(seqlens, dtype=torch.int64)
+    return torch.tensor(values).repeat_interleave(lengths, output_size=sum(seqlens)).to(device, non_blocking=True)
 
 
 def units(rows: Tensor) -> Tensor:
@@ -104,5 +106,8 @@ def interleaved(first: Sequence[int], second: Sequence[int], device: torch.devic
         second: the same of the others.
         device: of the result, (sum,) int64.
     """
-    owners = [torch.arange(len(n)).repeat_interleave(torch.tensor(n, dtype=torch.int64)) for n in (first, second)]
-    return torch.cat(owners).argsort(stable=True).to(device, non_blocking=True)
+    rows, at, behind = [], 0, sum(first)
+    for a, b in zip(first, second, strict=True):
+        rows += [torch.arange(at, at + a), torch.arange(behind, behind + b)]
+        at, behind = at + a, behind + b
+    return torch.cat(rows).to(device, non_blocking=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressor_checks import BUDGETS, assert_exact_and_as_alone, assert_planes_go_along
+from compressor_checks import BUDGETS, assert_compiles, assert_exact_and_as_alone, assert_planes_go_along
 from device_calls import launches
 from visual_tokens import pictures
 
@@ -149,6 +149,11 @@ def test_launches_and_waits():
         assert launches(DominantContextual(64, mode=mode, **PRUMERGE), tokens, evidence) <= 70  # published: 815
     for options in OPTIONS:
         launches(DominantContextual((7, 64), **options), tokens, evidence)
+
+
+@pytest.mark.parametrize("options", OPTIONS[2:3] + OPTIONS[-2:], ids=str)
+def test_compiles_as_one_graph(options):
+    assert_compiles(DominantContextual(5, **options))
 
 
 def test_what_does_not_fit_is_refused():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compressor_checks import (
     BUDGETS,
+    assert_compiles,
     assert_exact_and_as_alone,
     assert_planes_go_along,
     assert_selects_with_gradients,
@@ -104,6 +105,11 @@ def test_launches_and_waits():
         assert launches(GreedyDiverse(64, mode=mode, **dpp), tokens, evidence) <= 20
     for options in OPTIONS:
         launches(GreedyDiverse((7, 64), **options), tokens, evidence)
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:2], ids=str)
+def test_compiles_as_one_graph(options):
+    assert_compiles(GreedyDiverse(5, **options))
 
 
 def test_what_does_not_fit_is_refused():

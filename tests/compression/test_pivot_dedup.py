@@ -6,6 +6,7 @@ import pytest
 import torch
 from compressor_checks import (
     BUDGETS,
+    assert_compiles,
     assert_exact_and_as_alone,
     assert_planes_go_along,
     assert_selects_with_gradients,
@@ -103,6 +104,11 @@ def test_launches_and_waits():
     assert launches(PivotDedup(64, pivots="score"), tokens, evidence) <= 75
     for options in OPTIONS:
         launches(PivotDedup((7, 64), **options), tokens, evidence)
+
+
+@pytest.mark.parametrize("options", (OPTIONS[0], OPTIONS[4]), ids=str)
+def test_compiles_as_one_graph(options):
+    assert_compiles(PivotDedup(9, **options))
 
 
 def test_what_does_not_fit_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compressor_checks import (
+    assert_compiles,
     assert_exact_and_as_alone,
     assert_planes_go_along,
     assert_selects_with_gradients,
@@ -97,6 +98,11 @@ def test_launches_and_waits():
     assert launches(TemporalDedup(0.3), tokens, evidence) <= 19  # published: 19 a video, 1 wait
     for options in OPTIONS[1:]:
         assert launches(TemporalDedup(0.6, **options), tokens, evidence) <= 32
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_compiles_as_one_graph(options):
+    assert_compiles(TemporalDedup(0.6, **options), VIDEOS)
 
 
 @pytest.mark.parametrize(

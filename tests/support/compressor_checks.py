@@ -60,3 +60,11 @@ def assert_selects_with_gradients(compressor, grids=GRIDS):
     out.x.sum().backward()
     assert x.grad[plan.keep].eq(1).all()
     assert x.grad.sum() == out.x.numel()
+
+
+def assert_compiles(compressor, grids=GRIDS):
+    """Compile it as one graph: no value of a tensor decides anything."""
+    tokens, evidence = pictures(grids)
+    torch.compiler.reset()
+    compiled, _ = torch.compile(compressor, fullgraph=True, backend="aot_eager")(tokens, evidence)
+    assert torch.equal(compiled.x, compressor(tokens, evidence)[0].x)
