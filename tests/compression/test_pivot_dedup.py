@@ -106,7 +106,7 @@ def test_launches_and_waits():
         launches(PivotDedup((7, 64), **options), tokens, evidence)
 
 
-@pytest.mark.parametrize("options", (OPTIONS[0], OPTIONS[4]), ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[4]], ids=str)
 def test_compiles_as_one_graph(options):
     assert_compiles(PivotDedup(9, **options))
 
