@@ -12,11 +12,26 @@ from torch import Tensor
 from fastmllm.compression.bipartite_merge import BipartiteMerge
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Compressor, Evidence, Probe
+from fastmllm.compression.dominant_contextual import DominantContextual
+from fastmllm.compression.greedy_diverse import GreedyDiverse
+from fastmllm.compression.pivot_dedup import PivotDedup
 from fastmllm.compression.pool import Pool
+from fastmllm.compression.temporal_dedup import TemporalDedup
 from fastmllm.compression.tokens import Plan, Tokens
 from fastmllm.compression.topk import TopK
 
-METHODS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Pool, TopK, BipartiteMerge)}
+METHODS: dict[str, type[Compressor]] = {
+    kind.name: kind
+    for kind in (
+        Pool,
+        TopK,
+        BipartiteMerge,
+        DominantContextual,
+        GreedyDiverse,
+        PivotDedup,
+        TemporalDedup,
+    )
+}
 
 __all__ = [
     "METHODS",
