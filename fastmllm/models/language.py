@@ -190,9 +190,11 @@ class LanguageModel(nn.Module):
             if deepstack is not None:
                 x = deepstack.add(x, index)
         x = self._cross(self.config.depth, x, media)
-        for one in passes:
-            if cache is not None and one.slots is not None:
-                cache.advance(one.slots, _next_positions(position_ids, one.slots, cache, reduction))
+        if cache is not None:
+            used = [one.slots for one in passes if one.slots is not None]
+            following = _next_positions(position_ids, used[-1], cache, reduction)
+            for slots in used:
+                cache.advance(slots, following)
         return self.model.norm(x)
 
     def _context(
