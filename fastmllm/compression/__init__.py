@@ -15,6 +15,7 @@ from fastmllm.compression.compressor import Compressor, Evidence, Probe
 from fastmllm.compression.dominant_contextual import DominantContextual
 from fastmllm.compression.greedy_diverse import GreedyDiverse
 from fastmllm.compression.pivot_dedup import PivotDedup
+from fastmllm.compression.placement import Placement
 from fastmllm.compression.pool import Pool
 from fastmllm.compression.temporal_dedup import TemporalDedup
 from fastmllm.compression.tokens import Plan, Tokens
@@ -38,6 +39,7 @@ __all__ = [
     "Budget",
     "Compressor",
     "Evidence",
+    "Placement",
     "Plan",
     "Probe",
     "Tokens",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastmllm.compression.compressor import Compressor
+from fastmllm.compression import Placement
 from fastmllm.kernels.splice_tokens import splice_tokens
 from fastmllm.models.checkpoint import Checkpoint, Layout, tie
 from fastmllm.models.continuation import Continuation
@@ -58,8 +58,8 @@ class MLLM(nn.Module):
 
     Attributes:
         packing: what `pack` does with pictures; None for a checkpoint of others, until one is set.
-        stages: (layer, compressor): what reduces the visual tokens in front of that layer of the language model, 0 the
-            first one. Images that layers look across to are not in the text and stay as they are.
+        placement: what reduces the visual tokens inside of the language model. Images that layers look across to are
+            not in the text and stay as they are.
     """
 
     def __init__(self, blueprint: Blueprint, raw: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ class MLLM(nn.Module):
         self.language: LanguageModel = blueprint.language
         self.placeholders, self.packing = blueprint.placeholders, blueprint.packing
         self.checkpoint = Checkpoint(dict(raw), blueprint.layout)
-        self.stages: tuple[tuple[int, Compressor], ...] = ()
+        self.placement = Placement()
 
     @classmethod
     def from_config(cls, config: MLLMConfig, seed: int = 0) -> MLLM:
@@ -239,13 +239,17 @@ class MLLM(nn.Module):
     def _reduction(self, inputs: Inputs) -> Reduction | None:
         """Return what `stages` do to this batch inside of the language model."""
         plan = inputs.plan
-        if not self.stages or inputs.images is None or not inputs.counts:
+        if self.placement.merge is not None or self.placement.connector is not None:
+            raise ValueError(
+                "MLLM: a published connector gets all tokens of its encoder; compress behind it: language:0"
+            )
+        if not self.placement.stages or inputs.images is None or not inputs.counts:
             return None
         labels = None if plan.labels is None else plan.labels.to(self.device)
         visual = VisualRows.of_batch(
             plan.visual_rows, inputs.counts, plan.cu_seqlens, plan.labels, self.device, inputs.grids
         )
-        return Reduction(self.stages, visual, labels)
+        return Reduction(self.placement.stages, visual, labels)
 
     def _media(self, visual: Visual | None, inputs: Inputs) -> Media:
         """Say what each row sees; without images every row sees nothing, as a row without one does beside others."""

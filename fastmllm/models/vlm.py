@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastmllm.compression import Compressor, compress
+from fastmllm.compression import Evidence, Placement, Tokens, compress
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.reduction import Reduction, VisualRows
+from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 from fastmllm.modules.projector import Projector
 
@@ -103,7 +104,8 @@ class VLM(nn.Module):
         tokenizer: of the language model; kept beside the weights so that a VLM can talk.
 
     Attributes:
-        stages: (layer, compressor): what reduces the visual tokens in front of that layer of the language model.
+        placement: what compresses visual tokens where, beside `config.compress`, which a placement at the connector or
+            inside of the encoder replaces.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class VLM(nn.Module):
         self.connector, self.language = connector, language
         self.config, self.tokenizer = config, tokenizer
         self.feature_cache: FeatureCache | None = None
-        self.stages: tuple[tuple[int, Compressor], ...] = ()
+        self.placement = Placement()
 
     @property
     def device(self) -> torch.device:
@@ -133,11 +135,6 @@ class VLM(nn.Module):
         """Encode uint8 (I, H, W, 3) into the full grid (I, N, Dv); without graph unless the encoder is trained."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vision):
             return self.vision(pixels.to(self.device))
-
-    def visual_tokens(self, features: Tensor, keep: int, method: str | None = None) -> Tensor:
-        """Compress encoder features (I, N, Dv) to `keep` tokens an image and project them: (I, keep, D)."""
-        tokens = compress(features, method or self.config.compress, keep=keep)
-        return self.connector(tokens.to(self.language.head_weight.dtype))
 
     def embed_batch(self, batch: Batch) -> Tensor:
         """Embed a packed batch (T,) and put the visual tokens at their placeholders: (T, D)."""
@@ -153,8 +150,8 @@ class VLM(nn.Module):
             # every rank runs the connector once a step, image or not: sharded parameters are gathered in step
             features = embeddings.new_zeros(1, 1, self.vision.width)
             return embeddings + 0.0 * self.connector(features).sum() if self.training else embeddings
-        tokens = self.visual_tokens(self._features(batch), keep=places // images)
-        return insert_features(embeddings, tokens.flatten(0, 1).to(embeddings.dtype), batch.image_index.to(self.device))
+        tokens = self._placed_tokens(batch, places // images)
+        return insert_features(embeddings, tokens.to(embeddings.dtype), batch.image_index.to(self.device))
 
     def start(self, batch: Batch, cache: KVCache | None = None) -> tuple[Tensor, Continuation]:
         """Run a packed batch: hidden states (T, D) after the final norm, and how its sequences go on."""
@@ -176,11 +173,11 @@ class VLM(nn.Module):
     def _reduction(self, batch: Batch) -> Reduction | None:
         """Return what `stages` do to this batch inside of the language model."""
         images = len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
-        if not self.stages or not images:
+        if not self.placement.stages or not images:
             return None
         seqlens = (batch.image_index.numel() // images,) * images
         visual = VisualRows.of_batch(batch.image_index, seqlens, batch.cu_seqlens, batch.labels, self.device)
-        return Reduction(self.stages, visual, batch.labels.to(self.device))
+        return Reduction(self.placement.stages, visual, batch.labels.to(self.device))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of a packed batch: the fp32 sum of cross-entropy over its target tokens."""
@@ -188,6 +185,36 @@ class VLM(nn.Module):
         hidden = self._decode(batch, None, reduction)
         labels = batch.labels.to(self.device) if reduction is None else reduction.labels
         return self.language.lm_head(hidden, labels, batch.num_targets)
+
+    def _placed_tokens(self, batch: Batch, keep: int) -> Tensor:
+        """Return (I * keep, D): the images' tokens as `placement` or the configuration compresses them, projected."""
+        merge, compressor = self.placement.merge, self.placement.connector
+        layer = None if compressor is None else compressor.layer
+        if compressor is not None and compressor.position != "renumber":
+            raise ValueError(
+                f"VLM: {compressor.name} at the connector: the text has one place a token, so positions are "
+                f"renumbered; position={compressor.position!r} is for language:0"
+            )
+        if merge is None and layer is None:
+            tokens = Tokens.of(self._features(batch))
+            probe = None
+        elif batch.pixels is None or not isinstance(self.vision, VisionTransformer):
+            raise ValueError(
+                "VLM: what looks into the encoder needs one with attention, and pixels, not cached features: "
+                f"{type(self.vision).__name__}, pixels {'given' if batch.pixels is not None else 'missing'}"
+            )
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vision):
+                tokens, probe = self.vision.encode(batch.pixels.to(self.device), probe_layer=layer, merge=merge)
+        if compressor is not None:
+            tokens, _ = compressor(tokens, Evidence(probe=probe))
+        elif merge is None:
+            tokens = compress(tokens, self.config.compress, keep=keep)
+        if len(tokens.x) != batch.image_index.numel():
+            raise ValueError(
+                f"VLM: the text has {keep} places for each image, but {tokens.seqlens[:4]} tokens are left of them"
+            )
+        return self.connector(tokens.x.to(self.language.head_weight.dtype))
 
     def _features(self, batch: Batch) -> Tensor:
         if batch.pixels is not None:

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fastmllm.compression import GreedyDiverse, TopK
+from fastmllm.compression import GreedyDiverse, Placement, TopK
 from fastmllm.infer.generate import generate
 from fastmllm.models.mllm import MLLM
 from tests.support.tiny_mllm import ACROSS, IMAGE, MODELS, alone, oracle
@@ -25,7 +25,7 @@ def models(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             oracle(name)[0].save_pretrained(folder)
             made[name] = MLLM.from_pretrained(folder)
-        made[name].stages = ()
+        made[name].placement = Placement()
         return made[name]
 
     return model
@@ -36,7 +36,7 @@ def test_half_of_the_tokens_go_and_a_sample_does_not_depend_on_its_neighbours(na
     model, batch = models(name), oracle(name)[1]
     labels = batch["input_ids"].masked_fill((batch["input_ids"] == IMAGE) | (batch["attention_mask"] == 0), -100)
     inputs = model.inputs({**batch, "labels": labels})
-    model.stages = ((0, GreedyDiverse(0.75)), (1, TopK(0.5, scorer="last_row")))
+    model.placement = Placement(stages=((0, GreedyDiverse(0.75)), (1, TopK(0.5, scorer="last_row"))))
     hidden, continuation = model.start(inputs)
     left = [int(int(n * 0.75 + 0.5) * 0.5 + 0.5) for n in inputs.counts]
     assert len(hidden) == len(inputs.plan.source) - sum(inputs.counts) + sum(left)
@@ -57,9 +57,9 @@ def test_generation_goes_on_behind_what_is_left(name, models):
     model, batch = models(name), oracle(name)[1]
     inputs = model.inputs(batch)
     plain = generate(model, inputs, max_new_tokens=4)
-    model.stages = ((1, TopK(1.0, scorer="last_row")),)
+    model.placement = Placement(stages=((1, TopK(1.0, scorer="last_row")),))
     assert generate(model, inputs, max_new_tokens=4) == plain
-    model.stages = ((0, GreedyDiverse(0.75)), (1, TopK(0.5, scorer="last_row")))
+    model.placement = Placement(stages=((0, GreedyDiverse(0.75)), (1, TopK(0.5, scorer="last_row"))))
     short = generate(model, inputs, max_new_tokens=4)
     assert short == [generate(model, model.inputs(alone(name, row)), max_new_tokens=4)[0] for row in range(2)]
 
@@ -69,5 +69,5 @@ def test_text_alone_passes_by(name, models):
     model = models(name)
     ids = torch.randint(10, 100, (2, 5))
     plain = model.logits(model.inputs({"input_ids": ids}))
-    model.stages = ((1, TopK(1, scorer="last_row")),)
+    model.placement = Placement(stages=((1, TopK(1, scorer="last_row")),))
     assert torch.equal(model.logits(model.inputs({"input_ids": ids})), plain)
