@@ -44,12 +44,24 @@ def _loss_flops(hidden, weight, labels, ignore_index, num_targets, reduce, hidde
     return 2 * kept * weight.numel() * (2 if hidden_grad else 1)
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
+def _gelu_mlp_flops(x, weight1, bias1, weight2, *args, **kwargs) -> int:
+    return 2 * x.numel() // x.shape[-1] * (weight1.numel() + weight2.numel())
+
+
+def _gelu_mlp_bwd_flops(grad, x, hidden, weight1, bias1, weight2, approximate, needs, **kwargs) -> int:
+    rows = grad.numel() // grad.shape[-1]
+    return 2 * rows * ((any(needs[:3]) + needs[3]) * weight2.numel() + (needs[0] + needs[1]) * weight1.numel())
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Return what the operators of fastmllm compute, by operator; each reads the tensors themselves."""
     table: dict[str, Callable[..., int]] = {
         "attention": _attention_flops,
         "attention_bwd": _attention_bwd_flops,
         "patch_embed": _patch_embed_flops,
         "patch_embed_bwd": _patch_embed_bwd_flops,
+        "gelu_mlp": _gelu_mlp_flops,
+        "gelu_mlp_bwd": _gelu_mlp_bwd_flops,
         "linear_cross_entropy": _loss_flops,
     }
     found: dict[Any, Callable[..., int]] = {}
@@ -63,7 +75,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 def count_flops(call: Callable[[], Any]) -> int:
     """Return the floating point operations of a call (a multiply-add is two), fastmllm's operators included."""
-    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         call()
     return int(counter.get_total_flops())
 
