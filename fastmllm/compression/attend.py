@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Mode, Position
 from fastmllm.compression.pool import pool_plane
-from fastmllm.compression.regrid import block_side, centres, grids_of, rebuild
+from fastmllm.compression.regrid import block_side, centres, grids_of, of_each, rebuild
 from fastmllm.compression.tokens import Plan, Tokens
 from fastmllm.compression.trained import Trained
 from fastmllm.modules.nested_queries import NestedQueries
@@ -109,7 +109,7 @@ class Attend(Trained):
         def pooled(plane: Tensor) -> Tensor:
             return pool_plane(plane, grids, out)
 
-        index = [centres(a, b) for a, b in zip(grids, out, strict=True)]
+        index = of_each(centres, grids, out)
         rest = Tokens(
             x=tokens.x, cu_seqlens=tokens.cu_seqlens, seqlens=tokens.seqlens, grid=grids, pos=tokens.pos,
             size=tokens.size, planes=planes,

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Mode, Position
 from fastmllm.compression.pool import pool_plane
-from fastmllm.compression.regrid import centres, grids_of, pooled_grid, rebuild
+from fastmllm.compression.regrid import centres, grids_of, of_each, pooled_grid, rebuild
 from fastmllm.compression.tokens import Grid, Plan, Tokens
 from fastmllm.compression.trained import Trained
 from fastmllm.modules.abstractor import CAbstractor
@@ -63,7 +62,7 @@ class ConvReduce(Trained):
             out = tuple(pooled_grid(self.name, g, k) for g, k in zip(grids, budgets, strict=True))
         return rebuild(
             tokens, self.body(tokens.x, grids, [g[1:] for g in out]), budgets,
-            [centres(a, b) for a, b in zip(grids, out, strict=True)], grid=out,
+            of_each(centres, grids, out), grid=out,
             mix=lambda plane: pool_plane(plane, grids, out),
         )  # fmt: skip
 
@@ -83,7 +82,7 @@ class _TwoStrides(nn.Module):
         done = []
         for part, (images, h, w) in zip(x.split([n * h * w for n, h, w in grid]), grid, strict=True):
             pixels = part.view(images, h, w, -1).permute(0, 3, 1, 2)  # channels last
-            y = F.conv2d(F.conv2d(pixels, self.conv1.weight, None, 2, 1), self.conv2.weight, None, 2, 1)
+            y = self.conv2(self.conv1(pixels))
             done.append(y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]))
         return torch.cat(done)
 

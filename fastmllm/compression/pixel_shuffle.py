@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Compressor, Evidence, Mode, Position
-from fastmllm.compression.regrid import block_side, blocks, centres, grids_of, rebuild
+from fastmllm.compression.regrid import block_side, blocks, centres, grids_of, of_each, rebuild
 from fastmllm.compression.tokens import Grid, Plan, Tokens
 from fastmllm.kernels.pixel_shuffle import ORDERS, pixel_shuffle
 
@@ -69,12 +69,11 @@ class PixelShuffle(Compressor):
             return pixel_shuffle(plane.reshape(len(plane), -1), grids, side, self.order, weight, bias, self.eps)
 
         out: tuple[Grid, ...] = tuple((t, h // side, w // side) for t, h, w in grids)
-        pairs = list(zip(grids, out, strict=True))
         if self.order == "merged":  # in the order of the blocks, each side^2 tokens
             index = [torch.arange(k) * side**2 + side // 2 * (side + 1) for k in budgets]
             assign = [torch.arange(n) // side**2 for n in tokens.seqlens]
         else:
-            index, assign = [centres(*pair) for pair in pairs], [blocks(*pair) for pair in pairs]
+            index, assign = of_each(centres, grids, out), of_each(blocks, grids, out)
         if self.order == "columns":
             index = [_turned(i, g) for i, g in zip(index, out, strict=True)]
             # row r, column c of the blocks stands at c * rows + r: a table of the old numbers, read at the new ones

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Compressor, Evidence, Mode, Position
-from fastmllm.compression.regrid import blocks, centres, grids_of, pooled_grid, rebuild
+from fastmllm.compression.regrid import blocks, centres, grids_of, of_each, pooled_grid, rebuild
 from fastmllm.compression.tokens import Grid, Plan, Tokens
 from fastmllm.kernels.token_pool import token_pool
 
@@ -49,15 +49,15 @@ class Pool(Compressor):
     def reduce(self, tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> tuple[Tokens, Plan | None]:
         grids = grids_of(self.name, tokens)
         out = tuple(pooled_grid(self.name, grid, k) for grid, k in zip(grids, budgets, strict=True))
-        pairs = list(zip(grids, out, strict=True))
 
         def pooled(plane: Tensor) -> Tensor:
             return pool_plane(plane, grids, out, self.interpolation)
 
-        apart = all(_apart(a, b, self.interpolation) for pair in pairs for a, b in zip(*pair, strict=True))
+        sides = {pair for a, b in zip(grids, out, strict=True) for pair in zip(a, b, strict=True)}
+        apart = all(_apart(n, k, self.interpolation) for n, k in sides)
         return rebuild(
-            tokens, pooled(tokens.x), budgets, [centres(*pair) for pair in pairs], grid=out, mix=pooled,
-            assign=[blocks(*pair) for pair in pairs] if apart else None,
+            tokens, pooled(tokens.x), budgets, of_each(centres, grids, out), grid=out, mix=pooled,
+            assign=of_each(blocks, grids, out) if apart else None,
         )  # fmt: skip
 
 

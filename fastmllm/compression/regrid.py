@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -65,18 +64,23 @@ def block_side(name: str, grids: Sequence[Grid], budgets: Sequence[int]) -> int:
     return sides[0] if sides else 1
 
 
-@lru_cache(maxsize=512)
+def of_each(place: Callable[[Grid, Grid], Tensor], grids: Sequence[Grid], out: Sequence[Grid]) -> list[Tensor]:
+    """Return `centres` or `blocks` of each image, made once for those that are alike."""
+    pairs = list(zip(grids, out, strict=True))
+    known = {pair: place(*pair) for pair in set(pairs)}
+    return [known[pair] for pair in pairs]
+
+
 def centres(grid: Grid, out: Grid) -> Tensor:
-    """Return the token in the middle of each window, (K,) int64 in its segment, on the host; to be read only."""
+    """Return the token in the middle of each window, (K,) int64 in its segment, on the host."""
     frames, rows, columns = grid
     row, column = ((2 * torch.arange(k) + 1) * n // (2 * k) for n, k in zip(grid[1:], out[1:], strict=True))
     place = row[:, None] * columns + column  # (h', w')
     return (torch.arange(frames)[:, None, None] * rows * columns + place).flatten()
 
 
-@lru_cache(maxsize=512)
 def blocks(grid: Grid, out: Grid) -> Tensor:
-    """Return the window that each token is in, (N,) int64, on the host; `out` divides `grid`. To be read only."""
+    """Return the window that each token is in, (N,) int64, on the host; `out` divides `grid`."""
     row, column = (torch.arange(n) // (n // k) for n, k in zip(grid[1:], out[1:], strict=True))
     place = row[:, None] * out[2] + column  # (h, w)
     return (torch.arange(grid[0])[:, None, None] * out[1] * out[2] + place).flatten()

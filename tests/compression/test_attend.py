@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_calls import device_calls
+from device_work import device_work
 
 from fastmllm.compression.attend import Attend
 from fastmllm.compression.tokens import Tokens
@@ -150,4 +150,4 @@ def test_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("design", OPTIONS)
 def test_never_waits(design):
-    assert device_calls(build(design), packed())
+    assert device_work(build(design), packed())

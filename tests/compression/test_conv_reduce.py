@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from device_calls import device_calls
+from device_work import device_work
 
 from fastmllm.compression.conv_reduce import ConvReduce
 from fastmllm.compression.tokens import Tokens
@@ -117,4 +117,4 @@ def test_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("design", OPTIONS)
 def test_never_waits(design):
-    assert device_calls(build(design), packed())
+    assert device_work(build(design), packed())

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from device_calls import device_calls
+from device_work import device_work
 from visual_tokens import pictures
 
 from fastmllm.compression.pool import Pool
@@ -98,5 +98,5 @@ def test_gradients():
 
 
 def test_launches_as_many_kernels_as_published_and_never_waits():
-    assert len(device_calls(Pool(4), Tokens.of(torch.randn(32, 16, 8)))) <= 2
-    assert len(device_calls(Pool((6, 4, 2)), pictures()[0])) <= 2
+    assert len(device_work(Pool(4), Tokens.of(torch.randn(32, 16, 8)))) <= 2
+    assert len(device_work(Pool((6, 4, 2)), pictures()[0])) <= 2

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 from fastmllm.compression.tokens import Tokens
 
 
-class DeviceCalls(TorchDispatchMode):
+class DeviceWork(TorchDispatchMode):
     """Record each operator that computes on meta tensors; `copies` are those from the host, none of them blocking."""
 
     def __init__(self):
@@ -33,14 +33,14 @@ class DeviceCalls(TorchDispatchMode):
         return result
 
 
-def device_calls(compressor, tokens: Tokens, evidence=None) -> list[str]:
+def device_work(compressor, tokens: Tokens, evidence=None) -> list[str]:
     """Return what the compressor computes on the device; a wait for a value raises."""
     meta = replace(tokens, **{
         name: getattr(tokens, name).to("meta") for name in ("x", "cu_seqlens", "pos", "size")
         if getattr(tokens, name) is not None
     }, planes=tuple(p.to("meta") for p in tokens.planes))  # fmt: skip
     compressor = compressor.to("meta")
-    with DeviceCalls() as calls:
+    with DeviceWork() as calls:
         out, _ = compressor(meta, evidence)
     assert out.x.device.type == "meta"
     return calls.calls
