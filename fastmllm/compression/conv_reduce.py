@@ -7,6 +7,7 @@ DeepSeek-OCR's encoder (arXiv 2510.18234).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -60,9 +61,11 @@ class ConvReduce(Trained):
             out = tuple(_sixteenth(g, k) for g, k in zip(grids, budgets, strict=True))
         else:
             out = tuple(pooled_grid(self.name, g, k) for g, k in zip(grids, budgets, strict=True))
+        sides = [(a[1:], b[1:]) for a, b in zip(grids, out, strict=True) for _ in range(a[0])]  # of each frame
+        runs = [(len(list(same)), *pair) for pair, same in groupby(sides)]
+        x = self.body(tokens.x, [(n, *side) for n, side, _ in runs], [side for *_, side in runs])
         return rebuild(
-            tokens, self.body(tokens.x, grids, [g[1:] for g in out]), budgets,
-            of_each(centres, grids, out), grid=out,
+            tokens, x, budgets, of_each(centres, grids, out), grid=out,
             mix=lambda plane: pool_plane(plane, grids, out),
         )  # fmt: skip
 

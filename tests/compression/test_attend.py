@@ -149,5 +149,8 @@ def test_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize("design", OPTIONS)
-def test_never_waits(design):
+def test_launches_no_more_for_more_images_and_never_waits(design):
+    two, six = (Tokens.of(torch.randn(images, 16, 8)) for images in (2, 6))
+    few = device_work(build(design, 4), two)
+    assert device_work(build(design, 4), six) == few
     assert device_work(build(design), packed())
