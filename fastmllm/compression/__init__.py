@@ -14,8 +14,12 @@ from fastmllm.compression.bipartite_merge import BipartiteMerge
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Compressor, Evidence, Probe
 from fastmllm.compression.conv_reduce import ConvReduce
+from fastmllm.compression.dominant_contextual import DominantContextual
+from fastmllm.compression.greedy_diverse import GreedyDiverse
+from fastmllm.compression.pivot_dedup import PivotDedup
 from fastmllm.compression.pixel_shuffle import PixelShuffle
 from fastmllm.compression.pool import Pool
+from fastmllm.compression.temporal_dedup import TemporalDedup
 from fastmllm.compression.tokens import Plan, Tokens
 from fastmllm.compression.topk import TopK
 
@@ -26,6 +30,10 @@ _KINDS: tuple[type[Compressor], ...] = (
     Attend,
     TopK,
     BipartiteMerge,
+    DominantContextual,
+    GreedyDiverse,
+    PivotDedup,
+    TemporalDedup,
 )
 METHODS: dict[str, type[Compressor]] = {kind.name: kind for kind in _KINDS}
 

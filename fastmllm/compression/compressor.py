@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmllm.compression.budget import Budget, tokens_to_keep
 from fastmllm.compression.tokens import Plan, Tokens, boundaries
+from fastmllm.kernels._triton import accumulator_dtype
 from fastmllm.kernels.attention_scores import attention_scores
 
 Position = Literal["keep", "renumber", "calibrate"]
@@ -54,6 +55,11 @@ class Probe:
         """Return the keys of the visual tokens, the mean over heads: (T, D) in the dtype of k."""
         keys = self.k if self.columns is None else self.k.index_select(0, self.columns)
         return keys.float().mean(1).to(keys.dtype)
+
+    def key_norms(self) -> Tensor:
+        """Return the L1 norm (T,) of each visual token's key, over all heads, fp32 or fp64."""
+        norms = self.k.flatten(1).norm(p=1, dim=1, dtype=accumulator_dtype(self.k.dtype))
+        return norms if self.columns is None else norms.index_select(0, self.columns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -123,6 +123,11 @@ class Plan:
     assign: Tensor | None = None
 
 
+def cumulative(seqlens: Sequence[int], device: torch.device) -> Tensor:
+    """Return cu_seqlens (S + 1,) int32, without waiting."""
+    return torch.tensor([0, *seqlens]).cumsum(0).to(device, torch.int32, non_blocking=True)
+
+
 def boundaries(seqlens: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cu_seqlens (S + 1,) int32 and the index of each token in its segment (T,) int64, without waiting."""
     cu_seqlens = torch.tensor([0, *seqlens]).cumsum(0)
