@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_work import device_work
+from device_work import assert_compiles, device_work
 
 from fastmllm.compression.attend import Attend
 from fastmllm.compression.tokens import Tokens
@@ -154,3 +154,8 @@ def test_launches_no_more_for_more_images_and_never_waits(design):
     few = device_work(build(design, 4), two)
     assert device_work(build(design, 4), six) == few
     assert device_work(build(design), packed())
+
+
+@pytest.mark.parametrize("design", OPTIONS)
+def test_compiles(design):
+    assert_compiles(build(design), packed())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from device_work import device_work
+from device_work import assert_compiles, device_work
 
 from fastmllm.compression.conv_reduce import ConvReduce
 from fastmllm.compression.tokens import Tokens
@@ -122,3 +122,8 @@ def test_launches_no_more_for_more_images_and_never_waits(design):
     few = device_work(build(design, keep), two)
     assert device_work(build(design, keep), six) == few
     assert device_work(build(design), packed())
+
+
+@pytest.mark.parametrize("design", OPTIONS)
+def test_compiles(design):
+    assert_compiles(build(design), packed())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from device_work import device_work
+from device_work import assert_compiles, device_work
 
 from fastmllm.compression import compress
 from fastmllm.compression.pixel_shuffle import PixelShuffle
@@ -142,3 +142,8 @@ def test_launches_fewer_kernels_than_published_and_never_waits():
     tokens = Tokens.of(torch.randn(13, 16, 8))
     module = PixelShuffle(1 / 4, norm="block", width=8)
     assert len(device_work(module, tokens)) <= 3  # the published shuffle and norm of 13 tiles
+
+
+@pytest.mark.parametrize("order", ["rows", "columns", "merged"])
+def test_compiles(order):
+    assert_compiles(PixelShuffle(1 / 4, order=order, norm="block", width=3), packed(dtype=torch.float32))

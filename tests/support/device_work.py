@@ -44,3 +44,11 @@ def device_work(compressor, tokens: Tokens, evidence=None) -> list[str]:
         out, _ = compressor(meta, evidence)
     assert out.x.device.type == "meta"
     return calls.calls
+
+
+def assert_compiles(compressor, tokens: Tokens) -> None:
+    """Check that it is one graph of `torch.compile`, with the same values."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: compressor(tokens.with_x(x))[0].x, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens.x), compressor(tokens)[0].x)
