@@ -9,30 +9,34 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from fastmllm.compression.attend import Attend
 from fastmllm.compression.bipartite_merge import BipartiteMerge
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Compressor, Evidence, Probe
+from fastmllm.compression.conv_reduce import ConvReduce
 from fastmllm.compression.dominant_contextual import DominantContextual
 from fastmllm.compression.greedy_diverse import GreedyDiverse
 from fastmllm.compression.pivot_dedup import PivotDedup
 from fastmllm.compression.placement import Placement
+from fastmllm.compression.pixel_shuffle import PixelShuffle
 from fastmllm.compression.pool import Pool
 from fastmllm.compression.temporal_dedup import TemporalDedup
 from fastmllm.compression.tokens import Plan, Tokens
 from fastmllm.compression.topk import TopK
 
-METHODS: dict[str, type[Compressor]] = {
-    kind.name: kind
-    for kind in (
-        Pool,
-        TopK,
-        BipartiteMerge,
-        DominantContextual,
-        GreedyDiverse,
-        PivotDedup,
-        TemporalDedup,
-    )
-}
+_KINDS: tuple[type[Compressor], ...] = (
+    PixelShuffle,
+    Pool,
+    ConvReduce,
+    Attend,
+    TopK,
+    BipartiteMerge,
+    DominantContextual,
+    GreedyDiverse,
+    PivotDedup,
+    TemporalDedup,
+)
+METHODS: dict[str, type[Compressor]] = {kind.name: kind for kind in _KINDS}
 
 __all__ = [
     "METHODS",

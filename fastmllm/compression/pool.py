@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Compressor, Evidence, Mode, Position
-from fastmllm.compression.tokens import Grid, Plan, Tokens, boundaries
+from fastmllm.compression.regrid import blocks, centres, grids_of, of_each, pooled_grid, rebuild
+from fastmllm.compression.tokens import Grid, Plan, Tokens
 from fastmllm.kernels.token_pool import token_pool
 
 
 class Pool(Compressor):
     """Pool every image's grid to K tokens, as much of the grid's own shape as the factors of K allow.
+
+    A pooling commutes with a linear layer: behind one it gives what it gives in front, for a K-th of the work. Where
+    windows do not overlap, the plan says in `assign` which one each token is in.
 
     Args:
         keep: K, a fraction, or one K an image; frames of a video are pooled each for itself, to K / frames.
@@ -43,48 +47,28 @@ class Pool(Compressor):
         return [Pool(k, interpolation=self.interpolation, position=self.position)(tokens)[0] for k in sizes]
 
     def reduce(self, tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> tuple[Tokens, Plan | None]:
-        if tokens.grid is None:
-            raise ValueError("pool: the tokens are no square grid, and none is given: Tokens.of(x, grids=...)")
-        out = [pooled_grid(grid, k) for grid, k in zip(tokens.grid, budgets, strict=True)]
-        x = token_pool(tokens.x, tokens.grid, size=[g[1:] for g in out], mode=self.interpolation)
-        centres = torch.cat([_centres(a, b) for a, b in zip(tokens.grid, out, strict=True)])
-        starts = torch.tensor([0, *tokens.seqlens[:-1]]).cumsum(0).repeat_interleave(torch.tensor(budgets))
-        keep = (centres + starts).to(x.device, non_blocking=True)
-        cu_seqlens = boundaries(budgets, x.device)[0]
-        mass = torch.cat([torch.full((k,), n / k) for n, k in zip(tokens.seqlens, budgets, strict=True)])
-        pooled = Tokens(
-            x=x, cu_seqlens=cu_seqlens, seqlens=budgets, grid=tuple(out), pos=tokens.pos.index_select(0, keep),
-            size=mass.to(x.device, non_blocking=True),
-            planes=tuple(
-                token_pool(plane, tokens.grid, size=[g[1:] for g in out], mode=self.interpolation)
-                if plane.is_floating_point() else plane.index_select(0, keep)
-                for plane in tokens.planes
-            ),
+        grids = grids_of(self.name, tokens)
+        out = tuple(pooled_grid(self.name, grid, k) for grid, k in zip(grids, budgets, strict=True))
+
+        def pooled(plane: Tensor) -> Tensor:
+            return pool_plane(plane, grids, out, self.interpolation)
+
+        sides = {pair for a, b in zip(grids, out, strict=True) for pair in zip(a, b, strict=True)}
+        apart = all(_apart(n, k, self.interpolation) for n, k in sides)
+        return rebuild(
+            tokens, pooled(tokens.x), budgets, of_each(centres, grids, out), grid=out, mix=pooled,
+            assign=of_each(blocks, grids, out) if apart else None,
         )  # fmt: skip
-        return pooled, Plan(keep=keep)
 
 
-def pooled_grid(grid: Grid, keep: int) -> Grid:
-    """Return the grid of `keep` tokens: of all factors that fit, those nearest to the shape of the grid.
-
-    Raises:
-        ValueError: no factors of K fit the rows and columns, or K is no multiple of the frames.
-    """
-    frames, rows, columns = grid
-    each, rest = divmod(keep, frames)
-    fits = [(r, each // r) for r in range(1, rows + 1) if each and each % r == 0 and each // r <= columns]
-    if rest or not fits:
-        raise ValueError(
-            f"pool: {keep} tokens do not form a grid within {frames} x {rows} x {columns}; take a product of two "
-            "numbers"
-        )
-    shape = min(fits, key=lambda s: max(s[0] * columns / (s[1] * rows), s[1] * rows / (s[0] * columns)))
-    return frames, *shape
+def pool_plane(plane: Tensor, grids: Sequence[Grid], out: Sequence[Grid], mode: str = "average") -> Tensor:
+    """Pool (T, ...) of the grids to (K, ...) of the grids `out`."""
+    flat = plane.reshape(len(plane), -1)
+    pooled = token_pool(flat, grids, size=[g[1:] for g in out], mode=mode)
+    return pooled.view(-1, *plane.shape[1:])
 
 
-def _centres(grid: Grid, pooled: Grid) -> torch.Tensor:
-    """Return the token in the middle of each pooled one's window, (K,) int64 in its segment."""
-    frames, rows, columns = grid
-    row, column = ((2 * torch.arange(k) + 1) * n // (2 * k) for n, k in zip(grid[1:], pooled[1:], strict=True))
-    place = row[:, None] * columns + column  # (h', w')
-    return (torch.arange(frames)[:, None, None] * rows * columns + place).flatten()
+def _apart(extent: int, count: int, interpolation: str) -> bool:
+    """Say whether each of `extent` tokens is in one of `count` outputs alone, with the weight of its neighbours."""
+    factor, rest = divmod(extent, count)
+    return not rest and (interpolation == "average" or factor <= 2)  # further apart, bilinear skips tokens

@@ -85,16 +85,17 @@ class CAbstractor(nn.Module):
         """Return the tokens that a grid of rows x columns becomes."""
         return self.side**2
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, size: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Abstract the tokens of all images.
 
         Args:
             x: (M, width_in) packed, row-major, or (I, N, width_in).
             grid: (h, w) or (t, h, w) of each image, on the host; None for (I, N, width_in) means a square, and one
                 entry that all images have it.
+            size: (h', w') that each entry of the grid becomes, on the host; None for side x side.
 
         Returns:
-            (I * side^2, width_out), or (I, side^2, width_out).
+            (I * side^2, width_out), or (I, side^2, width_out), or as many tokens as `size` says.
 
         Raises:
             ValueError: the grids do not fit the tokens.
@@ -107,8 +108,9 @@ class CAbstractor(nn.Module):
         y = y + position_resample(table, runs, mode="bilinear").to(y.dtype)
         for block in self.before:
             y = block(y, runs)
-        y = token_pool(y, runs, size=(self.side, self.side))
-        pooled = [(sum(n for n, _, _ in runs), self.side, self.side)]
+        size = [(self.side, self.side)] * len(runs) if size is None else size
+        y = token_pool(y, runs, size=size)
+        pooled = [(n, *target) for (n, _, _), target in zip(runs, size, strict=True)]
         for block in self.behind:
             y = block(y, pooled)
         y = self.fc2(F.silu(self.fc1(y)))

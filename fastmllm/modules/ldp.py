@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from fastmllm.kernels._runs import Grid, image_runs
@@ -35,23 +37,28 @@ class LDPv2(nn.Module):
         """Return the tokens that a grid of rows x columns becomes."""
         return (rows // self.pool) * (columns // self.pool)
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, size: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Project the tokens of all images.
 
         Args:
             x: (M, width_in) packed, row-major, or (I, N, width_in).
             grid: (h, w) or (t, h, w) of each image, on the host, multiples of `pool`; None for (I, N, width_in) means a
                 square, and one entry that all images have it.
+            size: (h', w') that each entry of the grid is averaged to, on the host; None for the blocks of `pool`.
 
         Returns:
-            (M / pool^2, width_out), or (I, N / pool^2, width_out).
+            (M / pool^2, width_out), or (I, N / pool^2, width_out), or as many tokens as `size` says.
 
         Raises:
             ValueError: the grids do not fit the tokens or the pool.
         """
         runs = image_runs("ldp_v2", x, grid)
-        if any(h % self.pool or w % self.pool for _, h, w in runs):
-            raise ValueError(f"LDPv2: grids {[run[1:] for run in runs]} must be multiples of pool {self.pool}")
-        y = token_pool(self.mlp(x).flatten(0, -2), runs, kernel_size=self.pool)
-        y = y + self.conv(y, [(n, h // self.pool, w // self.pool) for n, h, w in runs])
-        return y if x.dim() == 2 else y.view(x.shape[0], x.shape[1] // self.pool**2, y.shape[1])
+        if size is None:
+            if any(h % self.pool or w % self.pool for _, h, w in runs):
+                raise ValueError(f"LDPv2: grids {[run[1:] for run in runs]} must be multiples of pool {self.pool}")
+            size = [(h // self.pool, w // self.pool) for _, h, w in runs]
+        y = token_pool(self.mlp(x).flatten(0, -2), runs, size=size)
+        y = y + self.conv(y, [(n, *target) for (n, _, _), target in zip(runs, size, strict=True)])
+        if x.dim() == 2:
+            return y
+        return y.view(x.shape[0], y.shape[0] // x.shape[0] if x.shape[0] else size[0][0] * size[0][1], y.shape[1])

@@ -16,13 +16,9 @@ from fastmllm.modules.layer_norm import LayerNorm
 class _RegionNorm(LayerNorm):
     """A LayerNorm that puts the tokens of each region next to each other in the same pass."""
 
-    def __init__(self, width: int, eps: float, region: int) -> None:
-        super().__init__(width, eps)
-        self.region = region
-
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, region: int = 1) -> Tensor:
         """Normalise `x` (M, D) and reorder its rows: a region's, row by row, then the next one's."""
-        return pixel_shuffle(x, grid, self.region, "rows", self.weight, self.bias, self.eps).view(-1, x.shape[1])
+        return pixel_shuffle(x, grid, region, "rows", self.weight, self.bias, self.eps).view(-1, x.shape[1])
 
 
 class TokenPacker(nn.Module):
@@ -61,8 +57,8 @@ class TokenPacker(nn.Module):
         self.to_key = GeluMLP(levels * width_in, width, width_out=width)
         self.to_value = GeluMLP(levels * width_in, width, width_out=width)
         self.norm_query = LayerNorm(width, 1e-6)
-        self.norm_key = _RegionNorm(width, 1e-6, region)
-        self.norm_value = _RegionNorm(width, 1e-6, region)
+        self.norm_key = _RegionNorm(width, 1e-6)
+        self.norm_value = _RegionNorm(width, 1e-6)
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.proj = nn.Linear(width, width)
         self.mlp = GeluMLP(width, width_out, width_out=width_out)
@@ -75,7 +71,7 @@ class TokenPacker(nn.Module):
         """Return the tokens that a grid of rows x columns becomes."""
         return (rows // self.region) * (columns // self.region)
 
-    def forward(self, x: Tensor, fine: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, fine: Tensor, grid: Grid | None = None, region: int | None = None) -> Tensor:
         """Pack the tokens of all images.
 
         Args:
@@ -83,6 +79,7 @@ class TokenPacker(nn.Module):
             fine: (..., levels * width_in), the same tokens in several layers side by side.
             grid: (h, w) or (t, h, w) of each image, on the host, multiples of `region`; None for (I, N, width_in) means
                 a square, and one entry that all images have it.
+            region: side of a region in this call; None for the module's.
 
         Returns:
             (M / region^2, width_out), or (I, N / region^2, width_out).
@@ -92,14 +89,14 @@ class TokenPacker(nn.Module):
         """
         if x.shape[:-1] != fine.shape[:-1]:
             raise ValueError(f"TokenPacker: x {tuple(x.shape)} and fine {tuple(fine.shape)} differ in tokens")
-        runs, side = image_runs("token_packer", x, grid), self.region
+        runs, side = image_runs("token_packer", x, grid), self.region if region is None else region
         if any(h % side or w % side for _, h, w in runs):
             raise ValueError(f"TokenPacker: grids {[run[1:] for run in runs]} must be multiples of region {side}")
         coarse = token_pool(x.flatten(0, -2), runs, size=[(h // side, w // side) for _, h, w in runs], mode="bilinear")
         fine = fine.flatten(0, -2)
         q = self.q(self.norm_query(self.to_query(coarse))).view(-1, *self.heads)
-        k = self.k(self.norm_key(self.to_key(fine), runs)).view(-1, *self.heads)
-        v = self.v(self.norm_value(self.to_value(fine), runs)).view(-1, *self.heads)
+        k = self.k(self.norm_key(self.to_key(fine), runs, side)).view(-1, *self.heads)
+        v = self.v(self.norm_value(self.to_value(fine), runs, side)).view(-1, *self.heads)
         start = torch.arange(q.shape[0], dtype=torch.int32, device=q.device) * side**2
         y = cross_attention(q, k, v, start, start + side**2, max_seqlen_q=1, max_seqlen_k=side**2)
         y = self.mlp(self.proj(y.flatten(1)))

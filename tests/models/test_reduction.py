@@ -7,6 +7,7 @@ import torch
 
 from fastmllm.compression.bipartite_merge import BipartiteMerge
 from fastmllm.compression.pool import Pool
+from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.compression.topk import TopK
 from fastmllm.models.language import LanguageConfig, LanguageModel
 from fastmllm.models.reduction import Reduction, VisualRows
@@ -16,9 +17,9 @@ IMAGES = ((1, 6), (16, 4), (22, 5))  # first row, tokens
 VISIBLE = [row for first, n in IMAGES for row in range(first, first + n)]
 
 
-def language(dtype: torch.dtype = torch.float64, **options) -> LanguageModel:
+def language(dtype: torch.dtype = torch.float64, depth: int = 4, **options) -> LanguageModel:
     torch.manual_seed(3)
-    config = LanguageConfig(vocab_size=31, width=16, depth=4, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24,
+    config = LanguageConfig(vocab_size=31, width=16, depth=depth, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=24,
                             **options)  # fmt: skip
     model = LanguageModel(config).to(dtype)
     for parameter in model.parameters():
@@ -236,3 +237,15 @@ def test_what_does_not_fit_is_refused():
     slides = language(sliding_window=4)
     with pytest.raises(ValueError, match="full sliding window"):
         run(slides, x, positions, bounds, Reduction([(2, TopK(1))], visual))
+
+
+@pytest.mark.parametrize("name", [name for name, line in PUBLISHED.items() if line["at"].startswith("language")])
+def test_published_methods_run_inside_of_a_decoder(name):
+    model, (x, positions, bounds, visual) = language(depth=25), batch()
+    keep = (4, 2, 1) if "/" in PUBLISHED[name]["at"] else 2
+    options = {"share": 1} if name == "DART" else {}
+    reduction = Reduction(placement(name, keep, **options).stages, visual)
+    out = run(model, x, positions, bounds, reduction)
+    last = keep[-1] if isinstance(keep, tuple) else keep
+    assert reduction.visual.seqlens == (last,) * 3
+    assert len(out) == len(x) - len(VISIBLE) + 3 * last
