@@ -29,10 +29,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 from fastmllm.bench.meters import milliseconds, peak_bytes
 from fastmllm.bench.roofline import measure_rates, roofline_ms
 from fastmllm.compression import METHODS, Placement
+from fastmllm.data.images import load_image
 from fastmllm.data.sample import Sample
 from fastmllm.eval.controls import limited
 from fastmllm.eval.intervals import share
@@ -77,6 +79,25 @@ LINES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("SparseVLM's raters", "language:2", "topk", {"scorer": "text_rows"}),
     ("DART", "language:2", "pivot_dedup", {"pivots": "norm", "share": 2}),
 )
+
+
+class Whiten(nn.Module):
+    """Turn the features of a frozen encoder into uncorrelated ones of variance 1, as they lie over some pictures.
+
+    DINOv2's are so unevenly scaled that a connector learns from them ten times as slowly (docs/results.md, encoders).
+    """
+
+    def __init__(self, features: torch.Tensor) -> None:
+        super().__init__()
+        x = features.flatten(0, -2).double()  # (N, C)
+        values, vectors = torch.linalg.eigh(x.T.cov())
+        floor = values.mean() * 1e-3
+        matrix = vectors @ torch.diag((values + floor).rsqrt()) @ vectors.T
+        self.register_buffer("mean", x.mean(0).to(features.dtype))
+        self.register_buffer("matrix", matrix.to(features.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) @ self.matrix
 
 
 class Trial:
@@ -178,6 +199,14 @@ class Clock:
         return run
 
 
+def features(model: VLM, samples: list[Sample], count: int = 256) -> torch.Tensor:
+    """Encode some training pictures, the same ones each time."""
+    paths = sorted({s.image for s in samples if s.image})
+    pixels = torch.stack([load_image(path, SIZE) for path in paths[:: max(1, len(paths) // count)]])
+    with torch.inference_mode():
+        return torch.cat([model.vision(part) for part in pixels.split(32)]).clone()
+
+
 def trials(model: VLM) -> list[Trial]:
     """List the whole grid, every line at every K that it can make, and lower resolutions of as many tokens."""
     found = [Trial(model, "whole grid", "connector", "none", WHOLE, Placement(), SIZE)]
@@ -194,8 +223,9 @@ def trials(model: VLM) -> list[Trial]:
 def main() -> None:
     recipe = Recipe.load(ROOT / "recipes" / "emoji.yaml", [*BUDGET, *sys.argv[1:]])
     session = Session(recipe, ROOT / "out" / "compression")
-    session.train()
     model, splits = session.model, session.splits
+    model.connector = nn.Sequential(Whiten(features(model, splits.train["name"])), model.connector)
+    session.train()
     model.feature_cache = None
     asked = {task: limited(splits.eval[task], LIMIT) for task in TASKS}
     lines = trials(model)

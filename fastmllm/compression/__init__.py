@@ -17,8 +17,8 @@ from fastmllm.compression.conv_reduce import ConvReduce
 from fastmllm.compression.dominant_contextual import DominantContextual
 from fastmllm.compression.greedy_diverse import GreedyDiverse
 from fastmllm.compression.pivot_dedup import PivotDedup
-from fastmllm.compression.placement import Placement
 from fastmllm.compression.pixel_shuffle import PixelShuffle
+from fastmllm.compression.placement import Placement
 from fastmllm.compression.pool import Pool
 from fastmllm.compression.temporal_dedup import TemporalDedup
 from fastmllm.compression.tokens import Plan, Tokens
