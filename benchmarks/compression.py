@@ -49,8 +49,8 @@ ROOT = Path(__file__).parent.parent
 TASKS = ("name", "group", "exists")
 SIZE, WHOLE = 112, 64  # pixels on a side, tokens of the encoder
 BUDGET = (
-    "model.vision=dinov2_small", f"model.image_size={SIZE}", f"model.visual_tokens={WHOLE}", "stages.0.steps=100",
-    "stages.1.steps=60", "stages.0.batch_size=12", "stages.1.batch_size=12", f"stages.0.visual_tokens=[{WHOLE}]",
+    "model.vision=dinov2_small", f"model.image_size={SIZE}", f"model.visual_tokens={WHOLE}", "stages.0.steps=300",
+    "stages.1.steps=100", "stages.0.batch_size=16", "stages.1.batch_size=16", f"stages.0.visual_tokens=[{WHOLE}]",
     f"stages.1.visual_tokens=[{WHOLE}]", "data.train_scenes=0", "data.eval_scenes=0", "eval.gallery=0",
     "bench.image_sizes=[112]",
 )  # fmt: skip
@@ -58,22 +58,23 @@ KEEPS = (32, 16, 8, 4)
 ROUNDS = 9
 LIMIT = 60  # questions a task
 
-# name, place, method, options; a line is measured against `random` at its own place
+# name, place, method, options; a line is measured against `random` at its own place. The encoder ends at layer 10 of
+# 12, so that its last attention is layer -3
 LINES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("random", "connector", "topk", {"scorer": "random"}),
     ("even grid", "connector", "topk", {"scorer": "grid"}),
     ("pooling", "connector", "pool", {}),
     ("longest features", "connector", "topk", {"scorer": "norm"}),
-    ("FasterVLM", "connector", "topk", {"scorer": "cls_row", "layer": -1}),
-    ("received attention", "connector", "topk", {"scorer": "received", "layer": -1}),
+    ("FasterVLM", "connector", "topk", {"scorer": "cls_row", "layer": -3}),
+    ("received attention", "connector", "topk", {"scorer": "received", "layer": -3}),
     ("ToMe at the connector", "connector", "bipartite_merge", {}),
     ("ToMe in the encoder", "vision", "bipartite_merge", {}),
-    ("VisionZip", "connector", "dominant_contextual", {"contextual": 0.25, "layer": -1}),
-    ("VisionZip, faithful", "connector", "dominant_contextual", {"contextual": 0.25, "layer": -1, "mode": "faithful"}),
-    ("PruMerge+", "connector", "dominant_contextual", {"merge": "neighbours", "contextual": 0.5, "layer": -1}),
+    ("VisionZip", "connector", "dominant_contextual", {"contextual": 0.25, "layer": -3}),
+    ("VisionZip, faithful", "connector", "dominant_contextual", {"contextual": 0.25, "layer": -3, "mode": "faithful"}),
+    ("PruMerge+", "connector", "dominant_contextual", {"merge": "neighbours", "contextual": 0.5, "layer": -3}),
     ("DivPrune", "connector", "greedy_diverse", {"objective": "max_min"}),
-    ("SCOPE", "connector", "greedy_diverse", {"objective": "coverage", "relevance": "cls_row", "layer": -1}),
-    ("VisPruner", "connector", "pivot_dedup", {"pivots": "score", "share": 0.5, "layer": -1}),
+    ("SCOPE", "connector", "greedy_diverse", {"objective": "coverage", "relevance": "cls_row", "layer": -3}),
+    ("VisPruner", "connector", "pivot_dedup", {"pivots": "score", "share": 0.5, "layer": -3}),
     ("random in the decoder", "language:2", "topk", {"scorer": "random"}),
     ("FastV", "language:2", "topk", {"scorer": "last_row"}),
     ("SparseVLM's raters", "language:2", "topk", {"scorer": "text_rows"}),
@@ -91,7 +92,7 @@ class Whiten(nn.Module):
         super().__init__()
         x = features.flatten(0, -2).double()  # (N, C)
         values, vectors = torch.linalg.eigh(x.T.cov())
-        floor = values.mean() * 1e-3
+        floor = values.mean() * 0.1
         matrix = vectors @ torch.diag((values + floor).rsqrt()) @ vectors.T
         self.register_buffer("mean", x.mean(0).to(features.dtype))
         self.register_buffer("matrix", matrix.to(features.dtype))

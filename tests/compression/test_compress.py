@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmllm.compression import compress
+import fastmllm
+from fastmllm.compression import METHODS, compress
 
 ALONE = ("pool", "bipartite_merge")  # these need no evidence and no weights
 
@@ -68,3 +69,11 @@ def test_rejects_unknown_methods_and_shapes():
         compress(torch.randn(4, 4), "pool", keep=1)
     with pytest.raises(ValueError, match="no square grid"):
         compress(torch.randn(1, 6, 4), "pool", keep=2)
+
+
+def test_ten_methods_have_names_and_the_function_stands_on_top():
+    assert fastmllm.compress is compress
+    assert sorted(METHODS) == sorted((
+        "pixel_shuffle", "pool", "conv_reduce", "attend", "topk", "bipartite_merge", "dominant_contextual",
+        "greedy_diverse", "pivot_dedup", "temporal_dedup",
+    ))  # fmt: skip
