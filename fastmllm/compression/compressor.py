@@ -66,6 +66,13 @@ class Probe:
         return norms if self.columns is None else norms.index_select(0, self.columns)
 
 
+@dataclass(slots=True)
+class Watch:
+    """Where a layer that is asked to leaves its attention; an object, as ZeRO-3's hooks copy lists on their way in."""
+
+    probe: Probe | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
     """What a compressor may judge tokens by, beside their features. Nothing of it has a gradient.

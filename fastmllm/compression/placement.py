@@ -25,6 +25,11 @@ class Placement:
     connector: Compressor | None = None
     stages: tuple[tuple[int, Compressor], ...] = ()
 
+    @property
+    def compressors(self) -> list[Compressor]:
+        """All of them, the connector's first."""
+        return [*([] if self.connector is None else [self.connector]), *(compressor for _, compressor in self.stages)]
+
     @classmethod
     def of(cls, at: str, method: type[Compressor], keep: Budget | Sequence[float], **options: Any) -> Placement:
         """Build a placement from one line of configuration.

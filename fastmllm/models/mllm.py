@@ -58,8 +58,6 @@ class MLLM(nn.Module):
 
     Attributes:
         packing: what `pack` does with pictures; None for a checkpoint of others, until one is set.
-        placement: what reduces the visual tokens inside of the language model. Images that layers look across to are
-            not in the text and stay as they are.
     """
 
     def __init__(self, blueprint: Blueprint, raw: Mapping[str, Any]) -> None:
@@ -68,7 +66,25 @@ class MLLM(nn.Module):
         self.language: LanguageModel = blueprint.language
         self.placeholders, self.packing = blueprint.placeholders, blueprint.packing
         self.checkpoint = Checkpoint(dict(raw), blueprint.layout)
-        self.placement = Placement()
+        self._placement = Placement()
+
+    @property
+    def placement(self) -> Placement:
+        """What reduces visual tokens inside of the language model.
+
+        Images that layers look across to are not in the text and stay as they are.
+        """
+        return self._placement
+
+    @placement.setter
+    def placement(self, placement: Placement) -> None:
+        if placement.merge is not None or placement.connector is not None:
+            raise ValueError(
+                "MLLM: a published connector gets all tokens of its encoder; compress behind it: language:0"
+            )
+        if any(True for compressor in placement.compressors for _ in compressor.parameters()):
+            raise ValueError("MLLM: a compressor with weights has no place in a published checkpoint")
+        self._placement = placement
 
     @classmethod
     def from_config(cls, config: MLLMConfig, seed: int = 0) -> MLLM:

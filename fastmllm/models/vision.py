@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmllm.compression.bipartite_merge import Merger
 from fastmllm.compression.budget import Budget, tokens_to_keep
-from fastmllm.compression.compressor import Probe
+from fastmllm.compression.compressor import Probe, Watch
 from fastmllm.compression.selection import take
 from fastmllm.compression.tokens import Tokens, boundaries, segments
 from fastmllm.kernels.attention import attention
@@ -133,10 +133,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.width) if config.qk_norm else None
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seen: list[Probe] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, watch: Watch | None = None) -> Tensor:
         y, probe = self.observed(x, cu_seqlens, max_seqlen)
-        if seen is not None:
-            seen.append(probe)
+        if watch is not None:
+            watch.probe = probe
         return y
 
     def observed(
@@ -179,17 +179,17 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, branch: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor, max_seqlen: int,
-        seen: list[Probe] | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Run the block on x + scale * branch; return its residual stream, last branch and scale, not yet added.
 
-        Its attention is added to `seen`.
+        Its attention is left in `watch`.
         """
         if branch is None:
             y = self.norm1(x)
         else:
             y, x = self.norm1.add(branch, x, scale)
-        y, x = self.norm2.add(self.attn(y, cu_seqlens, max_seqlen, seen), x, self.scale1)
+        y, x = self.norm2.add(self.attn(y, cu_seqlens, max_seqlen, watch), x, self.scale1)
         return x, self.mlp(y), self.scale2
 
     def merge(
@@ -216,11 +216,11 @@ class PostNormBlock(nn.Module):
 
     def forward(
         self, x: Tensor, branch: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor, max_seqlen: int,
-        seen: list[Probe] | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
         """As `Block.forward`."""
         x = _settle(x, branch, scale)
-        x = x + self.norm1(self.attn(x, cu_seqlens, max_seqlen, seen))
+        x = x + self.norm1(self.attn(x, cu_seqlens, max_seqlen, watch))
         return x, self.norm2(self.mlp(x)), None
 
 
@@ -362,11 +362,11 @@ class VisionTransformer(Encoder):
                     f"VisionTransformer: the attention of layer {probe_layer} does not run, {len(self.blocks)} of "
                     f"{self.config.depth} blocks do"
                 )
-        seen: list[Probe] = []
-        y = self._encode(x, cu_seqlens, longest, block, seen)
+        watch = Watch()
+        y = self._encode(x, cu_seqlens, longest, block, watch)
         patches = _patch_rows(plain.seqlens, lead, y.device)
         tokens = plain.with_x(y if patches is None else y.index_select(0, patches))
-        return tokens, replace(seen[0], columns=patches) if seen else None
+        return tokens, None if watch.probe is None else replace(watch.probe, columns=patches)
 
     def _merged(
         self, x: Tensor, cu_seqlens: Tensor, plain: Tokens, merge: Budget, lead: int, probe_layer: int | None
@@ -435,11 +435,11 @@ class VisionTransformer(Encoder):
 
     def _encode(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, probed: int | None = None,
-        seen: list[Probe] | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:  # fmt: skip
         """Run the blocks on packed embeddings (T, D); return the wanted hidden states (T, D * layers).
 
-        The attention of block `probed` is added to `seen`.
+        The attention of block `probed` is left in `watch`.
         """
         wanted = self.config.layers
         x = x if self.pre_norm is None else self.pre_norm(x)
@@ -449,7 +449,7 @@ class VisionTransformer(Encoder):
             if index in wanted:
                 x, branch, scale = _settle(x, branch, scale), None, None
                 kept[index] = x
-            x, branch, scale = block(x, branch, scale, cu_seqlens, max_seqlen, seen if index == probed else None)
+            x, branch, scale = block(x, branch, scale, cu_seqlens, max_seqlen, watch if index == probed else None)
         if self.norm is not None:
             return self.norm(x) if branch is None else self.norm.add(branch, x, scale)[0]
         kept[len(self.blocks)] = _settle(x, branch, scale)

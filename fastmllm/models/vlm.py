@@ -102,10 +102,6 @@ class VLM(nn.Module):
         language: decoder over packed embeddings.
         config: sizes and defaults.
         tokenizer: of the language model; kept beside the weights so that a VLM can talk.
-
-    Attributes:
-        placement: what compresses visual tokens where, beside `config.compress`, which a placement at the connector or
-            inside of the encoder replaces.
     """
 
     def __init__(
@@ -121,7 +117,24 @@ class VLM(nn.Module):
         self.connector, self.language = connector, language
         self.config, self.tokenizer = config, tokenizer
         self.feature_cache: FeatureCache | None = None
-        self.placement = Placement()
+        self.compressors = nn.ModuleList()  # of the placement, so that those with weights learn and are saved
+        self._placement = Placement()
+
+    @property
+    def placement(self) -> Placement:
+        """What compresses visual tokens where, beside `config.compress`, which one in front of the decoder replaces."""
+        return self._placement
+
+    @placement.setter
+    def placement(self, placement: Placement) -> None:
+        connector = placement.connector
+        if connector is not None and connector.position != "renumber":
+            raise ValueError(
+                f"VLM: {connector.name} at the connector: the text has one place a token, so positions are renumbered; "
+                f"position={connector.position!r} is for language:0"
+            )
+        self._placement = placement
+        self.compressors = nn.ModuleList(placement.compressors)
 
     @property
     def device(self) -> torch.device:
@@ -190,11 +203,6 @@ class VLM(nn.Module):
         """Return (I * keep, D): the images' tokens as `placement` or the configuration compresses them, projected."""
         merge, compressor = self.placement.merge, self.placement.connector
         layer = None if compressor is None else compressor.layer
-        if compressor is not None and compressor.position != "renumber":
-            raise ValueError(
-                f"VLM: {compressor.name} at the connector: the text has one place a token, so positions are "
-                f"renumbered; position={compressor.position!r} is for language:0"
-            )
         if merge is None and layer is None:
             tokens = Tokens.of(self._features(batch))
             probe = None

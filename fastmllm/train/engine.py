@@ -221,6 +221,7 @@ class Engine:
         self.optimizer = torch.optim.AdamW(optimizer_groups, fused=True)
         self._same_start()
         self._linear = nn.functional.linear
+        self._stack = len(importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK)
         with warnings.catch_warnings(), _without_broadcast():
             warnings.simplefilter("ignore")
             self._engine, *_ = deepspeed.initialize(
@@ -340,7 +341,7 @@ class Engine:
         else:  # trainable parameters are views of one flat buffer
             values = [param.detach().clone() if param.requires_grad else param.detach() for param in params]
         self._engine.destroy()
-        nn.functional.linear = self._linear  # stage 3 replaces it for the whole process
+        self._restore_process()
         for (param, keys), value in zip(self._param_keys, values, strict=True):
             param.grad = None
             param.data = value
@@ -361,7 +362,12 @@ class Engine:
                 self.close()
             else:
                 self._engine.destroy()
+        self._restore_process()
+
+    def _restore_process(self) -> None:
+        """Undo what stage 3 does to the whole process: it replaces F.linear, and never forgets a model."""
         nn.functional.linear = self._linear
+        del importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK[self._stack :]
 
 
 def create_engine(

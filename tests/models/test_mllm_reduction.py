@@ -64,6 +64,13 @@ def test_generation_goes_on_behind_what_is_left(name, models):
     assert short == [generate(model, model.inputs(alone(name, row)), max_new_tokens=4)[0] for row in range(2)]
 
 
+def test_what_a_published_model_has_no_place_for_is_refused(models):
+    model = models("llava")
+    for placement in (Placement(merge=4), Placement(connector=TopK(4))):
+        with pytest.raises(ValueError, match="compress behind it: language:0"):
+            model.placement = placement
+
+
 @pytest.mark.parametrize("name", SPLICED[:2])
 def test_text_alone_passes_by(name, models):
     model = models(name)
