@@ -249,3 +249,16 @@ def test_published_methods_run_inside_of_a_decoder(name):
     last = keep[-1] if isinstance(keep, tuple) else keep
     assert reduction.visual.seqlens == (last,) * 3
     assert len(out) == len(x) - len(VISIBLE) + 3 * last
+
+
+def test_compiles_whole():
+    model, (x, positions, bounds, visual) = language(), batch()
+
+    def call(x, positions, bounds):
+        reduction = Reduction([(1, BipartiteMerge(4)), (2, TopK(3, scorer="last_row"))], visual)
+        return model(x, positions, bounds, max(COUNTS), None, reduction=reduction), reduction.rows
+
+    want = call(x, positions, bounds)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(x, positions, bounds)
+    torch.testing.assert_close(got[0], want[0])
+    assert torch.equal(got[1], want[1])
