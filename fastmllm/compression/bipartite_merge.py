@@ -79,7 +79,8 @@ class Merger:
         )
         before = self.seqlens
         self.seqlens = tuple(n - r for n, r in zip(before, merges, strict=True))
-        self.size, self.log_size, self.cu_seqlens = merged.size, merged.log_size, merged.cu_seqlens
+        self.size, self.log_size = merged.size.detach(), merged.log_size.detach()
+        self.cu_seqlens = merged.cu_seqlens
         self.standing = _standing(before, merged.destination, sum(self.seqlens))
         self.assign = merged.destination.index_select(0, self.assign)
         self.keep = self.keep.index_select(0, self.standing)

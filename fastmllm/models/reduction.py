@@ -165,7 +165,7 @@ class Reduction:
         if kept.size is not None:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             bias = x.new_zeros(len(x), dtype=wide) if self.key_bias is None else self.key_bias
-            self.key_bias = bias.index_copy(0, stands, kept.size.to(wide).log()).index_select(0, rows)
+            self.key_bias = bias.index_copy(0, stands, kept.size.detach().to(wide).log()).index_select(0, rows)
         self._follow(stands, kept.seqlens, rows, mark, left)
         if compressor.position == "renumber":
             self.positions_taken = left
