@@ -445,7 +445,7 @@ def token_merge(
             max_seqlen = int(cu_seqlens.diff().max()) if segments else 0
     counts = [r] * max(segments, 1) if isinstance(r, int) else [int(value) for value in r]
     lengths = [max_seqlen] * len(counts)
-    if cu_seqlens is not None and not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         lengths = _lengths(cu_seqlens, x.shape[0], max_seqlen) or lengths
     for length, count in zip(lengths, counts, strict=False):
         if not 0 <= count <= max(length - protected, 0) // 2:

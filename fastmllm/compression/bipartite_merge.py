@@ -100,9 +100,7 @@ class Merger:
 
 def _standing(seqlens: tuple[int, ...], destination: Tensor, total: int) -> Tensor:
     """Return (K,) the token that each row of a round's result stands at: its odd member, or the even one left alone."""
-    index = boundaries(seqlens, destination.device)[1]
-    rows = torch.arange(len(destination), device=destination.device)
-    standing = destination.new_full((total + 1,), -1)  # the last row takes what is not meant
-    for odd in (0, 1):
-        standing.scatter_(0, torch.where(index % 2 == odd, destination, total), rows)
-    return standing[:-1]
+    index = boundaries(seqlens, torch.device("cpu"))[1]
+    key = index % 2 * len(index) + torch.arange(len(index))  # an odd member goes before all even ones
+    key = key.to(destination.device, non_blocking=True)
+    return destination.new_zeros(total).scatter_reduce(0, destination, key, "amax") % len(index)

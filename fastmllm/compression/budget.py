@@ -25,6 +25,8 @@ def tokens_to_keep(name: str, keep: Budget, seqlens: Sequence[int]) -> tuple[int
             raise ValueError(f"{name}: keep {keep} is a fraction and must lie in 0..1, above 0")
         return tuple(max(1, int(keep * n + 0.5)) for n in seqlens)
     budgets = (keep,) * len(seqlens) if isinstance(keep, int) else tuple(keep)
+    if any(isinstance(k, bool) or not hasattr(k, "__index__") for k in budgets):
+        raise ValueError(f"{name}: keep {budgets[:8]} must be numbers of tokens")
     if len(budgets) != len(seqlens):
         raise ValueError(f"{name}: {len(budgets)} budgets for {len(seqlens)} images")
     for image, (k, n) in enumerate(zip(budgets, seqlens, strict=True)):

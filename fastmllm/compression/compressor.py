@@ -30,8 +30,9 @@ class Probe:
         columns: (T,) int64 rows of `k` that the visual tokens are, or None: all.
         causal: as in that attention.
         softmax_scale: as in that attention.
-        text: (S,) int32 first row and the one behind the last of each segment's text, for scores by text.
-        prompt: (S,) int32 row behind each prompt's last one, whose attention is "the last"; None: the segment's end.
+        cls_token: whether the first row of each segment is a class token.
+        asking: (T',) weights of the rows that count as the last ones; None: each segment's last row.
+        text: (T',) weights of the rows of text, for scores by text.
         key_bias: (N',) as in that attention.
     """
 
@@ -43,15 +44,31 @@ class Probe:
     columns: Tensor | None = None
     causal: bool = False
     softmax_scale: float | None = None
-    text: tuple[Tensor, Tensor] | None = None
-    prompt: Tensor | None = None
+    cls_token: bool = False
+    asking: Tensor | None = None
+    text: Tensor | None = None
     key_bias: Tensor | None = None
 
-    def received(self, rows: str | tuple[Tensor, Tensor] = "all", reduce: str = "mean") -> Tensor:
-        """Return the attention (T,) fp32 that each visual token receives (`attention_scores`)."""
+    def received(self, rows: str = "all", reduce: str = "mean", weight: Tensor | None = None) -> Tensor:
+        """Return the attention (T,) fp32 that each visual token receives (`attention_scores`).
+
+        Args:
+            rows: from "all" rows, the "first" or the "last" one of each segment.
+            reduce: over the heads.
+            weight: (T',) of the rows, whose sum it then is; None: their mean.
+
+        Raises:
+            ValueError: the first row's attention, where it is no class token.
+        """
+        if rows == "first" and not self.cls_token:
+            raise ValueError(
+                "Probe: there is no class token, so the first row's attention says nothing: take the scorer "
+                "'received', or in a language model 'last_row' (Probe(cls_token=True) where there is one)"
+            )
+        weight = None if weight is None else weight.to(self.lse.dtype)
         scores = attention_scores(
             self.q, self.k, self.lse, self.cu_seqlens, max_seqlen_k=self.max_seqlen, causal=self.causal,
-            softmax_scale=self.softmax_scale, reduce=reduce, rows=rows, key_bias=self.key_bias,
+            softmax_scale=self.softmax_scale, reduce=reduce, rows=rows, row_weight=weight, key_bias=self.key_bias,
         )  # fmt: skip
         return scores if self.columns is None else scores.index_select(0, self.columns)
 
@@ -81,11 +98,13 @@ class Evidence:
         probe: of the attention layer that the compressor names in `layer`.
         relevance: (T,) at least 0, e.g. similarity with the prompt.
         scores: (T,) made elsewhere, for the scorer "external".
+        seed: of the scorer "random".
     """
 
     probe: Probe | None = None
     relevance: Tensor | None = None
     scores: Tensor | None = None
+    seed: int = 0
 
 
 class Compressor(nn.Module):
@@ -115,12 +134,15 @@ class Compressor(nn.Module):
         """The layer whose attention it needs a probe of, -1 the last one; None: none."""
         return None
 
-    def forward(self, tokens: Tokens, evidence: Evidence | None = None) -> tuple[Tokens, Plan | None]:
+    def forward(
+        self, tokens: Tokens, evidence: Evidence | None = None, budgets: tuple[int, ...] | None = None
+    ) -> tuple[Tokens, Plan | None]:
         """Compress.
 
         Args:
             tokens: of all images.
             evidence: what the scores are made of.
+            budgets: K of each image, instead of `keep`.
 
         Returns:
             The tokens left, and where they came from; None where each is a mixture of all or nothing was done.
@@ -128,7 +150,7 @@ class Compressor(nn.Module):
         Raises:
             ValueError: a budget that does not fit the images, or evidence that is missing.
         """
-        budgets = tokens_to_keep(self.name, self.keep, tokens.seqlens)
+        budgets = tokens_to_keep(self.name, self.keep if budgets is None else budgets, tokens.seqlens)
         if budgets == tokens.seqlens:
             return tokens, None
         out, plan = self.reduce(tokens, evidence or Evidence(), budgets)

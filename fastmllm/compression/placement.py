@@ -37,8 +37,8 @@ class Placement:
         Args:
             at: "vision", "connector", "language:2", or several layers "language:8/16/24".
             method: the compressor's class, a value of `METHODS`; inside of the encoder `BipartiteMerge` alone.
-            keep: K, a fraction or one K an image; with several layers one number or fraction each, of the tokens that
-                came in at the first.
+            keep: K, a fraction or one K an image; with several layers one number or fraction each, of the tokens in
+                front of the first.
             options: of the class. Inside of the language model `layer` is not taken: it is the layer in front.
 
         Raises:
@@ -46,8 +46,11 @@ class Placement:
         """
         build: Callable[..., Compressor] = method
         if at == "vision":
-            if method.name != "bipartite_merge":
-                raise ValueError(f"Placement: inside of the encoder tokens merge: bipartite_merge, not {method.name}")
+            if method.name != "bipartite_merge" or options not in ({}, {"metric": "keys"}):
+                raise ValueError(
+                    "Placement: inside of the encoder tokens merge by their keys: bipartite_merge without options, not "
+                    f"{method.name} with {options}"
+                )
             return cls(merge=keep)  # type: ignore[arg-type]
         if at == "connector":
             return cls(connector=build(keep, **{"position": "renumber", **options}))
@@ -58,9 +61,7 @@ class Placement:
         budgets = [keep] if len(layers) == 1 else list(keep) if isinstance(keep, Sequence) else []
         if len(budgets) != len(layers):
             raise ValueError(f"Placement: {at} needs {len(layers)} budgets, got {keep!r}")
-        before, stages = 1.0, []
-        for layer, budget in zip(layers, budgets, strict=True):
-            share = budget / before if isinstance(budget, float) else budget
-            before = budget if isinstance(budget, float) else before
-            stages.append((layer, build(share, **options)))
-        return cls(stages=tuple(stages))
+        stages = tuple((layer, build(budget, **options)) for layer, budget in zip(layers, budgets, strict=True))
+        if stages[0][1].layer is not None and not layers[0]:
+            raise ValueError(f"Placement: {method.name} judges by attention, and in front of layer 0 there is none")
+        return cls(stages=stages)

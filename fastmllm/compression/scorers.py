@@ -30,17 +30,17 @@ def received(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Te
 
 
 def last_row(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Tensor:
-    """Attention of each prompt's last token in a language model (FastV, arXiv 2403.06764)."""
+    """Attention of each question's last token in a language model (FastV, arXiv 2403.06764)."""
     probe = _probe("last_row", evidence)
-    return probe.received("last" if probe.prompt is None else (probe.prompt - 1, probe.prompt))
+    return probe.received("last") if probe.asking is None else probe.received(weight=probe.asking)
 
 
 def text_rows(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Tensor:
-    """Attention of each sequence's text rows in a language model, their mean (SparseVLM's raters, arXiv 2410.04417)."""
+    """Attention of the rows of text in a language model, their sum (SparseVLM's raters, arXiv 2410.04417)."""
     probe = _probe("text_rows", evidence)
     if probe.text is None:
-        raise ValueError("topk: scorer 'text_rows' needs a probe that names the text rows: Probe(text=...)")
-    return probe.received(probe.text)
+        raise ValueError("topk: scorer 'text_rows' needs a probe that names the rows of text: Probe(text=...)")
+    return probe.received(weight=probe.text)
 
 
 def norm(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Tensor:
@@ -56,8 +56,9 @@ def external(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Te
 
 
 def random(tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> Tensor:
-    """A draw that depends on the length of the image alone: the same alone and in a batch. The mandatory baseline."""
-    drawn = {n: torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in set(tokens.seqlens)}
+    """A draw by the length of the image and the seed: the same alone and in a batch. The mandatory baseline."""
+    seed = evidence.seed << 32
+    drawn = {n: torch.rand(n, generator=torch.Generator().manual_seed(seed + n)) for n in set(tokens.seqlens)}
     return torch.cat([drawn[n] for n in tokens.seqlens]).to(tokens.x.device, non_blocking=True)
 
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastmllm.compression.budget import Budget
 from fastmllm.compression.compressor import Compressor, Evidence, Mode, Position
@@ -105,7 +104,9 @@ class TemporalDedup(Compressor):
         to, alone = (torch.cat(t).to(tokens.x.device, non_blocking=True) for t in (index, whole))
         x = tokens.x.detach()
         x = x.to(accumulator_dtype(x.dtype))
-        cosine = F.cosine_similarity(x, x.index_select(0, to), dim=1)
+        norm = x.norm(dim=1).clamp(min=1e-8)
+        # F.cosine_similarity writes both sides normalised first, which takes ten times as long
+        cosine = (x * x.index_select(0, to)).sum(1) / (norm * norm.index_select(0, to))
         change = 1 - cosine if self.compare == "previous" else -cosine
         return change.masked_fill(alone, torch.inf)
 

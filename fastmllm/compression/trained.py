@@ -33,8 +33,10 @@ class Trained(Compressor):
         if min(self.width, self.width_out) < 1:
             raise ValueError(f"{self.name}: widths must be >= 1, got {self.width} and {self.width_out}")
 
-    def forward(self, tokens: Tokens, evidence: Evidence | None = None) -> tuple[Tokens, Plan | None]:
-        budgets = tokens_to_keep(self.name, self.keep, tokens.seqlens)
+    def forward(
+        self, tokens: Tokens, evidence: Evidence | None = None, budgets: tuple[int, ...] | None = None
+    ) -> tuple[Tokens, Plan | None]:
+        budgets = tokens_to_keep(self.name, self.keep if budgets is None else budgets, tokens.seqlens)
         if tokens.x.shape[1] != self.width:
             raise ValueError(f"{self.name}: tokens of width {tokens.x.shape[1]}, but its weights are for {self.width}")
         if self.width_out != self.width and any(k == n for k, n in zip(budgets, tokens.seqlens, strict=True)):
@@ -42,7 +44,7 @@ class Trained(Compressor):
                 f"{self.name}: budgets {budgets[:4]} of {tokens.seqlens[:4]} tokens: an image that keeps all of them "
                 f"stays as it is, {self.width} wide, but the others become {self.width_out}: keep fewer"
             )
-        return super().forward(tokens, evidence)
+        return super().forward(tokens, evidence, budgets)
 
     def reduce(self, tokens: Tokens, evidence: Evidence, budgets: tuple[int, ...]) -> tuple[Tokens, Plan | None]:
         whole = [k == n for k, n in zip(budgets, tokens.seqlens, strict=True)]

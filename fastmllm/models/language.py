@@ -5,16 +5,17 @@ Layers that look at images can be inserted before, inside and behind the decoder
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastmllm.compression.tokens import segments
 from fastmllm.kernels.cross_attention import segment_ranges
 from fastmllm.models.decoder import DecoderLayer, LanguageConfig, Pass
-from fastmllm.models.kv_cache import CacheSlots, KVCache
+from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.reduction import Reduction
 from fastmllm.models.rope import rope_frequencies, rope_tables
@@ -165,23 +166,28 @@ class LanguageModel(nn.Module):
                 f"{self.config.depth}"
             )
         passes: list[Pass] = []
+        counts: Sequence[int] | None = None if reduction is None else reduction.visual.counts
+        if cache is not None and counts is None:
+            # one token a sequence needs no look at the device; otherwise the lengths are read back once a call
+            counts = [1] * (len(cu_seqlens) - 1) if max_seqlen == 1 else cu_seqlens.diff().tolist()
+        following = None if cache is None or counts is None else _following(position_ids, counts, cache, reduction)
         x = inputs_embeds
-        if self.model.embed_positions is not None:
-            x = x + self.model.embed_positions(position_ids + POSITION_OFFSET)
         for index, layer in enumerate(self.model.layers):
             reduced = reduction is not None and index in reduction.stages
             if reduction is not None and reduced:
                 probe = passes[-1].seen.get(index - 1) if passes else None
                 x, position_ids, rows = reduction.apply(index, x, position_ids, probe)
-                cu_seqlens, max_seqlen = reduction.cu_seqlens, reduction.max_seqlen
+                cu_seqlens, max_seqlen, counts = reduction.cu_seqlens, reduction.max_seqlen, reduction.visual.counts
                 media = None if media is None else media.at(rows)
                 deepstack = None if deepstack is None else deepstack.at(reduction.visual.index, reduction.kept)
                 if cache is not None and index:
                     cache.split(index, reduction.fewest_dropped)
             if index == 0 or reduced or (cache is not None and index in cache.groups):
                 group = 0 if cache is None else cache.groups.index(index)
-                passes.append(self._context(position_ids, cu_seqlens, max_seqlen, cache, group, reduction))
+                passes.append(self._context(position_ids, cu_seqlens, max_seqlen, cache, group, reduction, counts))
             context = passes[-1]
+            if index == 0 and self.model.embed_positions is not None:
+                x = x + self.model.embed_positions(position_ids + POSITION_OFFSET)
             x = self._cross(index, x, media)
             inner = None
             if media is not None and str(index) in self.inner_layers:
@@ -191,23 +197,21 @@ class LanguageModel(nn.Module):
                 x = deepstack.add(x, index)
         x = self._cross(self.config.depth, x, media)
         if cache is not None:
-            used = [one.slots for one in passes if one.slots is not None]
-            following = _next_positions(position_ids, used[-1], cache, reduction)
-            for slots in used:
-                cache.advance(slots, following)
+            if reduction is not None and reduction.renumbered:
+                following = None  # as many as are left
+            for one in passes:
+                if one.slots is not None:
+                    cache.advance(one.slots, following)
         return self.model.norm(x)
 
     def _context(
         self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, cache: KVCache | None, group: int,
-        reduction: Reduction | None,
+        reduction: Reduction | None, counts: Sequence[int] | None,
     ) -> Pass:  # fmt: skip
         """Compute what all layers share, or those behind a reduction."""
         config, scaling = self.config, self.config.rope_scaling
         slots, window, longest = None, None, max_seqlen
-        if cache is not None:
-            # one token a sequence needs no look at the device; otherwise the lengths are read back once a call
-            sequences = len(cu_seqlens) - 1
-            counts = [1] * sequences if max_seqlen == 1 else cu_seqlens.diff().tolist()
+        if cache is not None and counts is not None:
             slots = cache.reserve(counts, config.sliding_window, group)
             if reduction is not None and reduction.key_bias is not None:
                 cache.add_bias(reduction.key_bias, slots)
@@ -304,15 +308,17 @@ def _window_ranges(cu_seqlens: Tensor, num_rows: int, window: int) -> tuple[Tens
     return torch.maximum(first, behind - window), torch.minimum(end, behind)
 
 
-def _next_positions(
-    position_ids: Tensor, slots: CacheSlots, cache: KVCache, reduction: Reduction | None
+def _following(
+    position_ids: Tensor, counts: Sequence[int], cache: KVCache, reduction: Reduction | None
 ) -> list[int] | None:
-    """Return where the text goes on: behind an image with M-RoPE, which takes fewer positions than it has tokens, and
-    behind one that lost tokens, which takes as many as before."""
+    """Return where the text goes on, None: behind as many positions as there are new tokens in the cache.
+
+    With M-RoPE an image takes fewer; one that loses tokens takes as many as before.
+    """
     if position_ids.dim() == 1 and reduction is not None:
-        return [place + n for place, n in zip(cache.next_positions, reduction.positions_taken, strict=True)]
-    if position_ids.dim() == 1 or max(slots.counts) == 1:
+        return [place + n for place, n in zip(cache.next_positions, counts, strict=False)]  # `reserve` checks them
+    if position_ids.dim() == 1 or max(counts) == 1:
         return None
-    last = torch.zeros(len(slots.counts), dtype=position_ids.dtype, device=position_ids.device)
-    last.scatter_reduce_(0, slots.rows, position_ids.amax(0), "amax")
+    last = torch.zeros(len(counts), dtype=position_ids.dtype, device=position_ids.device)
+    last.scatter_reduce_(0, segments(counts, position_ids.device), position_ids.amax(0), "amax")
     return [place + 1 for place in last.tolist()]

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastmllm.compression.budget import tokens_to_keep
 from fastmllm.compression.compressor import Compressor, Evidence, Probe
 from fastmllm.compression.tokens import Grid, Tokens, boundaries, segments
 
@@ -23,7 +24,7 @@ IGNORED = -100  # a label that is no target
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisualRows:
-    """Where the visual tokens of a packed batch stand.
+    """Where the visual tokens of a packed batch stand, and who asks about them.
 
     Args:
         index: (V,) int64 rows of the packed text, image after image, each in its order.
@@ -31,8 +32,9 @@ class VisualRows:
         owners: the sequence of each image, host, ascending.
         counts: tokens of each sequence, host.
         grid: of each image, where it still is one.
-        prompt: (S,) int32 row behind the last token of each prompt; None: the sequence is one. What looks at a prompt
-            in training must not look at its answer.
+        asking: (T,) fp32, 1 at the last row of each question, which an answer follows; None: the last row of each
+            sequence. What looks at a question in training must not look at its answer.
+        text: (T,) fp32, 1 at the rows of text that belong to no answer; None: all that are not visual.
     """
 
     index: Tensor
@@ -40,7 +42,8 @@ class VisualRows:
     owners: tuple[int, ...]
     counts: tuple[int, ...]
     grid: tuple[Grid, ...] | None = None
-    prompt: Tensor | None = None
+    asking: Tensor | None = None
+    text: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.index.shape != (sum(self.seqlens),) or len(self.owners) != len(self.seqlens):
@@ -60,22 +63,27 @@ class VisualRows:
             index: (V,) int64 rows of the visual tokens, image after image.
             seqlens: tokens of each image.
             cu_seqlens: (S + 1,) boundaries of the sequences.
-            labels: (T,) already shifted, or None: all of it is a prompt.
+            labels: (T,) already shifted, or None: there are no answers.
             device: of the model.
             grid: of each image, if it is one.
         """
         bounds = cu_seqlens.tolist()
         starts = index[torch.tensor([0, *seqlens[:-1]]).cumsum(0)].tolist()
-        prompt = list(bounds[1:])
-        if labels is not None:
-            targets = (labels != IGNORED).nonzero().view(-1).tolist()
-            for row in reversed(targets):  # the first of each sequence is set last
-                prompt[bisect_right(bounds, row) - 1] = row + 1
+        owners = tuple(bisect_right(bounds, start) - 1 for start in starts)
+        asking = text = None
+        if labels is not None and bool((labels != IGNORED).any()):
+            first = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, cu_seqlens[:-1].long(), True)
+            target = labels != IGNORED  # the row predicts a token of an answer
+            answer = target.roll(1).logical_and(~first)  # the row is one
+            asking = target.logical_and(~answer)
+            for owner, start in zip(owners, starts, strict=True):
+                if not asking[start : bounds[owner + 1]].any():  # nobody asks behind this image
+                    asking[bounds[owner + 1] - 1] = True
+            text = (~answer).index_fill(0, index, False)
+            asking, text = (t.float().to(device, non_blocking=True) for t in (asking, text))
         return cls(
-            index=index.to(device, non_blocking=True), seqlens=tuple(seqlens),
-            owners=tuple(bisect_right(bounds, start) - 1 for start in starts),
-            counts=tuple(b - a for a, b in pairwise(bounds)), grid=grid,
-            prompt=torch.tensor(prompt, dtype=torch.int32).to(device, non_blocking=True),
+            index=index.to(device, non_blocking=True), seqlens=tuple(seqlens), owners=owners,
+            counts=tuple(b - a for a, b in pairwise(bounds)), grid=grid, asking=asking, text=text,
         )  # fmt: skip
 
 
@@ -83,7 +91,8 @@ class Reduction:
     """Reduce the visual tokens of one batch on its way through the layers of a language model.
 
     Args:
-        stages: (layer, compressor): what runs in front of that decoder layer, 0 the first one; ascending.
+        stages: (layer, compressor): what runs in front of that decoder layer, 0 the first one; ascending. Fractions are
+            of the tokens in front of the first one.
         visual: where the visual tokens stand.
         labels: (T,) of the packed tokens, or None.
 
@@ -99,6 +108,8 @@ class Reduction:
         layers = [layer for layer, _ in stages]
         if layers != sorted(set(layers)) or (layers and layers[0] < 0):
             raise ValueError(f"Reduction: layers {layers} must ascend from 0")
+        self.budgets: dict[int, tuple[int, ...]] = {}
+        before = visual.seqlens
         for layer, compressor in stages:
             if compressor.position == "renumber" and layer:
                 raise ValueError(
@@ -109,6 +120,12 @@ class Reduction:
                 raise ValueError(
                     f"Reduction: {compressor.name} judges by attention, and in front of layer 0 there is none: later"
                 )
+            wanted = tokens_to_keep(compressor.name, compressor.keep, visual.seqlens)
+            if any(k > n for k, n in zip(wanted, before, strict=True)):
+                raise ValueError(
+                    f"Reduction: in front of layer {layer} {wanted[:4]} tokens are to be left of {before[:4]}"
+                )
+            self.budgets[layer] = before = wanted
         self.stages, self.visual, self.labels = dict(stages), visual, labels
         device = visual.index.device
         self.rows = torch.arange(sum(visual.counts), device=device)
@@ -116,7 +133,7 @@ class Reduction:
         self.key_bias: Tensor | None = None  # (T',) fp32: log of what each row stands for
         self.kept: Tensor | None = None  # (K,) int64 which of the last stage's visual tokens are left, None: all
         self.fewest_dropped = 0  # tokens that every sequence has lost
-        self.positions_taken = visual.counts  # positions that each sequence takes, host
+        self.renumbered = False
 
     @property
     def probed(self) -> frozenset[int]:
@@ -139,69 +156,75 @@ class Reduction:
 
         Returns:
             Hidden states (T', D), position ids and the rows of `x` that are left, (T',) int64.
+
+        Raises:
+            ValueError: the compressor's tokens are none of those that it was given, or of another width.
         """
         visual, compressor = self.visual, self.stages[layer]
         if probe is not None:
-            probe = replace(probe, columns=visual.index, prompt=visual.prompt, text=self._text())
+            probe = replace(probe, columns=visual.index, asking=visual.asking, text=self._text(x))
         size = None if self.key_bias is None else self.key_bias.exp().index_select(0, visual.index)
         pos = position_ids.reshape(-1, len(x)).index_select(1, visual.index).t()
         tokens = replace(Tokens.of(x.index_select(0, visual.index), [(n, 1) for n in visual.seqlens], pos), size=size)
         tokens = replace(tokens, grid=visual.grid)
-        kept, plan = compressor(tokens, Evidence(probe=probe))
-        if plan is None and kept is not tokens:
-            raise ValueError(
-                f"Reduction: {compressor.name} mixes all tokens; it has no place inside of a language model"
-            )
+        kept, plan = compressor(tokens, Evidence(probe=probe), self.budgets[layer])
         self.kept = None if plan is None else plan.keep
-        if plan is None:
+        if kept is tokens:
             return x, position_ids, torch.arange(len(x), device=x.device)
+        if plan is None or kept.x.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"Reduction: {compressor.name} gives tokens that are none of those in, or of another width "
+                f"({kept.x.shape[1]}, not {x.shape[1]}): it has no place inside of a language model"
+            )
         stands = visual.index.index_select(0, plan.keep)  # rows of x
         mark = torch.ones(len(x), dtype=torch.bool, device=x.device)
         mark.index_fill_(0, visual.index, False).index_fill_(0, stands, True)
         left = _counts(visual, kept.seqlens)
         rows = torch.nonzero_static(mark, size=sum(left)).view(-1)
-        if plan.assign is not None:  # merged: they stand at their row with another value
-            x = x.index_copy(0, stands, kept.x.to(x.dtype))
+        x = x.index_copy(0, stands, kept.x.to(x.dtype))  # what stands at a row may be a mixture
         if kept.size is not None:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             bias = x.new_zeros(len(x), dtype=wide) if self.key_bias is None else self.key_bias
             self.key_bias = bias.index_copy(0, stands, kept.size.detach().to(wide).log()).index_select(0, rows)
-        self._follow(stands, kept.seqlens, rows, mark, left)
+        self._follow(stands, kept, rows, mark, left)
         if compressor.position == "renumber":
-            self.positions_taken = left
+            self.renumbered = True
             return x.index_select(0, rows), boundaries(left, x.device)[1], rows
         return x.index_select(0, rows), position_ids.index_select(-1, rows), rows
 
-    def _text(self) -> tuple[Tensor, Tensor]:
-        """Return the rows of each sequence behind its last image and up to the end of its prompt."""
-        first = torch.zeros(len(self.visual.counts), dtype=torch.int64, device=self.rows.device)
-        image = segments(self.visual.seqlens, self.rows.device)
-        owner = torch.tensor(self.visual.owners).to(self.rows.device, non_blocking=True)
-        first.scatter_reduce_(0, owner.index_select(0, image), self.visual.index + 1, "amax")
-        stop = self.cu_seqlens[1:] if self.visual.prompt is None else self.visual.prompt
-        return torch.maximum(first.int(), self.cu_seqlens[:-1]), stop
+    def _text(self, x: Tensor) -> Tensor:
+        """Return (T,) 1 at the rows of questions."""
+        if self.visual.text is not None:
+            return self.visual.text
+        return torch.ones(len(x), device=x.device).index_fill(0, self.visual.index, 0.0)
 
-    def _follow(
-        self, stands: Tensor, seqlens: tuple[int, ...], rows: Tensor, mark: Tensor, left: tuple[int, ...]
-    ) -> None:
+    def _follow(self, stands: Tensor, kept: Tokens, rows: Tensor, mark: Tensor, left: tuple[int, ...]) -> None:
         """Carry labels, rows and boundaries over to what is left."""
-        visual, device = self.visual, rows.device
+        visual = self.visual
         if self.labels is not None:
             # a picture's last row predicts the text behind it: that falls to the last one left
-            last, now = (boundaries(n, device)[0][1:].long() - 1 for n in (visual.seqlens, seqlens))
-            moved = self.labels.index_select(0, visual.index.index_select(0, last))
+            last, now = _last(visual.index, visual.seqlens), _last(stands, kept.seqlens)
+            moved = self.labels.index_select(0, last)
             labels = self.labels.index_fill(0, visual.index, IGNORED)
-            self.labels = labels.index_copy(0, stands.index_select(0, now), moved).index_select(0, rows)
-        place = mark.cumsum(0) - 1
-        prompt = visual.prompt
-        if prompt is not None:
-            prompt = (place.index_select(0, prompt.long() - 1) + 1).int()
+            self.labels = labels.index_copy(0, now, moved).index_select(0, rows)
+        asking = visual.asking
+        if asking is not None:  # so does a question that ends with a picture
+            moved = asking.index_select(0, _last(visual.index, visual.seqlens))
+            asking = asking.index_fill(0, visual.index, 0.0).index_copy(0, _last(stands, kept.seqlens), moved)
         self.rows = self.rows.index_select(0, rows)
         self.fewest_dropped += min(before - after for before, after in zip(visual.counts, left, strict=True))
-        self.cu_seqlens = boundaries(left, device)[0]
+        self.cu_seqlens = boundaries(left, rows.device)[0]
         self.visual = VisualRows(
-            index=place.index_select(0, stands), seqlens=seqlens, owners=visual.owners, counts=left, prompt=prompt
-        )
+            index=(mark.cumsum(0) - 1).index_select(0, stands), seqlens=kept.seqlens, owners=visual.owners, counts=left,
+            grid=kept.grid, asking=None if asking is None else asking.index_select(0, rows),
+            text=None if visual.text is None else visual.text.index_select(0, rows),
+        )  # fmt: skip
+
+
+def _last(rows: Tensor, seqlens: Sequence[int]) -> Tensor:
+    """Return the highest row of each image, whatever the order of its tokens."""
+    highest = torch.zeros(len(seqlens), dtype=rows.dtype, device=rows.device)
+    return highest.scatter_reduce(0, segments(seqlens, rows.device), rows, "amax")
 
 
 def _counts(visual: VisualRows, seqlens: Sequence[int]) -> tuple[int, ...]:

@@ -366,7 +366,7 @@ class VisionTransformer(Encoder):
         y = self._encode(x, cu_seqlens, longest, block, watch)
         patches = _patch_rows(plain.seqlens, lead, y.device)
         tokens = plain.with_x(y if patches is None else y.index_select(0, patches))
-        return tokens, None if watch.probe is None else replace(watch.probe, columns=patches)
+        return tokens, None if watch.probe is None else replace(watch.probe, columns=patches, cls_token=bool(lead))
 
     def _merged(
         self, x: Tensor, cu_seqlens: Tensor, plain: Tokens, merge: Budget, lead: int, probe_layer: int | None

@@ -25,10 +25,14 @@ def merge_schedule(seqlens: Sequence[int], budgets: Sequence[int], blocks: int, 
         ValueError: the blocks are too few to get there.
     """
     left, schedule = list(seqlens), []
-    for block in range(blocks):
-        merges = [
-            min(-(-(n - k) // (blocks - block)), (n - protected) // 2) for n, k in zip(left, budgets, strict=True)
-        ]
+    for rest in reversed(range(blocks)):  # blocks behind this one
+        merges = []
+        for n, k in zip(left, budgets, strict=True):
+            even, least = (
+                -(-(n - k) // (rest + 1)),
+                n - protected - ((k - protected) << rest),
+            )  # later blocks at most halve
+            merges.append(min(max(even, least), (n - protected) // 2))
         left = [n - r for n, r in zip(left, merges, strict=True)]
         schedule.append(merges)
     if left != list(budgets):

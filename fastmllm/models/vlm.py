@@ -5,6 +5,7 @@ Image tokens are inserted into the text at the placeholders: token-level fusion.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -134,7 +135,7 @@ class VLM(nn.Module):
                 f"position={connector.position!r} is for language:0"
             )
         self._placement = placement
-        self.compressors = nn.ModuleList(placement.compressors)
+        self.compressors = nn.ModuleList(placement.compressors).to(self.language.head_weight)
 
     @property
     def device(self) -> torch.device:
@@ -161,8 +162,7 @@ class VLM(nn.Module):
             )
         if images == 0:
             # every rank runs the connector once a step, image or not: sharded parameters are gathered in step
-            features = embeddings.new_zeros(1, 1, self.vision.width)
-            return embeddings + 0.0 * self.connector(features).sum() if self.training else embeddings
+            return embeddings + 0.0 * self._nothing().sum() if self.training else embeddings
         tokens = self._placed_tokens(batch, places // images)
         return insert_features(embeddings, tokens.to(embeddings.dtype), batch.image_index.to(self.device))
 
@@ -189,7 +189,10 @@ class VLM(nn.Module):
         if not self.placement.stages or not images:
             return None
         seqlens = (batch.image_index.numel() // images,) * images
-        visual = VisualRows.of_batch(batch.image_index, seqlens, batch.cu_seqlens, batch.labels, self.device)
+        side = math.isqrt(seqlens[0])
+        whole = self.placement.connector is None and self.placement.merge is None and side * side == seqlens[0]
+        grid = ((1, side, side),) * images if whole else None  # pooled or not, the encoder's squares stay squares
+        visual = VisualRows.of_batch(batch.image_index, seqlens, batch.cu_seqlens, batch.labels, self.device, grid)
         return Reduction(self.placement.stages, visual, batch.labels.to(self.device))
 
     def forward(self, batch: Batch) -> Tensor:
@@ -198,6 +201,15 @@ class VLM(nn.Module):
         hidden = self._decode(batch, None, reduction)
         labels = batch.labels.to(self.device) if reduction is None else reduction.labels
         return self.language.lm_head(hidden, labels, batch.num_targets)
+
+    def _nothing(self) -> Tensor:
+        """Run connector and compressor on an image of zeros."""
+        compressor, weight = self.placement.connector, self.language.head_weight
+        side = self.grid(self.config.image_size)
+        if compressor is None or not any(True for _ in compressor.parameters()):
+            return self.connector(weight.new_zeros(1, self.vision.width))
+        tokens, _ = compressor(Tokens.of(weight.new_zeros(1, side * side, self.vision.width), [(side, side)]))
+        return self.connector(tokens.x)
 
     def _placed_tokens(self, batch: Batch, keep: int) -> Tensor:
         """Return (I * keep, D): the images' tokens as `placement` or the configuration compresses them, projected."""

@@ -82,11 +82,15 @@ def test_a_line_has_its_place(name):
 
 
 def test_several_layers_share_what_came_in_at_the_first():
-    assert [c.keep for _, c in placement("PyramidDrop").stages] == [0.5, 0.5, 0.5]
+    assert [c.keep for _, c in placement("PyramidDrop").stages] == [0.5, 0.25, 0.125]
     assert [c.keep for _, c in placement("SparseVLM").stages] == [300, 200, 110]
     assert placement("DivPrune", keep=32).connector.keep == 32
     with pytest.raises(ValueError, match="needs 3 budgets"):
         placement("PyramidDrop", keep=0.5)
+    with pytest.raises(ValueError, match="bipartite_merge without options"):
+        Placement.of("vision", METHODS["bipartite_merge"], 4, metric="features")
+    with pytest.raises(ValueError, match="in front of layer 0 there is none"):
+        Placement.of("language:0", METHODS["topk"], 4, scorer="last_row")
     with pytest.raises(ValueError, match="unknown method 'Best'"):
         placement("Best")
     with pytest.raises(ValueError, match="'decoder' is no place"):

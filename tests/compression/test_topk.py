@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device_calls import launches
 from visual_tokens import GRIDS, pictures
 
+from fastmllm.compression.bipartite_merge import BipartiteMerge
 from fastmllm.compression.budget import tokens_to_keep
 from fastmllm.compression.compressor import Evidence
 from fastmllm.compression.scorers import ATTENTIVE, SCORERS
@@ -79,7 +81,7 @@ def test_the_grid_is_spread_evenly_and_has_exactly_k_places():
                 assert used.max() - used.min() <= 1
 
 
-@pytest.mark.parametrize("keep", [0, 13, True, 0.0, 1.5, "4", (1, 2), (1, 2, 13)])
+@pytest.mark.parametrize("keep", [0, 13, True, 0.0, 1.5, "4", (1, 2), (1, 2, 13), (2.5, 3.0, 1), (True, 1, 1)])
 def test_budgets_that_do_not_fit_are_refused(keep):
     tokens, evidence = pictures()
     with pytest.raises(ValueError, match="topk: "):
@@ -97,3 +99,11 @@ def test_missing_evidence_is_named():
         TopK(2, position="none")
     with pytest.raises(ValueError, match="mode 'faithful' is not one of clean"):
         TopK(2, mode="faithful")
+
+
+def test_launches_and_waits():
+    tokens, evidence = pictures(((1, 4, 4), (1, 4, 4)))
+    counted = {scorer: launches(TopK(4, scorer=scorer), tokens, evidence) for scorer in SCORERS}
+    assert counted["norm"] <= 4  # published: a topk, a sort and a gather beside the score
+    assert all(n <= 12 for n in counted.values()), counted
+    assert launches(BipartiteMerge(8), tokens, evidence) <= 19  # published for one round of Token Merging

@@ -38,7 +38,7 @@ def test_half_of_the_tokens_go_and_a_sample_does_not_depend_on_its_neighbours(na
     inputs = model.inputs({**batch, "labels": labels})
     model.placement = Placement(stages=((0, GreedyDiverse(0.75)), (1, TopK(0.5, scorer="last_row"))))
     hidden, continuation = model.start(inputs)
-    left = [int(int(n * 0.75 + 0.5) * 0.5 + 0.5) for n in inputs.counts]
+    left = [int(n * 0.5 + 0.5) for n in inputs.counts]
     assert len(hidden) == len(inputs.plan.source) - sum(inputs.counts) + sum(left)
     single = [model.start(model.inputs(alone(name, row)))[0] for row in range(2)]
     # the same without the labels, whose prompts end with the text: what is kept differs, not how much

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastmllm.compression.bipartite_merge import BipartiteMerge
+from fastmllm.compression.compressor import Probe
+from fastmllm.compression.dominant_contextual import DominantContextual
 from fastmllm.compression.pool import Pool
 from fastmllm.compression.published import PUBLISHED, placement
+from fastmllm.compression.selection import take
 from fastmllm.compression.topk import TopK
 from fastmllm.models.language import LanguageConfig, LanguageModel
 from fastmllm.models.reduction import Reduction, VisualRows
@@ -137,8 +142,9 @@ def test_decoding_with_a_cache_equals_running_everything(position):
                 at += n + step + 1
             counts = [n + step + 1 for n in COUNTS]
             ends = torch.tensor([0, *counts]).cumsum(0).int()
+            asking = torch.zeros(sum(counts)).index_fill(0, ends[:-1].long() + torch.tensor(COUNTS) - 1, 1.0)
             whole = VisualRows(index=torch.tensor(index), seqlens=visual.seqlens, owners=visual.owners,
-                           counts=tuple(counts), prompt=ends[:-1] + torch.tensor(COUNTS).int())  # fmt: skip
+                               counts=tuple(counts), asking=asking)  # fmt: skip
             reduction = Reduction(kind, whole)
             want = run(model, torch.cat(pieces), torch.cat(places), ends, reduction)
             torch.testing.assert_close(got, want[reduction.cu_seqlens[1:].long() - 1])
@@ -160,7 +166,8 @@ def test_later_layers_cache_what_is_left():
 def test_training_scores_by_the_prompt_and_carries_the_labels():
     model = language()
     x, positions, bounds, visual = batch(prompts=(8, 9, 12, 26, 27))
-    assert visual.prompt.tolist() == [9, 13, 27]
+    assert visual.asking.nonzero().flatten().tolist() == [8, 12, 26]
+    assert visual.text.nonzero().flatten().tolist() == [0, 7, 8, 11, 12, 14, 15, 20, 21]  # no images, no answers
     labels = torch.arange(28) % 31
     labels[VISIBLE[:-1]] = -100  # behind the last image its text follows at once: its last row predicts it
     reduction = Reduction([(1, TopK(2, scorer="last_row"))], visual, labels)
@@ -210,7 +217,7 @@ def test_positions_are_renumbered_in_front_of_the_first_layer_alone():
 
 def test_a_sequence_does_not_depend_on_its_neighbours():
     model, (x, positions, bounds, visual) = language(), batch()
-    stages = [(1, TopK(0.5, scorer="text_rows")), (3, TopK(2, scorer="received"))]
+    stages = [(1, TopK(0.75, scorer="text_rows")), (3, TopK(2, scorer="received"))]
     together = Reduction(stages, visual)
     out = run(model, x, positions, bounds, together)
     alone = VisualRows(index=torch.arange(1, 7), seqlens=(6,), owners=(0,), counts=(11,))
@@ -262,3 +269,91 @@ def test_compiles_whole():
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(x, positions, bounds)
     torch.testing.assert_close(got[0], want[0])
     assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+    "compressor", [Pool(9), Pool(4, interpolation="bilinear"), DominantContextual(5, merge="neighbours", contextual=2)]
+)
+def test_mixtures_go_into_the_decoder_as_they_are(compressor):
+    model, (x, positions, _, visual) = language(), batch((19,), ((2, 16),))
+    visual = replace(visual, grid=((1, 4, 4),))
+    layer = 0 if compressor.layer is None else 2
+    seen = []
+    compressor.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    reduction = Reduction([(layer, compressor)], visual)
+    x, _, _ = reduction.apply(layer, x, positions, _probe(model, 19) if layer else None)
+    torch.testing.assert_close(x[reduction.visual.index], seen[0].x)
+
+
+def _probe(model, n):
+    q = torch.randn(n, 4, 4, dtype=torch.float64)
+    k, starts = torch.randn(n, 2, 4, dtype=torch.float64), torch.tensor([0, n], dtype=torch.int32)
+    lse = torch.zeros(4, n, dtype=torch.float64)
+    return Probe(q=q, k=k, lse=lse, cu_seqlens=starts, max_seqlen=n, causal=True, cls_token=True)
+
+
+def test_learned_positions_are_those_of_what_is_left():
+    model = language(learned_positions=True, max_positions=64)
+    x, positions, bounds, visual = batch((9,), ((1, 6),))
+    reduction = Reduction([(0, TopK(2, scorer="norm", position="renumber"))], visual)
+    out = run(model, x, positions, bounds, reduction)
+    short = torch.tensor([0, 5], dtype=torch.int32)
+    torch.testing.assert_close(out, run(model, x[reduction.rows], torch.arange(5), short))
+
+
+def test_labels_fall_to_the_last_row_whatever_the_order_of_the_plan():
+    class Backwards(TopK):
+        def reduce(self, tokens, evidence, budgets):
+            return take(tokens, torch.tensor([4, 1]), budgets)
+
+    model, (x, positions, bounds, visual) = language(), batch((9,), ((1, 6),))
+    labels = torch.full((9,), -100)
+    labels[6] = 7  # the last row of the image predicts the text behind it
+    reduction = Reduction([(0, Backwards(2, scorer="norm"))], visual, labels)
+    run(model, x, positions, bounds, reduction)
+    assert reduction.rows.tolist() == [0, 2, 5, 7, 8]
+    assert reduction.labels.tolist() == [-100, -100, 7, -100, -100]
+
+
+def test_fractions_are_of_the_tokens_in_front_of_the_first_stage():
+    model, (x, positions, bounds, visual) = language(), batch((9,), ((1, 5),))
+    reduction = Reduction([(n, TopK(f, scorer="norm")) for n, f in ((1, 0.5), (2, 0.25), (3, 0.2))], visual)
+    assert list(reduction.budgets.values()) == [(3,), (1,), (1,)]
+    run(model, x, positions, bounds, reduction)
+    with pytest.raises(ValueError, match=r"layer 2 .* are to be left of"):
+        Reduction([(1, TopK(2, scorer="norm")), (2, TopK(3, scorer="norm"))], visual)
+
+
+def test_text_goes_on_behind_an_image_that_ends_a_prompt():
+    model = language(mrope_section=(1, 1, 0))
+    x, _, bounds, visual = batch((7,), ((1, 6),))
+    grid = torch.tensor([[1] * 6, [1, 1, 2, 2, 3, 3], [1, 2, 1, 2, 1, 2]])
+    positions = torch.cat([torch.zeros(3, 1, dtype=torch.int64), grid], 1)
+    cache = model.new_cache(1, 9)
+    with torch.no_grad():
+        model(x, positions, bounds, 7, cache, reduction=Reduction([(1, TopK(1, scorer="norm"))], visual))
+    assert cache.next_positions == [4]
+
+
+def test_every_question_counts_and_an_image_that_nobody_asks_about_is_seen_by_the_end():
+    x, positions, bounds, visual = batch((16,), ((1, 4), (8, 4)), prompts=(6,))
+    assert visual.asking.nonzero().flatten().tolist() == [6, 15]  # the answer stands in front of the second image
+    model = language()
+    reduction = Reduction([(1, TopK(2, scorer="last_row"))], visual)
+    run(model, x, positions, bounds, reduction)
+    assert reduction.rows.tolist() != [0, 1, 2, 5, 6, 7, 8, 9, 12, 13, 14, 15]  # not just the first of each
+
+
+def test_a_decoder_has_no_class_token():
+    model, (x, positions, bounds, visual) = language(), batch()
+    with pytest.raises(ValueError, match="there is no class token"):
+        run(model, x, positions, bounds, Reduction([(2, TopK(2))], visual))
+
+
+def test_nothing_waits_for_the_device():
+    model, (x, positions, bounds, visual) = language(), batch()
+    asking = torch.zeros(len(x))
+    visual = replace(visual, index=visual.index.to("meta"), asking=asking.to("meta"))
+    reduction = Reduction([(1, BipartiteMerge(4)), (2, TopK(3, scorer="last_row"))], visual, positions.to("meta"))
+    out = model.to("meta")(x.to("meta"), positions.to("meta"), bounds.to("meta"), max(COUNTS), reduction=reduction)
+    assert len(out) == len(x) - len(VISIBLE) + 9

@@ -101,6 +101,8 @@ def test_a_probe_is_the_attention_of_its_layer(cls_token, layer):
 def test_schedules_are_even_and_end_at_the_budget():
     assert merge_schedule([16], [7], 3, 0) == [[3], [3], [3]]
     assert merge_schedule([17, 9], [10, 9], 3, 1) == [[3, 0], [2, 0], [2, 0]]
+    assert [r[0] for r in merge_schedule([65], [5], 10, 1)] == [6, 6, 6, 6, 6, 6, 6, 6, 8, 4]  # no block more than half
+    assert [r[0] for r in merge_schedule([64], [1], 6, 0)] == [32, 16, 8, 4, 2, 1]
     with pytest.raises(ValueError, match="2 blocks that halve"):
         merge_schedule([16], [3], 2, 0)
 

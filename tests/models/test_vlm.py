@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_vlm import colour_photos, tiny_vlm
 
+from fastmllm.compression import METHODS, Placement, compress
 from fastmllm.data.images import load_image
 from fastmllm.data.sample import Sample
 from fastmllm.infer.respond import collate_for
@@ -34,7 +37,7 @@ def test_visual_tokens_take_the_image_places(photos):
     model = tiny_vlm()
     batch = _batch(model, _samples(photos))
     embedded = model.embed_batch(batch)
-    tokens = model.visual_tokens(model.encode_images(batch.pixels), keep=4)
+    tokens = model.connector(compress(model.encode_images(batch.pixels), "pool", keep=4))
     torch.testing.assert_close(embedded[batch.image_index], tokens.flatten(0, 1))
     words = torch.ones(len(batch.input_ids), dtype=torch.bool)
     words[batch.image_index] = False
@@ -106,3 +109,24 @@ def test_placeholders_must_divide_among_the_images(photos):
 def test_config_rejects_nonsense():
     with pytest.raises(ValueError, match="must be positive"):
         ModelConfig(visual_tokens=0)
+
+
+def test_a_trained_compressor_runs_on_text_alone_and_in_the_model_s_dtype(photos):
+    model = tiny_vlm()
+    model.config = replace(model.config, visual_tokens=4)
+    model.to(torch.bfloat16)
+    model.placement = Placement.of("connector", METHODS["attend"], 4, design="mqt", width=24, width_out=24, num_heads=2)
+    model.requires_grad_(True).train()
+    texts = [replace(s, image=None) for s in _samples(photos)]
+    model(collate_for(model, texts, keep=4, image_size=32, load_pixels=True, with_answers=True)).backward()
+    missing = [n for n, p in model.compressors.named_parameters() if p.grad is None or p.dtype != torch.bfloat16]
+    assert not missing
+
+
+def test_a_decoder_s_reduction_knows_the_encoder_s_grid(photos):
+    model = tiny_vlm()
+    batch = collate_for(model, _samples(photos), keep=16, image_size=32, load_pixels=True, with_answers=True)
+    model.placement = Placement.of("language:0", METHODS["topk"], 4, scorer="grid")
+    model(batch)
+    reduction = model._reduction(batch)
+    assert reduction.visual.grid[0] == (1, 4, 4)

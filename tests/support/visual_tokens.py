@@ -28,6 +28,6 @@ def pictures(grids=GRIDS, dtype=torch.float32, seed=0, heads=2) -> tuple[Tokens,
     q, k = torch.cat(qs), torch.cat(ks)
     _, lse = attention(q, k, k, cu_seqlens, max_seqlen_q=max(lengths), causal=False, return_lse=True)
     probe = Probe(q=q, k=k, lse=lse, cu_seqlens=cu_seqlens, max_seqlen=max(lengths), columns=torch.cat(columns),
-                  text=(cu_seqlens[:-1], cu_seqlens[:-1] + 1))  # fmt: skip
+                  cls_token=True, text=torch.zeros(len(q)).index_fill(0, cu_seqlens[:-1].long(), 1.0))  # fmt: skip
     relevance = torch.rand(len(tokens.x), generator=torch.Generator().manual_seed(seed))
     return tokens, Evidence(probe=probe, relevance=relevance, scores=relevance)
