@@ -28,6 +28,7 @@ thing of the same group. CIDEr-D: rare n-grams shared with the references, 0 to 
 mentioned objects, that are absent; less is better, and who names nothing has none. Unparsed: answers that could not be
 read, in %, in the order of the columns; they count as wrong.
 """
+PARTS = ("encode", "select", "assemble", "prefill", "total", "decode")
 TASKS = {"name": "name", "group": "group", "exists": "forced choice"}
 
 
@@ -107,6 +108,52 @@ def evaluation(title: str, name: str, text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compression() -> str:
+    """What each compressor keeps and costs."""
+    stored = json.loads((RESULTS / "compression.json").read_text(encoding="utf-8"))
+    whole = stored["rows"][0]
+    shares = ", ".join(f"{TASKS[t]} {100 * whole['tasks'][t]['value']:.0f} %" for t in TASKS)
+    lines = [
+        "## Visual-token compression",
+        "",
+        "`python benchmarks/compression.py` → `compression.json`: DINOv2-small at 112 px (64 tokens, whitened) before "
+        f"SmolLM2, trained on the whole grid ({shares}; {whole['tasks']['name']['count']} questions a task, so a few % "
+        "apart is nothing); then every method on the same weights. Kept: the mean over the three tasks of the share of "
+        f"the whole grid's figure. Times: one picture, one question, ms of {len(whole['total_rounds_ms'])} rounds in "
+        f"turns; the whole grid takes {whole['total_ms']:.0f}. Tax: over a random choice of as many at the same place. "
+        "Promised: by how much the products of the call shrink at this machine's own rates; realised: by how much the "
+        "call does. Trained connectors (`pixel_shuffle`, `conv_reduce`, `attend`) need training of their own, "
+        "`temporal_dedup` needs videos: they have no row here.",
+        "",
+        "| K | method | mode | name | group | forced choice | kept | encode | select | assemble | prefill | sum | "
+        "decode | MiB | tax | realised / promised |",
+        "|---" * 16 + "|",
+    ]
+    for r in stored["rows"]:
+        tasks = " | ".join(f"{100 * r['tasks'][t]['value']:.0f}" for t in TASKS)
+        times = " | ".join(f"{r[f'{part}_ms']:.1f}" for part in PARTS)
+        tax = "" if r["tax"] is None else f"{100 * r['tax']:+.1f} %"
+        lines.append(
+            f"| {r['keep']} | {r['name']} | {r['mode']} | {tasks} | {100 * r['kept']:.0f} % | {times} | "
+            f"{r['peak_mib']:.0f} | {tax} | {r['realised']:.2f} / {r['promised']:.2f} |"
+        )
+    selectors = json.loads((RESULTS / "compressors.json").read_text(encoding="utf-8"))
+    lines += [
+        "",
+        "`python benchmarks/compressors.py` → `compressors.json`: CPU ms on one thread of the compressor alone at "
+        "CLIP-L/336's size (576 tokens of 1024 to 64) beside a torch transcription of what is published, in turns in "
+        "one process; ratio above 1: ours is faster.",
+        "",
+        "| method | images | ours | published | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['method']} | {r['images']} | {r['ours_ms']:.2f} | {r['published_ms']:.2f} | {r['ratio']:.2f} |"
+        for r in selectors["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def _score(row: Mapping[str, Any]) -> str:
     e = row["estimate"]
     return f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
@@ -121,6 +168,8 @@ def page() -> str:
         parts.append(encoders())
     if (RESULTS / "expert.json").is_file():
         parts.append(expert())
+    if (RESULTS / "compression.json").is_file():
+        parts.append(compression())
     if (RESULTS / "clothing.json").is_file():
         parts.append(
             evaluation(

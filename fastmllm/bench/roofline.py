@@ -44,8 +44,13 @@ class _Products(TorchDispatchMode):
         self.formulas: dict[Any, Callable[..., int]] = {**flop_registry, **flop_formulas()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
         formula = self.formulas.get(func.overloadpacket)
+        if formula is None:  # under inference_mode a linear layer comes whole
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **(kwargs or {}))
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=out)
             moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))

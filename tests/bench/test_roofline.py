@@ -18,6 +18,8 @@ def test_the_longer_of_products_and_bytes_counts():
     call = lambda: layer(torch.zeros(3, 10))  # noqa: E731
     assert roofline_ms(call, Rates(flops=1e3, bytes=math.inf)) == pytest.approx(2 * 3 * 10 * 20)
     assert roofline_ms(call, Rates(flops=math.inf, bytes=1e3)) == pytest.approx(4 * (30 + 200 + 60))
+    with torch.inference_mode():
+        assert roofline_ms(call, Rates(flops=1e3, bytes=math.inf)) == pytest.approx(2 * 3 * 10 * 20)
 
 
 def test_operators_of_our_own_count_and_the_rest_does_not():

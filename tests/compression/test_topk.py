@@ -107,3 +107,9 @@ def test_launches_and_waits():
     assert counted["norm"] <= 4  # published: a topk, a sort and a gather beside the score
     assert all(n <= 12 for n in counted.values()), counted
     assert launches(BipartiteMerge(8), tokens, evidence) <= 19  # published for one round of Token Merging
+
+
+def test_another_seed_draws_other_tokens():
+    tokens, _ = pictures()
+    drawn = [TopK(4, scorer="random", seed=seed)(tokens)[1].keep.tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
