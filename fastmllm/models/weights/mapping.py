@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastmllm.modules.patch_embed import conv_to_patch_weight
 
-_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # may be joined with each other
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # computed with, and joined with each other
 
 
 class Misfit(Exception):
@@ -65,7 +65,7 @@ class Join(Form):
         rows, *row = theirs[0].shape or (-1,)
         for at in range(len(theirs)):
             expect(theirs, self.sizes[at] if self.sizes else rows, *row, at=at)
-            if {theirs[0].dtype, theirs[at].dtype} - _FLOATS and theirs[0].dtype != theirs[at].dtype:
+            if {theirs[0].dtype, theirs[at].dtype} - FLOATS and theirs[0].dtype != theirs[at].dtype:
                 raise Misfit(at, f"is {theirs[at].dtype}, but is joined with {theirs[0].dtype}")
         return [torch.cat(theirs)]
 
@@ -182,13 +182,25 @@ def to_theirs(
     return theirs | dict(rest or {})
 
 
-def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def their_name(name: str, rules: Sequence[Rule]) -> str:
+    """Return the checkpoint's name for a tensor of ours, or several; ours where no rule has it."""
+    for rule in rules:
+        for ours in _names(rule.ours):
+            if found := _pattern(ours).fullmatch(name):
+                return " + ".join(theirs.format(**found.groupdict()) for theirs in _names(rule.theirs))
+    return name
+
+
+def fill(
+    model: nn.Module, state: Mapping[str, Tensor], origin: str, their: Callable[[str], str] = lambda name: name
+) -> None:
     """Give every parameter of `model` its tensor (the tensor itself: a model built on the meta device is filled).
 
     Args:
         model: its parameters and persistent buffers must be those of `state`.
         state: our names.
         origin: what the messages call the checkpoint.
+        their: what they call a tensor of ours.
 
     Raises:
         ValueError: tensors are missing, too many, of another shape, or whole numbers where the model has fractions
@@ -196,18 +208,18 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """
     own = model.state_dict()
     wrong = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+        f"{their(name)} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
     whole = [
-        f"{name} is {state[name].dtype}"
+        f"{their(name)} is {state[name].dtype}"
         for name in own
         if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
     ]
     for what, names in (
-        ("lacks", [n for n in own if n not in state]),
-        ("has what the model does not", [n for n in state if n not in own]),
+        ("lacks", [their(n) for n in own if n not in state]),
+        ("has what the model does not", [their(n) for n in state if n not in own]),
         ("has other shapes than its config says", wrong),
         ("is quantised, which is not computed here", whole),
     ):

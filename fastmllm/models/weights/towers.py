@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmllm.models.vision import Source, VisionConfig, VisionTransformer
-from fastmllm.models.weights.mapping import Rule, fill, to_ours, to_theirs
+from fastmllm.models.weights.mapping import Rule, fill, their_name, to_ours, to_theirs
 from fastmllm.models.weights.tower_layouts import (
     blip2_rules,
     blip2_vision_config,
@@ -28,6 +29,7 @@ from fastmllm.models.weights.tower_layouts import (
     siglip_rules,
     siglip_vision_config,
 )
+from fastmllm.models.weights.values import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +37,13 @@ class Family:
     """One checkpoint layout.
 
     Args:
-        config: reads config.json, or its `vision_config`.
+        config: reads config.json, or its `vision_config`, and has a name for it in messages.
         rules: the table for a configuration.
         norm_unused: the file holds a final norm that the family does not apply to all tokens.
         unused: patterns of names that no encoder here computes with.
     """
 
-    config: Callable[[Mapping[str, Any]], VisionConfig]
+    config: Callable[[Mapping[str, Any], str], VisionConfig]
     rules: Callable[[VisionConfig], list[Rule]]
     norm_unused: bool = False
     unused: tuple[str, ...] = ()
@@ -106,14 +108,20 @@ def describe_stored(
         ValueError: an unknown family or variant.
     """
     family = family_of(kind or raw.get("model_type"), origin)
-    stored = family.config(raw)
-    config = replace(stored, **(changes or {}))
+    stored = family.config(raw, origin)
+    with named(origin):
+        config = replace(stored, **(changes or {}))
     whole = replace(config, layer=None, final_norm=stored.final_norm or family.norm_unused)
     return Stored(config=config, whole=whole, rules=family.rules(config), unused=family.unused)
 
 
 def take_spare(
-    ours: dict[str, Tensor], model: VisionTransformer, whole: VisionConfig, origin: str, prefix: str = ""
+    ours: dict[str, Tensor],
+    model: VisionTransformer,
+    whole: VisionConfig,
+    origin: str,
+    prefix: str = "",
+    their: Callable[[str], str] = lambda name: name,
 ) -> dict[str, Tensor]:
     """Take what a checkpoint holds of an encoder beyond what is built out of its tensors.
 
@@ -123,6 +131,7 @@ def take_spare(
         whole: as in `Stored`.
         origin: what the messages call the checkpoint.
         prefix: of the encoder's names.
+        their: what the messages call a tensor of ours, prefix included.
 
     Returns:
         The tensors that the encoder lacks, with the prefix: to be written back, so they must be sound too.
@@ -133,7 +142,7 @@ def take_spare(
     with torch.device("meta"):
         complete = VisionTransformer(whole)
     inside = {name.removeprefix(prefix): tensor for name, tensor in ours.items() if name.startswith(prefix)}
-    fill(complete, inside, f"{origin} ({prefix}*)" if prefix else origin)
+    fill(complete, inside, origin, lambda name: their(prefix + name))
     own = model.state_dict()
     return {prefix + name: ours.pop(prefix + name) for name in inside if name not in own}
 
@@ -165,8 +174,9 @@ def read_tower(
     ours, rest = to_ours(state, stored.rules, origin, stored.unused)
     with torch.device("meta"):
         model = VisionTransformer(stored.config)
-    spare = take_spare(ours, model, stored.whole, origin)
-    fill(model, ours, origin)
+    their = partial(their_name, rules=stored.rules)
+    spare = take_spare(ours, model, stored.whole, origin, their=their)
+    fill(model, ours, origin, their)
     model.source = Source(kind or str(raw.get("model_type")), raw, rest=to_theirs(spare, stored.rules, rest))
     return model.eval()
 
