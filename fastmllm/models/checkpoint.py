@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.models.vision import VisionConfig, VisionTransformer
-from fastmllm.models.weights.mapping import FLOATS, Rule, fill, their_name, to_ours, to_theirs
+from fastmllm.models.weights.mapping import FLOATS, Rule, Shape, fill, their_name, to_ours, to_theirs
 from fastmllm.models.weights.towers import take_spare
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Layout:
     Args:
         rules: names and forms, under the names of the files that transformers writes today.
         aliases: (older prefix, a newer one), applied as long as one fits: each tensor is written as it was read.
-        unused: patterns of tensors that this model does not compute with; kept, and written back.
+        unused: patterns of tensors that this model does not compute with, and their shapes; kept, and written back.
         whole: the encoder with all that files hold of it: blocks behind the layer that is used, a norm; what is not
             built is kept, and written back. None where all of it is built.
         tied: the head is the embedding table and has no tensor of its own.
@@ -38,7 +38,7 @@ class Layout:
 
     rules: Sequence[Rule]
     aliases: Sequence[tuple[str, str]] = ()
-    unused: Sequence[str] = ()
+    unused: Mapping[str, Shape] = field(default_factory=dict)
     whole: VisionConfig | None = None
     tied: bool = False
 

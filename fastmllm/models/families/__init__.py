@@ -75,13 +75,13 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     try:
         with named(origin):
             blueprint: Blueprint = import_module(f"{__name__}.{FAMILIES[kind]}").build(raw, origin)
+            if "fastmllm" in raw:  # a fresh composition, written as one of the families
+                blueprint = replace(blueprint, packing=Packing.from_json(raw["fastmllm"], origin))
     except (RuntimeError, TypeError, OverflowError) as error:  # more rows or bytes than an int64 counts
         name, size = _largest(raw)
         raise ValueError(
             f"fastmllm::MLLM: {origin} says sizes that no tensor has; the largest is {name} {size}"
         ) from error
-    if "fastmllm" in raw:  # a fresh composition, written as one of the families
-        blueprint = replace(blueprint, packing=Packing.from_json(raw["fastmllm"], origin))
     return blueprint
 
 

@@ -16,7 +16,7 @@ from fastmllm.models.inputs import unpad
 from fastmllm.models.mllm import Blueprint
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.connectors import qformer_rules, read_qformer
-from fastmllm.models.weights.mapping import Rule, prefixed
+from fastmllm.models.weights.mapping import Rule, Shape, prefixed
 from fastmllm.models.weights.values import read_flag, read_part, read_size
 from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer, QFormerConfig
 
@@ -40,7 +40,10 @@ OPT_RULES = [
 ]
 
 
-QFORMER_UNUSED = ("embeddings.position_ids", "qformer.embeddings.position_ids")  # a buffer, 0 .. positions - 1
+# a buffer, 0 .. positions - 1
+QFORMER_UNUSED: dict[str, Shape] = dict.fromkeys(
+    ("embeddings.position_ids", "qformer.embeddings.position_ids"), (1, -1)
+)
 
 
 class QFormerPath(ImagePath):
@@ -124,7 +127,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 Rule("images.projection.{p}", "language_projection.{p}"),
                 *decoder_table,
             ],
-            unused=[*tower.unused, *QFORMER_UNUSED, *([] if opt else decoder_unused("language_model.model."))],
+            unused=tower.unused | QFORMER_UNUSED | ({} if opt else decoder_unused("language_model.model.")),
             whole=tower.whole,
             tied=language.config.tie_embeddings,
         ),

@@ -120,10 +120,9 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 *(_with_extra(raw.get("vocab_size", 32000), extra) if extra else []),
                 *decoder_rules("model.", ""),
             ],
-            unused=[
-                *tower.unused, *decoder_unused("model."),
-                "model.gated_cross_attn_layers.{i}.cross_attn.rotary_emb.inv_freq",
-            ],
+            unused=tower.unused | decoder_unused("model.") | {
+                "model.gated_cross_attn_layers.{i}.cross_attn.rotary_emb.inv_freq": (-1,),
+            },
             whole=tower.whole,
             tied=language.config.tie_embeddings,
         ),

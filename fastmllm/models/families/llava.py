@@ -65,7 +65,7 @@ def blueprint(
                 *decoder_rules("language_model.model.", "language_model."),
             ],
             aliases=aliases,
-            unused=[*tower.unused, *decoder_unused("language_model.model.")],
+            unused=tower.unused | decoder_unused("language_model.model."),
             whole=tower.whole,
             tied=language.config.tie_embeddings,
         ),

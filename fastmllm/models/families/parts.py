@@ -16,7 +16,7 @@ from fastmllm.models.language import LanguageModel
 from fastmllm.models.vision import VisionConfig, VisionTransformer
 from fastmllm.models.weights.connectors import feature_layers
 from fastmllm.models.weights.language import DECODER_RULES, UNUSED, language_config
-from fastmllm.models.weights.mapping import Rule, prefixed
+from fastmllm.models.weights.mapping import Rule, Shape, prefixed
 from fastmllm.models.weights.towers import describe_stored
 from fastmllm.models.weights.values import read_choice, read_size
 
@@ -28,7 +28,7 @@ class Tower:
     module: VisionTransformer
     whole: VisionConfig
     rules: list[Rule]
-    unused: list[str]
+    unused: dict[str, Shape]
 
 
 def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: Any) -> Tower:
@@ -43,7 +43,8 @@ def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: An
     stored = describe_stored(raw, f"{origin} (vision_config)", changes=changes)
     return Tower(
         module=VisionTransformer(stored.config), whole=stored.whole,
-        rules=prefixed(stored.rules, VISION, prefix), unused=[prefix + name for name in stored.unused],
+        rules=prefixed(stored.rules, VISION, prefix),
+        unused={prefix + name: shape for name, shape in stored.unused.items()},
     )  # fmt: skip
 
 
@@ -113,9 +114,9 @@ def decoder_rules(body: str, head: str) -> list[Rule]:
     ]
 
 
-def decoder_unused(body: str) -> list[str]:
+def decoder_unused(body: str) -> dict[str, Shape]:
     """Return what old files hold beside a decoder's parameters."""
-    return [body.removesuffix("model.") + name for name in UNUSED]
+    return {body.removesuffix("model.") + name: shape for name, shape in UNUSED.items()}
 
 
 def cut(pixels: Tensor, patch_size: int) -> Tensor:

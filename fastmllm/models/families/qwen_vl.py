@@ -192,7 +192,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 *decoder_rules(variant.body, variant.head),
             ],
             aliases=aliases,
-            unused=decoder_unused(variant.body) if variant.body == "model." else [],
+            unused=decoder_unused(variant.body) if variant.body == "model." else {},
             tied=language.config.tie_embeddings,
         ),
         placeholders=(image, video),

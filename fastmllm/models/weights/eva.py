@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from fastmllm.models.eva import EvaConfig, EvaVisionTransformer
-from fastmllm.models.weights.mapping import Conv, Join, Positions, Rule, View, fill, to_ours, to_theirs
+from fastmllm.models.weights.mapping import Conv, Join, Positions, Rule, Shape, View, fill, to_ours, to_theirs
 from fastmllm.models.weights.values import named, read_size
 
 # the rotary tables are computed; the norm and the head behind the last block are not used
-UNUSED = ("vit.model.rope.{table}", "vit.model.blocks.{i}.attn.rope.{table}", "vit.model.norm.{p}",
-          "vit.model.fc_norm.{p}", "vit.model.head.{p}")  # fmt: skip
+UNUSED: Mapping[str, Shape] = dict.fromkeys(
+    ("vit.model.rope.{table}", "vit.model.blocks.{i}.attn.rope.{table}", "vit.model.norm.{p}",
+     "vit.model.fc_norm.{p}", "vit.model.head.{p}")
+)  # fmt: skip
 
 
 def eva_config(raw: Mapping[str, Any], origin: str = "config.json") -> EvaConfig:

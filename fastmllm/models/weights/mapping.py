@@ -17,6 +17,9 @@ from fastmllm.modules.patch_embed import conv_to_patch_weight
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # computed with, and joined with each other
 
 
+Shape = tuple[int, ...] | None
+
+
 class Misfit(Exception):
     """A tensor of a checkpoint has a shape or a type that a form does not take; `to_ours` says which one."""
 
@@ -154,7 +157,7 @@ def prefixed(rules: Iterable[Rule], ours: str = "", theirs: str = "") -> list[Ru
 
 
 def to_ours(
-    state: Mapping[str, Tensor], rules: Sequence[Rule], origin: str, unused: Sequence[str] = ()
+    state: Mapping[str, Tensor], rules: Sequence[Rule], origin: str, unused: Mapping[str, Shape] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Translate a checkpoint's state dict.
 
@@ -162,7 +165,8 @@ def to_ours(
         state: the checkpoint's names and tensors.
         rules: the table; the first rule that fits a name counts.
         origin: what the messages call the checkpoint.
-        unused: patterns of names that this model does not compute with; they are kept apart.
+        unused: patterns of names that this model does not compute with, and their shapes, -1 for any size and None for
+            any shape; they are kept apart.
 
     Returns:
         Our state dict, and the unused tensors under their own names: `to_theirs` writes them back.
@@ -171,14 +175,14 @@ def to_ours(
         ValueError: a name that no rule knows, a tensor of a shape or type that its form does not take, or one that
             others need to be joined with is missing.
     """
-    return _translate(state, [(r.theirs, r.ours, r.form.pack) for r in rules], origin, unused)
+    return _translate(state, [(r.theirs, r.ours, r.form.pack) for r in rules], origin, unused or {})
 
 
 def to_theirs(
     state: Mapping[str, Tensor], rules: Sequence[Rule], rest: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Translate our state dict back into a checkpoint's; `rest` is what `to_ours` kept apart."""
-    theirs, _ = _translate(state, [(r.ours, r.theirs, r.form.unpack) for r in rules], "this model", ())
+    theirs, _ = _translate(state, [(r.ours, r.theirs, r.form.unpack) for r in rules], "this model", {})
     return theirs | dict(rest or {})
 
 
@@ -246,15 +250,22 @@ def _pattern(name: str) -> re.Pattern[str]:
     )
 
 
+def _expect_named(name: str, tensor: Tensor, shape: tuple[int, ...], origin: str) -> None:
+    try:
+        expect([tensor], *shape)
+    except Misfit as error:
+        raise ValueError(f"fastmllm::weights: {origin}: {name} {error}") from None
+
+
 _Change = Callable[[list[Tensor]], list[Tensor]]
 _Line = tuple[str | tuple[str, ...], str | tuple[str, ...], _Change]  # names in, names out, what happens between
 
 
 def _translate(
-    state: Mapping[str, Tensor], table: Sequence[_Line], origin: str, unused: Sequence[str]
+    state: Mapping[str, Tensor], table: Sequence[_Line], origin: str, unused: Mapping[str, Shape]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     sources = [(_pattern(n), k, at) for k, (names, _, _) in enumerate(table) for at, n in enumerate(_names(names))]
-    kept_apart = [_pattern(name) for name in unused]
+    kept_apart = [(_pattern(name), shape) for name, shape in unused.items()]
     groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -264,8 +275,12 @@ def _translate(
                 groups.setdefault((k, tuple(sorted(found.groupdict().items()))), {})[at] = tensor
                 break
         else:
-            if any(pattern.fullmatch(name) for pattern in kept_apart):
-                rest[name] = tensor
+            for pattern, shape in kept_apart:
+                if pattern.fullmatch(name):
+                    rest[name] = tensor
+                    if shape is not None:
+                        _expect_named(name, tensor, shape, origin)
+                    break
             else:
                 unknown.append(name)
     if unknown:

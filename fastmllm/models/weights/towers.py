@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmllm.models.vision import Source, VisionConfig, VisionTransformer
-from fastmllm.models.weights.mapping import Rule, fill, their_name, to_ours, to_theirs
+from fastmllm.models.weights.mapping import Rule, Shape, fill, their_name, to_ours, to_theirs
 from fastmllm.models.weights.tower_layouts import (
     blip2_rules,
     blip2_vision_config,
@@ -40,20 +40,33 @@ class Family:
         config: reads config.json, or its `vision_config`, and has a name for it in messages.
         rules: the table for a configuration.
         norm_unused: the file holds a final norm that the family does not apply to all tokens.
-        unused: patterns of names that no encoder here computes with.
+        unused: patterns of names that no encoder here computes with, and their shapes for a configuration.
     """
 
     config: Callable[[Mapping[str, Any], str], VisionConfig]
     rules: Callable[[VisionConfig], list[Rule]]
     norm_unused: bool = False
-    unused: tuple[str, ...] = ()
+    unused: Callable[[VisionConfig], dict[str, Shape]] = lambda config: {}
 
 
-_HEAD = ("head.probe", "head.attention.in_proj_weight", "head.attention.in_proj_bias", "head.attention.out_proj.{p}",
-         "head.layernorm.{p}", "head.mlp.fc1.{p}", "head.mlp.fc2.{p}")  # fmt: skip
-_CLIP = Family(clip_vision_config, clip_rules, norm_unused=True, unused=("embeddings.position_ids",))
-_SIGLIP = Family(siglip_vision_config, siglip_rules, unused=("embeddings.position_ids", *_HEAD))
-_SIGLIP2 = Family(siglip2_vision_config, siglip2_rules, unused=_HEAD)
+def _head(config: VisionConfig) -> dict[str, Shape]:
+    """Name what SigLIP's pooling head has."""
+    width, inner = config.width, config.mlp_width
+    attn, mlp = "head.attention.", "head.mlp."
+    return {
+        "head.probe": (1, 1, width), "head.layernorm.{p}": (width,),
+        f"{attn}in_proj_weight": (3 * width, width), f"{attn}in_proj_bias": (3 * width,),
+        f"{attn}out_proj.weight": (width, width), f"{attn}out_proj.bias": (width,),
+        f"{mlp}fc1.weight": (inner, width), f"{mlp}fc1.bias": (inner,),
+        f"{mlp}fc2.weight": (width, inner), f"{mlp}fc2.bias": (width,),
+    }  # fmt: skip
+
+
+_MASK = "embeddings.mask_token"
+_IDS: dict[str, Shape] = {"embeddings.position_ids": (1, -1)}
+_CLIP = Family(clip_vision_config, clip_rules, norm_unused=True, unused=lambda config: _IDS)
+_SIGLIP = Family(siglip_vision_config, siglip_rules, unused=lambda config: _IDS | _head(config))
+_SIGLIP2 = Family(siglip2_vision_config, siglip2_rules, unused=_head)
 _BLIP2 = Family(blip2_vision_config, blip2_rules)
 FAMILIES: Mapping[str, Family] = {
     "clip": _CLIP,
@@ -62,8 +75,8 @@ FAMILIES: Mapping[str, Family] = {
     "siglip_vision_model": _SIGLIP,
     "siglip2": _SIGLIP2,
     "siglip2_vision_model": _SIGLIP2,
-    "dinov2": Family(dinov2_vision_config, dinov2_rules, unused=("embeddings.mask_token",)),
-    "internvl_vision": Family(internvl_vision_config, internvl_rules, unused=("embeddings.mask_token",)),
+    "dinov2": Family(dinov2_vision_config, dinov2_rules, unused=lambda c: {_MASK: (1, c.width)}),
+    "internvl_vision": Family(internvl_vision_config, internvl_rules, unused=lambda c: {_MASK: (1, 1, c.width)}),
     "blip_2_vision_model": _BLIP2,
     "instructblip_vision_model": _BLIP2,
     "idefics_vision": replace(_CLIP, config=idefics_vision_config),
@@ -90,13 +103,13 @@ class Stored:
         config: of the encoder that is built.
         whole: of one with everything that files hold: the blocks behind the layer used, a norm that is not applied.
         rules: its table.
-        unused: patterns of names beside these.
+        unused: patterns of names beside these, and their shapes.
     """
 
     config: VisionConfig
     whole: VisionConfig
     rules: list[Rule]
-    unused: tuple[str, ...]
+    unused: dict[str, Shape]
 
 
 def describe_stored(
@@ -112,7 +125,7 @@ def describe_stored(
     with named(origin):
         config = replace(stored, **(changes or {}))
     whole = replace(config, layer=None, final_norm=stored.final_norm or family.norm_unused)
-    return Stored(config=config, whole=whole, rules=family.rules(config), unused=family.unused)
+    return Stored(config=config, whole=whole, rules=family.rules(config), unused=family.unused(config))
 
 
 def take_spare(
