@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 from contextlib import suppress
 
@@ -14,8 +15,10 @@ pytest.importorskip("transformers")
 
 from transformers import PretrainedConfig
 
+from fastmllm.models.composition import to_json
 from fastmllm.models.families import build
 from fastmllm.models.weights import values
+from tests.support.tiny_compositions import tiny
 from tests.support.tiny_mllm import MODELS, oracle
 
 DEPTHS = {"num_hidden_layers", "depth", "num_global_layers", "resampler_depth"}
@@ -90,6 +93,13 @@ def test_no_value_of_any_key_raises_anything_else(name, value):
     for path in keys(raw):
         with suppress(ValueError), torch.device("meta"):
             build(changed(raw, path, value), "a checkpoint")
+
+
+@pytest.mark.parametrize("part", ["language", "encoder", "connector_sizes"])
+def test_a_composition_of_our_own_has_no_absurd_depth(part):
+    config = tiny("vit", "fixed", "resampler", "flamingo")
+    raw = {"model_type": "fastmllm", **changed(json.loads(json.dumps(to_json(config))), (part, "depth"), 10**9)}
+    assert f"a checkpoint: {part} says 'depth' is 1000000000" in refusal(raw)
 
 
 def test_pairs():

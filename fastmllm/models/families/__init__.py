@@ -80,7 +80,8 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     except (RuntimeError, TypeError, OverflowError) as error:  # more rows or bytes than an int64 counts
         name, size = _largest(raw)
         raise ValueError(
-            f"fastmllm::MLLM: {origin} says sizes that no tensor has; the largest is {name} {size}"
+            f"fastmllm::MLLM: {origin} says sizes that no tensor has ({str(error).partition(chr(10))[0]}); its largest "
+            f"number is {name} {size}"
         ) from error
     return blueprint
 
