@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.models.vision import VisionConfig, VisionTransformer
-from fastmllm.models.weights.mapping import Rule, fill, to_ours, to_theirs
+from fastmllm.models.weights.mapping import FLOATS, Rule, Shape, fill, their_name, to_ours, to_theirs
 from fastmllm.models.weights.towers import take_spare
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Layout:
     Args:
         rules: names and forms, under the names of the files that transformers writes today.
         aliases: (older prefix, a newer one), applied as long as one fits: each tensor is written as it was read.
-        unused: patterns of tensors that this model does not compute with; kept, and written back.
+        unused: patterns of tensors that this model does not compute with, and their shapes; kept, and written back.
         whole: the encoder with all that files hold of it: blocks behind the layer that is used, a norm; what is not
             built is kept, and written back. None where all of it is built.
         tied: the head is the embedding table and has no tensor of its own.
@@ -38,7 +38,7 @@ class Layout:
 
     rules: Sequence[Rule]
     aliases: Sequence[tuple[str, str]] = ()
-    unused: Sequence[str] = ()
+    unused: Mapping[str, Shape] = field(default_factory=dict)
     whole: VisionConfig | None = None
     tied: bool = False
 
@@ -87,17 +87,18 @@ class Checkpoint:
         """Give a model its tensors, and keep those of parts that it lacks.
 
         Raises:
-            ValueError: tensors are missing, too many, or of another shape; the message names them.
+            ValueError: tensors are missing, too many, of another shape, or of several dtypes; the message names them.
         """
         if self.layout.whole is not None:
             vision = model.get_submodule(VISION.removesuffix("."))
             assert isinstance(vision, VisionTransformer)
-            self.spare = take_spare(ours, vision, self.layout.whole, origin, VISION)
+            self.spare = take_spare(ours, vision, self.layout.whole, origin, VISION, self._their)
         ours, self.spare, self.rest = (
             {name: t.to(dtype) if dtype is not None and t.is_floating_point() else t for name, t in part.items()}
             for part in (ours, self.spare, self.rest)
         )
-        fill(model, ours, origin)
+        fill(model, ours, origin, self._their)
+        self._one_dtype(ours, origin)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """Return a model's weights under the checkpoint's names, with what is kept apart."""
@@ -106,6 +107,23 @@ class Checkpoint:
             del ours[HEAD]
         theirs = to_theirs(ours | self.spare, self.layout.rules, self.rest)
         return {self.names.get(name, name): tensor for name, tensor in theirs.items()}
+
+    def _their(self, name: str) -> str:
+        """Return the name under which a tensor of ours is, or would be, in the file."""
+        theirs = their_name(name, self.layout.rules)
+        return self.names.get(theirs, theirs)
+
+    def _one_dtype(self, ours: Mapping[str, Tensor], origin: str) -> None:
+        """Refuse what would compute nothing, or only fail when it is computed with."""
+        first: dict[torch.dtype, str] = {}
+        for name, tensor in ours.items():
+            if tensor.is_floating_point():
+                first.setdefault(tensor.dtype, name)
+        said = ", ".join(f"{self._their(name)} in {dtype}" for dtype, name in first.items())
+        if len(first) > 1:
+            raise ValueError(f"fastmllm::MLLM: {origin} has weights of several dtypes: {said}; say one with dtype=")
+        if not first.keys() <= FLOATS:
+            raise ValueError(f"fastmllm::MLLM: {origin} has weights in a dtype that is not computed here: {said}")
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
         """Return config.json for weights of a dtype."""

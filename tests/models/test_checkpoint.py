@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -144,7 +145,7 @@ def test_a_config_ties_where_transformers_does(name, case, saved, tmp_path):
 
 def test_a_head_that_nothing_ties_is_missed(changed):
     folder = changed("llava", lambda s: {n: t for n, t in s.items() if n != HEADS["llava"]})
-    with pytest.raises(ValueError, match=r"lacks: language\.lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"lacks: language_model\.lm_head\.weight"):
         MLLM.from_pretrained(folder)
 
 
@@ -167,22 +168,68 @@ def test_a_composition_of_our_own_is_untied_too(tmp_path):
     ("name", "change", "message"),
     [
         ("llava", lambda s: {n: t for n, t in s.items() if not n.startswith(f"{TOWER}2.")},
-         r"\(images\.vision\.\*\) lacks: blocks\.2\."),
+         r"lacks: vision_tower\.encoder\.layers\.2\."),
         ("llava", lambda s: {n: t[:3].clone() if n == f"{TOWER}2.mlp.fc1.weight" else t for n, t in s.items()},
-         r"other shapes .*blocks\.2\.mlp"),
+         r"other shapes .*layers\.2\.mlp\.fc1"),
         ("llava", lambda s: s | {n.replace(f"{TOWER}2.", f"{TOWER}7."): t.clone() for n, t in s.items()},
-         r"what the model does not: blocks\.7\."),
-        ("llava_onevision", lambda s: {n: t for n, t in s.items() if "post_layernorm" not in n}, r"lacks: norm\."),
+         r"what the model does not: vision_tower\.encoder\.layers\.7\."),
+        ("llava_onevision", lambda s: {n: t for n, t in s.items() if "post_layernorm" not in n}, "post_layernorm"),
         ("llava_onevision", lambda s: s | {"vision_tower.head.mlp.fc3.weight": torch.ones(2)}, r"computes with: .*fc3"),
+        ("llava_onevision", lambda s: s | {"vision_tower.head.mlp.fc1.bias": torch.ones(2)},
+         r"fc1\.bias is \(2,\), not \(64\)"),
+        ("llava_next", lambda s: s | {"vision_tower.embeddings.position_ids": torch.ones(3)},
+         r"position_ids is \(3,\), not \(1, any\)"),
+        ("llava", lambda s: s | {"language_model.model.rotary_emb.inv_freq": torch.ones(6, 2)},
+         r"inv_freq is \(6, 2\), not \(any\)"),
         ("blip2", lambda s: s | {"qformer.encoder.layer.9.attention.output.dense.bias": torch.ones(2)},
-         r"does not: images\.qformer\.layers\.9\.attn\.proj\.bias"),
+         r"does not: qformer\.encoder\.layer\.9\.attention\.output\.dense\.bias"),
         ("blip2", lambda s: s | {"embeddings.word_embeddings.weight": torch.ones(2, 2)},
-         r"does not: images\.qformer\.word_embeddings"),
+         r"does not: embeddings\.word_embeddings"),
     ],
 )  # fmt: skip
 def test_what_is_kept_must_fit_too(name, change, message, changed):
     with pytest.raises(ValueError, match=message):
         MLLM.from_pretrained(changed(name, change))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tensor_that_does_not_fit_is_named_as_in_the_file(name, saved, tmp_path):
+    folder = shutil.copytree(saved(name), tmp_path / name)
+    state, _ = read(folder)
+    some = next(n for n in state if n.endswith(("norm2.weight", "input_layernorm.weight")))
+    deep = some.replace(".0.", ".77.")
+    for change, message in (
+        ({some: None}, f"lacks: {some}"),
+        ({some: state[some][:-1].clone()}, f"other shapes than its config says: {some} is "),
+        ({some: state[some].double()}, f"{some} in torch.float64"),
+        ({some: state[some].to(torch.float8_e4m3fn)}, f"{some} in torch.float8_e4m3fn"),
+        ({some: state[some].int()}, f"quantised, which is not computed here: {some} is torch.int32"),
+        ({deep: state[some].clone()}, deep),
+        ({some + "s": state[some].clone()}, f"computes with: {some}s"),
+    ):
+        kept = {n: t for n, t in (state | change).items() if t is not None}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*{re.escape(message)}"):
+            MLLM.from_pretrained(folder)
+
+
+def test_weights_of_several_dtypes_load_as_one_that_is_said(changed):
+    folder = changed("llava", lambda s: {n: t.bfloat16() if "norm" in n else t for n, t in s.items()})
+    with pytest.raises(ValueError, match=r"several dtypes: .* in torch\.float32, .* in torch\.bfloat16; say one with"):
+        MLLM.from_pretrained(folder)
+    model = MLLM.from_pretrained(folder, torch.float32)
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+    eighth = changed("internvl", lambda s: {n: t.to(torch.float8_e5m2) for n, t in s.items()})
+    with pytest.raises(ValueError, match=r"a dtype that is not computed here: .* in torch\.float8_e5m2"):
+        MLLM.from_pretrained(eighth)
+
+
+def test_position_ids_of_a_question_are_kept(changed, tmp_path):
+    """Files of transformers 4 hold this buffer."""
+    ids = {"qformer.embeddings.position_ids": torch.arange(64)[None]}
+    folder = changed("instructblip", lambda s: s | ids)
+    assert_equal("instructblip", folder, tmp_path / "out")
+    assert torch.equal(read(tmp_path / "out")[0]["qformer.embeddings.position_ids"], torch.arange(64)[None])
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

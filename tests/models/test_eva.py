@@ -126,7 +126,7 @@ def in_double(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.double().requires_grad_() for name, tensor in state.items()}
 
 
-def expected_gradients(oracle: dict[str, Tensor], rules: list, model: nn.Module, unused: tuple = ()) -> dict:
+def expected_gradients(oracle: dict[str, Tensor], rules: list, model: nn.Module, unused: dict | None = None) -> dict:
     grads = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in oracle.items()}
     ours, _ = to_ours(grads, rules, "the formula", unused)
     return {name: ours[name].float() for name, _ in model.named_parameters()}

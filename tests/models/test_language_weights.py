@@ -238,7 +238,7 @@ def test_sharded_folder(tmp_path: Path) -> None:
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"hidden_size": "64"}, "no whole number"),
         ({"num_hidden_layers": 3}, "lacks: model.layers.2"),
-        ({"num_hidden_layers": 2**31 - 1}, "lacks: model.layers.2147483646"),
+        ({"num_hidden_layers": 2**31 - 1}, "'num_hidden_layers' is 2147483647"),
         ({"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1}, "sizes that no tensor has"),
         ({"num_hidden_layers": 1}, "has what the model does not: model.layers.1"),
         ({"intermediate_size": 97}, "other shapes than its config says: model.layers.0.mlp.gate_proj.weight"),

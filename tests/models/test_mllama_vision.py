@@ -193,13 +193,13 @@ def test_defaults_are_transformers() -> None:
     [
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"vision_output_dim": 64}, "vision_output_dim 64"),
-        ({"image_size": [16, 32]}, r"image_size \[16, 32\]"),
+        ({"image_size": [16, 32]}, r"'image_size' is \[16, 32\], which is no whole"),
         ({"attention_heads": 5}, "num_heads 5"),
         ({"image_size": 18}, "tile_size 18"),
         ({"intermediate_layers_indices": [0, 3]}, "layers"),
         ({"intermediate_layers_indices": [], "vision_output_dim": 32}, "layers"),
         ({"max_num_tiles": 3}, "max_tiles 3"),
-        ({"num_global_layers": 0}, "at least 1"),
+        ({"num_global_layers": 0}, "'num_global_layers' is 0"),
     ],
 )
 def test_refuses_configurations(raw: dict[str, Any], message: str) -> None:

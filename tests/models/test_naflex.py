@@ -57,7 +57,7 @@ def packed(x: Tensor) -> Tensor:
 def their_gradients(reference: nn.Module, model: VisionTransformer) -> dict[str, Tensor]:
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in reference.named_parameters()}
     family = FAMILIES["siglip2_vision_model"]
-    translated, _ = to_ours(grads, family.rules(model.config), "the oracle", family.unused)
+    translated, _ = to_ours(grads, family.rules(model.config), "the oracle", family.unused(model.config))
     return {name: grad for name, grad in translated.items() if name in dict(model.named_parameters())}
 
 

@@ -28,7 +28,7 @@ def their_gradients(reference: nn.Module, model: VisionTransformer) -> dict[str,
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in reference.named_parameters()}
     assert model.source is not None
     family = family_of(model.source.kind, "the oracle")
-    translated, _ = to_ours(grads, family.rules(model.config), "the oracle", family.unused)
+    translated, _ = to_ours(grads, family.rules(model.config), "the oracle", family.unused(model.config))
     return {name: grad for name, grad in translated.items() if name in dict(model.named_parameters())}
 
 

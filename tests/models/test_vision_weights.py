@@ -162,8 +162,8 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
         ("internvl", {"norm_type": "group_norm"}, "norm_type 'group_norm'"),
         ("internvl", {"use_absolute_position_embeddings": False}, "without positions"),
         ("clip", {"model_type": "resnet"}, "model_type 'resnet'"),
-        ("clip", {"num_hidden_layers": 4}, "lacks: blocks.3"),
-        ("clip", {"num_hidden_layers": 2}, "does not: blocks.2"),
+        ("clip", {"num_hidden_layers": 4}, "lacks: encoder.layers.3"),
+        ("clip", {"num_hidden_layers": 2}, "does not: encoder.layers.2"),
         ("clip", {"intermediate_size": 80}, "other shapes"),
     ],
 )

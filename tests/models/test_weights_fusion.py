@@ -84,12 +84,20 @@ def test_defaults_are_those_of_transformers():
     [
         (idefics_cross_config, {"hidden_act": "gelu"}, "Idefics: hidden_act 'gelu' is not computed here"),
         (idefics_cross_config, {"dropout": 0.1}, r"Idefics: dropout 0\.1"),
-        (idefics_cross_config, {"alpha_type": "matrix"}, "alpha_type 'matrix' is neither"),
+        (idefics_cross_config, {"alpha_type": "matrix"}, "alpha_type 'matrix' is not computed here"),
         (mllama_cross_config, {"hidden_act": "relu"}, "Mllama: hidden_act 'relu'"),
         (mllama_cross_config, {"dropout": 0.5}, r"Mllama: dropout 0\.5"),
-        (idefics2_resampler_config, {"perceiver_config": {"hidden_act": "gelu"}}, "perceiver: hidden_act 'gelu'"),
-        (idefics2_resampler_config, {"perceiver_config": {"attention_dropout": 0.1}}, "perceiver: attention_dropout"),
-        (idefics2_resampler_config, {"text_config": {"hidden_act": "gelu"}}, "projection: hidden_act 'gelu'"),
+        (
+            idefics2_resampler_config,
+            {"perceiver_config": {"hidden_act": "gelu"}},
+            "perceiver_config\\): hidden_act 'gelu'",
+        ),
+        (
+            idefics2_resampler_config,
+            {"perceiver_config": {"attention_dropout": 0.1}},
+            r"perceiver_config\): attention_dropout",
+        ),
+        (idefics2_resampler_config, {"text_config": {"hidden_act": "gelu"}}, "text_config\\): hidden_act 'gelu'"),
     ],
 )
 def test_what_is_not_computed_here_is_refused(read, raw, message):

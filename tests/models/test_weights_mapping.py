@@ -35,7 +35,7 @@ def _theirs():
 def test_there_and_back_is_the_same_bit_for_bit():
     theirs = {"tower." + k: v for k, v in _theirs().items()} | {"head.weight": torch.randn(2, 2)}
     rules = prefixed(TABLE, ours="vision.", theirs="tower.")
-    ours, rest = to_ours(theirs, rules, "a checkpoint", unused=["head.{p}"])
+    ours, rest = to_ours(theirs, rules, "a checkpoint", unused={"head.{p}": None})
     assert list(rest) == ["head.weight"]
     assert ours["vision.blocks.11.qkv.weight"].shape == (12, 4)
     assert torch.equal(ours["vision.blocks.3.qkv.bias"][4:8], theirs["tower.layers.3.k_proj.bias"])

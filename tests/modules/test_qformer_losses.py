@@ -158,7 +158,9 @@ def test_heads_equal_transformers_retrieval() -> None:
     rules = prefixed(qformer_rules(CONFIG, instruct=False), ours="qformer.")
     rules += [Rule("image_proj.{p}", "vision_projection.{p}"), Rule("text_proj.{p}", "text_projection.{p}"),
               Rule("itm_head.{p}", "itm_head.{p}")]  # fmt: skip
-    state, _ = to_ours(oracle.state_dict(), rules, "test", unused=[n for n in oracle.state_dict() if "vision_m" in n])
+    state, _ = to_ours(
+        oracle.state_dict(), rules, "test", unused={n: None for n in oracle.state_dict() if "vision_m" in n}
+    )
     trained = QFormerPretraining(QFormer(CONFIG), feature_width=6)
     missing, unexpected = trained.load_state_dict(state, strict=False)
     assert not unexpected

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastmllm.models.packing import Packing
+from fastmllm.models.weights.values import named, read_flag, read_part
 
 if TYPE_CHECKING:
     from fastmllm.models.mllm import Blueprint
@@ -32,19 +33,20 @@ FAMILIES = {  # model_type of config.json -> file
 _TEXT_DECIDES_TOO = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 
 
-def tied(raw: Mapping[str, Any]) -> bool:
+def tied(raw: Mapping[str, Any], origin: str = "config.json") -> bool:
     """Say whether the head is the embedding table, as the family's class in transformers decides.
 
     Args:
         raw: config.json.
+        origin: what the messages call it.
     """
-    kind, text = raw["model_type"], raw.get("text_config") or {}
+    name, kind, text = "tie_word_embeddings", raw["model_type"], read_part(raw, "text_config", origin, {})
     if kind == "mllama":  # never, whatever it says
         return False
     if kind in ("blip-2", "instructblip"):  # the language model has its own head
-        return bool(text.get("tie_word_embeddings", text.get("model_type", "opt") == "opt"))
-    whole = bool(raw.get("tie_word_embeddings", kind == "internvl"))
-    return whole or (kind in _TEXT_DECIDES_TOO and bool(text.get("tie_word_embeddings", False)))
+        return read_flag(text, name, text.get("model_type", "opt") == "opt", origin)
+    whole = read_flag(raw, name, kind == "internvl", origin)
+    return whole or (kind in _TEXT_DECIDES_TOO and read_flag(text, name, False, origin))
 
 
 def untied(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,9 +73,24 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"fastmllm::MLLM: {origin} has model_type {kind!r}; known: {', '.join(FAMILIES)}")
     try:
-        blueprint: Blueprint = import_module(f"{__name__}.{FAMILIES[kind]}").build(raw, origin)
-    except KeyError as error:
-        raise ValueError(f"fastmllm::MLLM: the config.json of {origin} lacks {error.args[0]!r}") from error
-    if "fastmllm" in raw:  # a fresh composition, written as one of the families
-        blueprint = replace(blueprint, packing=Packing.from_json(raw["fastmllm"], origin))
+        with named(origin):
+            blueprint: Blueprint = import_module(f"{__name__}.{FAMILIES[kind]}").build(raw, origin)
+            if "fastmllm" in raw:  # a fresh composition, written as one of the families
+                blueprint = replace(blueprint, packing=Packing.from_json(raw["fastmllm"], origin))
+    except (RuntimeError, TypeError, OverflowError) as error:  # more rows or bytes than an int64 counts
+        name, size = _largest(raw)
+        raise ValueError(
+            f"fastmllm::MLLM: {origin} says sizes that no tensor has ({str(error).partition(chr(10))[0]}); its largest "
+            f"number is {name} {size}"
+        ) from error
     return blueprint
+
+
+def _largest(raw: Mapping[str, Any], inside: str = "") -> tuple[str, float]:
+    """Find the largest number of a config.json, and its key."""
+    found = [
+        _largest(value, f"{inside}{name}.") if isinstance(value, Mapping) else (inside + name, value)
+        for name, value in raw.items()
+        if isinstance(value, Mapping | int | float)
+    ]
+    return max(found, key=lambda pair: pair[1], default=("", 0))

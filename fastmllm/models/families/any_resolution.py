@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.data.resolution.anyres import ONEVISION_PINPOINTS, PINPOINTS, AnyRes
-from fastmllm.data.resolution.plan import Plan, Regrid, Size
+from fastmllm.data.resolution.plan import Plan, Regrid
 from fastmllm.models.families import tied
 from fastmllm.models.families.llava import ALIASES, blueprint
 from fastmllm.models.families.parts import (
@@ -17,12 +18,14 @@ from fastmllm.models.families.parts import (
     decoder,
     feature_tower,
     host_list,
+    placeholder,
 )
 from fastmllm.models.image_path import Seen, Visual
 from fastmllm.models.mllm import Blueprint
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.connectors import read_projector
 from fastmllm.models.weights.mapping import Rule
+from fastmllm.models.weights.values import named, read_pairs, read_part
 from fastmllm.modules.anyres import AnyResPacker
 
 
@@ -93,30 +96,31 @@ class AnyResPath(TilePath):
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a LLaVA-NeXT or a LLaVA-OneVision."""
     onevision = raw["model_type"] == "llava_onevision"
-    tower, _ = feature_tower(raw, raw["vision_config"], origin, -1 if onevision else -2)
-    language = decoder(raw["text_config"], origin, tied=tied(raw), kind="qwen2" if onevision else "llama")
+    vision, text = read_part(raw, "vision_config", origin), read_part(raw, "text_config", origin)
+    tower, _ = feature_tower(raw, vision, origin, -1 if onevision else -2)
+    kind = "qwen2" if onevision else "llama"
+    language = decoder(text, f"{origin} (text_config)", tied=tied(raw, origin), kind=kind)
     width = language.config.width
-    connector, rules = read_projector(raw, tower.module.config.width, width)
-    policy = AnyRes(
-        image_size=tower.module.config.image_size, patch_size=tower.module.config.patch_size,
-        pinpoints=_pinpoints(raw, ONEVISION_PINPOINTS if onevision else PINPOINTS),
-        max_tiles=_most_tiles(raw, origin) if onevision else None,
-    )  # fmt: skip
-    placeholder = raw.get("image_token_id", raw.get("image_token_index", 151646 if onevision else 32000))
+    connector, rules = read_projector(raw, tower.module.config.width, width, origin)
+    with named(origin):
+        policy = AnyRes(
+            image_size=tower.module.config.image_size, patch_size=tower.module.config.patch_size,
+            pinpoints=read_pairs(
+                raw, "image_grid_pinpoints", ONEVISION_PINPOINTS if onevision else PINPOINTS, origin
+            ),
+            max_tiles=_most_tiles(raw, origin) if onevision else None,
+        )  # fmt: skip
     return blueprint(
-        tower, AnyResPath(tower.module, connector, width, policy), language, rules, placeholder=placeholder,
+        tower, AnyResPath(tower.module, connector, width, policy), language, rules,
+        token=placeholder(raw, 151646 if onevision else 32000, origin),
         more=[Rule("images.packer.newline", "image_newline")],
         aliases=(*ALIASES, ("model.image_newline", "image_newline")),
     )  # fmt: skip
 
 
-def _pinpoints(raw: Mapping[str, Any], default: tuple[Size, ...]) -> tuple[Size, ...]:
-    return tuple((a, b) for a, b in host_list(raw.get("image_grid_pinpoints") or default))
-
-
 def _most_tiles(raw: Mapping[str, Any], origin: str) -> int:
     ratio = raw.get("vision_aspect_ratio", "anyres_max_9")
-    digits = ratio.removeprefix("anyres_max_")
-    if not digits.isdigit():
+    found = re.fullmatch(r"anyres_max_([0-9]{1,9})", ratio) if isinstance(ratio, str) else None
+    if found is None:
         raise ValueError(f"fastmllm::MLLM: {origin}: vision_aspect_ratio {ratio!r} is not computed here (anyres_max_k)")
-    return int(digits)
+    return int(found[1])

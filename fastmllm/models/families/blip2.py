@@ -16,7 +16,8 @@ from fastmllm.models.inputs import unpad
 from fastmllm.models.mllm import Blueprint
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.connectors import qformer_rules, read_qformer
-from fastmllm.models.weights.mapping import Rule, prefixed
+from fastmllm.models.weights.mapping import Rule, Shape, prefixed
+from fastmllm.models.weights.values import read_flag, read_part, read_size
 from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer, QFormerConfig
 
 OPT_RULES = [
@@ -37,6 +38,12 @@ OPT_RULES = [
     ),
     Rule("lm_head.weight", "lm_head.weight"),
 ]
+
+
+# a buffer, 0 .. positions - 1
+QFORMER_UNUSED: dict[str, Shape] = dict.fromkeys(
+    ("embeddings.position_ids", "qformer.embeddings.position_ids"), (1, -1)
+)
 
 
 class QFormerPath(ImagePath):
@@ -92,16 +99,18 @@ class QFormerPath(ImagePath):
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a BLIP-2 or an InstructBLIP."""
     instruct = raw["model_type"] == "instructblip"
-    text = {"model_type": "opt", **raw["text_config"]}
-    if text.get("is_encoder_decoder") or text["model_type"] == "t5":
+    text = {"model_type": "opt", **read_part(raw, "text_config", origin)}
+    if read_flag(text, "is_encoder_decoder", False, origin) or text["model_type"] == "t5":
         raise ValueError(f"fastmllm::MLLM: {origin}: a T5 behind the Q-Former is not computed here, only decoders")
     if raw.get("image_token_index") is None:
         raise ValueError(f"fastmllm::MLLM: {origin}: config.json has no image_token_index, where the queries go")
-    language = decoder(text, origin, tied=tied(raw))
-    vision = {"model_type": "blip_2_vision_model", **raw["vision_config"]}
+    token = read_size(raw, "image_token_index", None, origin, least=0)
+    language = decoder(text, f"{origin} (text_config)", tied=tied(raw, origin))
+    vision = {"model_type": "blip_2_vision_model", **read_part(raw, "vision_config", origin)}
     tower = vision_tower(vision, "vision_model.", origin)
-    queries = {**raw["qformer_config"], "encoder_hidden_size": tower.module.config.width}
-    config = read_qformer(queries, raw.get("num_query_tokens", 32), text=instruct or None)
+    queries = {**read_part(raw, "qformer_config", origin), "encoder_hidden_size": tower.module.config.width}
+    number = read_size(raw, "num_query_tokens", 32, origin)
+    config = read_qformer(queries, number, text=instruct or None, origin=f"{origin} (qformer_config)")
     opt = text["model_type"] == "opt"
     decoder_table = (
         prefixed(OPT_RULES, "language.", "language_model.")
@@ -118,9 +127,9 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 Rule("images.projection.{p}", "language_projection.{p}"),
                 *decoder_table,
             ],
-            unused=[*tower.unused, *([] if opt else decoder_unused("language_model.model."))],
+            unused=tower.unused | QFORMER_UNUSED | ({} if opt else decoder_unused("language_model.model.")),
             whole=tower.whole,
             tied=language.config.tie_embeddings,
         ),
-        placeholders=(raw["image_token_index"],),
+        placeholders=(token,),
     )

@@ -22,6 +22,7 @@ from fastmllm.models.weights.fusion import (
     idefics_resampler_config,
 )
 from fastmllm.models.weights.mapping import Join, Rule, prefixed
+from fastmllm.models.weights.values import read_part, read_size
 from fastmllm.modules.cross_attention import GatedCrossAttention
 from fastmllm.modules.resampler import PerceiverResampler
 
@@ -93,19 +94,19 @@ def runs(seen: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of an Idefics."""
-    vision = {"model_type": "idefics_vision", **(raw.get("vision_config") or {})}
+    vision = {"model_type": "idefics_vision", **read_part(raw, "vision_config", origin, {})}
     if vision["model_type"] not in ("idefics_vision", "idefics"):
         raise ValueError(f"fastmllm::MLLM: {origin}: vision_config is of model_type {vision['model_type']!r}")
     tower = vision_tower({**vision, "model_type": "idefics_vision"}, "model.vision_model.", origin)
-    language = decoder(raw, origin, tied=tied(raw), kind="idefics")
-    config, every = idefics_cross_config(raw), raw.get("cross_layer_interval", 1)
+    language = decoder(raw, origin, tied=tied(raw, origin), kind="idefics")
+    config, every = idefics_cross_config(raw, origin), read_size(raw, "cross_layer_interval", 1, origin)
     rules: list[Rule] = []
     for k in range(language.config.depth // every):
         language.cross_layers[str(k * every)] = GatedCrossAttention(config)
         rules += prefixed(
             idefics_cross_rules(config), f"language.cross_layers.{k * every}.", f"model.gated_cross_attn_layers.{k}."
         )
-    resampler = idefics_resampler_config(raw)
+    resampler = idefics_resampler_config(raw, origin)
     path = IdeficsPath(tower.module, None if resampler is None else PerceiverResampler(resampler))
     extra = raw.get("additional_vocab_size", 0)
     return Blueprint(
@@ -119,10 +120,9 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 *(_with_extra(raw.get("vocab_size", 32000), extra) if extra else []),
                 *decoder_rules("model.", ""),
             ],
-            unused=[
-                *tower.unused, *decoder_unused("model."),
-                "model.gated_cross_attn_layers.{i}.cross_attn.rotary_emb.inv_freq",
-            ],
+            unused=tower.unused | decoder_unused("model.") | {
+                "model.gated_cross_attn_layers.{i}.cross_attn.rotary_emb.inv_freq": (-1,),
+            },
             whole=tower.whole,
             tied=language.config.tie_embeddings,
         ),

@@ -14,11 +14,13 @@ from fastmllm.models.families.parts import (
     decoder_rules,
     decoder_unused,
     feature_tower,
+    placeholder,
 )
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.mllm import Blueprint
 from fastmllm.models.weights.connectors import read_projector
 from fastmllm.models.weights.mapping import Rule, prefixed
+from fastmllm.models.weights.values import read_part
 
 ALIASES = (
     ("vision_tower.vision_model.", "vision_tower."),  # transformers 4
@@ -31,16 +33,16 @@ ALIASES = (
 
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a LLaVA."""
-    tower, skip = feature_tower(raw, raw["vision_config"], origin, -2, in_a_grid=False)
-    language = decoder(raw["text_config"], origin, tied=tied(raw))
-    connector, rules = read_projector(raw, tower.module.config.width, language.config.width)
+    vision, text = read_part(raw, "vision_config", origin), read_part(raw, "text_config", origin)
+    tower, skip = feature_tower(raw, vision, origin, -2, in_a_grid=False)
+    language = decoder(text, f"{origin} (text_config)", tied=tied(raw, origin))
+    connector, rules = read_projector(raw, tower.module.config.width, language.config.width, origin)
     path = TilePath(tower.module, connector, language.config.width, skip)
-    placeholder = raw.get("image_token_id", raw.get("image_token_index", 32000))
-    return blueprint(tower, path, language, rules, placeholder=placeholder)
+    return blueprint(tower, path, language, rules, token=placeholder(raw, 32000, origin))
 
 
 def blueprint(
-    tower: Tower, path: TilePath, language: LanguageModel, connector: Sequence[Rule], *, placeholder: int,
+    tower: Tower, path: TilePath, language: LanguageModel, connector: Sequence[Rule], *, token: int,
     more: Sequence[Rule] = (), aliases: Sequence[tuple[str, str]] = ALIASES,
 ) -> Blueprint:  # fmt: skip
     """Lay out what LLaVA and its relatives share: encoder, projector and decoder, each under its own prefix.
@@ -48,7 +50,7 @@ def blueprint(
     Args:
         tower, path, language: the parts.
         connector: table of the projector.
-        placeholder: token that visual tokens replace.
+        token: what visual tokens replace.
         more: further rules.
         aliases: as in `Layout`.
     """
@@ -63,9 +65,9 @@ def blueprint(
                 *decoder_rules("language_model.model.", "language_model."),
             ],
             aliases=aliases,
-            unused=[*tower.unused, *decoder_unused("language_model.model.")],
+            unused=tower.unused | decoder_unused("language_model.model."),
             whole=tower.whole,
             tied=language.config.tie_embeddings,
         ),
-        placeholders=(placeholder,),
+        placeholders=(token,),
     )

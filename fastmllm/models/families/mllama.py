@@ -19,6 +19,7 @@ from fastmllm.models.weights.fusion import MLLAMA_CROSS, mllama_cross_config
 from fastmllm.models.weights.language import LAYER_RULES
 from fastmllm.models.weights.mapping import Rule, prefixed
 from fastmllm.models.weights.mllama_vision import mllama_vision_config, mllama_vision_rules
+from fastmllm.models.weights.values import read_part
 from fastmllm.modules.cross_attention import GatedCrossAttention
 
 ALIASES = (
@@ -109,11 +110,11 @@ def runs_of_real(seen: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a Llama-3.2-Vision. Rows before the first image see none: Meta's policy, not transformers'."""
-    text = raw["text_config"]
-    language = decoder(text, origin, tied=tied(raw), kind="mllama_text_model")
+    text, inside = read_part(raw, "text_config", origin), f"{origin} (text_config)"
+    language = decoder(text, inside, tied=tied(raw, origin), kind="mllama_text_model")
     crossing = text.get("cross_attention_layers")
     crossing = CROSS_LAYERS if crossing is None else tuple(crossing)
-    config = mllama_cross_config(text)
+    config = mllama_cross_config(text, inside)
     rules: list[Rule] = []
     own = 0  # self-attention layers so far
     for layer in range(language.config.depth + len(crossing)):
@@ -126,7 +127,7 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
         else:
             language.cross_layers[str(own)] = GatedCrossAttention(config)
             rules += prefixed(MLLAMA_CROSS, f"language.cross_layers.{own}.", theirs)
-    vision = mllama_vision_config(raw["vision_config"])
+    vision = mllama_vision_config(read_part(raw, "vision_config", origin), f"{origin} (vision_config)")
     return Blueprint(
         images=MllamaPath(MllamaVision(vision), language.config.width),
         language=language,

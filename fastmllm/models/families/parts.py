@@ -14,9 +14,11 @@ from fastmllm.models.checkpoint import VISION
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.vision import VisionConfig, VisionTransformer
+from fastmllm.models.weights.connectors import feature_layers
 from fastmllm.models.weights.language import DECODER_RULES, UNUSED, language_config
-from fastmllm.models.weights.mapping import Rule, prefixed
+from fastmllm.models.weights.mapping import Rule, Shape, prefixed
 from fastmllm.models.weights.towers import describe_stored
+from fastmllm.models.weights.values import read_choice, read_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class Tower:
     module: VisionTransformer
     whole: VisionConfig
     rules: list[Rule]
-    unused: list[str]
+    unused: dict[str, Shape]
 
 
 def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: Any) -> Tower:
@@ -38,10 +40,11 @@ def vision_tower(raw: Mapping[str, Any], prefix: str, origin: str, **changes: An
         origin: what the messages call it.
         changes: fields of VisionConfig that the model decides, such as `layer` and `final_norm`.
     """
-    stored = describe_stored(raw, origin, changes=changes)
+    stored = describe_stored(raw, f"{origin} (vision_config)", changes=changes)
     return Tower(
         module=VisionTransformer(stored.config), whole=stored.whole,
-        rules=prefixed(stored.rules, VISION, prefix), unused=[prefix + name for name in stored.unused],
+        rules=prefixed(stored.rules, VISION, prefix),
+        unused={prefix + name: shape for name, shape in stored.unused.items()},
     )  # fmt: skip
 
 
@@ -64,10 +67,9 @@ def feature_tower(
     Raises:
         ValueError: the class token is among the features, or a patch would be missing in a grid.
     """
-    strategy, layer = raw.get("vision_feature_select_strategy", "default"), raw.get("vision_feature_layer", default)
-    if strategy not in ("default", "full"):
-        raise ValueError(f"fastmllm::MLLM: {origin}: vision_feature_select_strategy is neither 'default' nor 'full'")
-    changes = {"layer": layer if isinstance(layer, int) else tuple(layer), "final_norm": False}
+    strategy = read_choice(raw, "vision_feature_select_strategy", "default", ("default", "full"), origin)
+    layer = feature_layers(raw, default, origin)
+    changes: dict[str, Any] = {"layer": layer, "final_norm": False}
     if raw["model_type"] == "internvl" and layer == -1:
         changes = {}
     tower = vision_tower(vision, "vision_tower.", origin, **changes)
@@ -98,6 +100,12 @@ def decoder(raw: Mapping[str, Any], origin: str, *, tied: bool, kind: str = "lla
     return LanguageModel(language_config({"model_type": kind, **raw, "tie_word_embeddings": tied}, origin))
 
 
+def placeholder(raw: Mapping[str, Any], default: int, origin: str) -> int:
+    """Read the token that visual tokens replace, under its name of today or an older one."""
+    name = "image_token_id" if "image_token_id" in raw else "image_token_index"
+    return read_size(raw, name, default, origin, least=0)
+
+
 def decoder_rules(body: str, head: str) -> list[Rule]:
     """Return a decoder's table: `body` stands in front of "embed_tokens", `head` in front of "lm_head"."""
     return [
@@ -106,9 +114,9 @@ def decoder_rules(body: str, head: str) -> list[Rule]:
     ]
 
 
-def decoder_unused(body: str) -> list[str]:
+def decoder_unused(body: str) -> dict[str, Shape]:
     """Return what old files hold beside a decoder's parameters."""
-    return [body.removesuffix("model.") + name for name in UNUSED]
+    return {body.removesuffix("model.") + name: shape for name, shape in UNUSED.items()}
 
 
 def cut(pixels: Tensor, patch_size: int) -> Tensor:

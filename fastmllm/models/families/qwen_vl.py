@@ -23,6 +23,7 @@ from fastmllm.models.weights.qwen_vision import (
     qwen3_vision_config,
     qwen_vision_rules,
 )
+from fastmllm.models.weights.values import read_number, read_part, read_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,7 @@ class _Variant:
         visual, body, head: prefixes in files.
     """
 
-    vision: Callable[[Mapping[str, Any]], QwenVisionConfig]
+    vision: Callable[[Mapping[str, Any], str], QwenVisionConfig]
     text: str
     seconds: bool = False
     frames_apart: bool = False
@@ -168,14 +169,22 @@ class NativePath(ImagePath):
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a Qwen-VL."""
     variant = VARIANTS[raw["model_type"]]
-    vision = QwenVision(variant.vision(raw["vision_config"]))
-    text = raw.get("text_config") or {k: v for k, v in raw.items() if k not in ("vision_config", "model_type")}
-    language = decoder({**text, "model_type": variant.text}, origin, tied=tied(raw))
-    tokens = {"image": raw.get("image_token_id", 151655), "video": raw.get("video_token_id", 151656)}
-    rate = raw["vision_config"].get("tokens_per_second", 4) if variant.seconds else None
+    seen, inside = read_part(raw, "vision_config", origin), f"{origin} (vision_config)"
+    vision = QwenVision(variant.vision(seen, inside))
+    flat = {k: v for k, v in raw.items() if k not in ("vision_config", "model_type")}  # of older files
+    text = read_part(raw, "text_config", origin, flat)
+    language = decoder({**text, "model_type": variant.text}, f"{origin} (text_config)", tied=tied(raw, origin))
+    if vision.width != language.config.width:
+        raise ValueError(
+            f"fastmllm::MLLM: {origin}: visual tokens are {vision.width} wide, but hidden_size of the text is "
+            f"{language.config.width}"
+        )
+    image = read_size(raw, "image_token_id", 151655, origin, least=0)
+    video = read_size(raw, "video_token_id", 151656, origin, least=0)
+    rate = read_number(seen, "tokens_per_second", 4, inside) if variant.seconds else None
     aliases = [(new, old) for old, new in _TODAY.items() if old in (variant.visual, variant.body)]
     return Blueprint(
-        images=NativePath(vision, tokens["image"], tokens["video"], rate, variant.frames_apart),
+        images=NativePath(vision, image, video, rate, variant.frames_apart),
         language=language,
         layout=Layout(
             rules=[
@@ -183,8 +192,8 @@ def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
                 *decoder_rules(variant.body, variant.head),
             ],
             aliases=aliases,
-            unused=decoder_unused(variant.body) if variant.body == "model." else [],
+            unused=decoder_unused(variant.body) if variant.body == "model." else {},
             tied=language.config.tie_embeddings,
         ),
-        placeholders=tuple(tokens.values()),
+        placeholders=(image, video),
     )

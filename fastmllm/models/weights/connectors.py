@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 from fastmllm.models.weights.mapping import Form, Join, Rule, View, expect
+from fastmllm.models.weights.values import (
+    MOST_LAYERS,
+    named,
+    read_choice,
+    read_flag,
+    read_list,
+    read_number,
+    read_size,
+    wrong,
+)
 from fastmllm.modules.projector import Projector, ShuffleProjector
 from fastmllm.modules.qformer import QFormerConfig
 
@@ -58,7 +68,7 @@ _LLAVA = ("llava", "llava_next", "llava_onevision")
 
 
 def read_projector(
-    raw: Mapping[str, Any], width_in: int, width_out: int
+    raw: Mapping[str, Any], width_in: int, width_out: int, origin: str = "config.json"
 ) -> tuple[Projector | ShuffleProjector, list[Rule]]:
     """Build the connector of a checkpoint, not yet filled, and its table.
 
@@ -66,6 +76,7 @@ def read_projector(
         raw: config.json.
         width_in: of the image encoder.
         width_out: of the language model.
+        origin: what the messages call the file.
 
     Returns:
         The connector; where `vision_feature_layer` names several layers it takes them side by side.
@@ -75,24 +86,29 @@ def read_projector(
     """
     kind = raw.get("model_type")
     if kind in ("idefics3", "smolvlm"):
-        return ShuffleProjector(width_in, width_out, shuffle=raw.get("scale_factor", 2)), SHUFFLE_RULES
+        return ShuffleProjector(width_in, width_out, shuffle=read_size(raw, "scale_factor", 2, origin)), SHUFFLE_RULES
     if kind == "nanovlm":
-        return ShuffleProjector(width_in, width_out, shuffle=raw.get("mp_pixel_shuffle_factor", 4)), NANOVLM_RULES
-    activation = _activation(raw, "projector_hidden_act")
+        factor = read_size(raw, "mp_pixel_shuffle_factor", 4, origin)
+        return ShuffleProjector(width_in, width_out, shuffle=factor), NANOVLM_RULES
+    activation = _activation(raw, "projector_hidden_act", origin)
     if kind == "internvl":
-        factor = int(1 / raw.get("downsample_ratio", 0.5))
+        ratio = read_number(raw, "downsample_ratio", 0.5, origin)
+        factor = round(1 / ratio)
+        if ratio * factor != 1:
+            raise wrong(origin, "downsample_ratio", ratio, "not 1 over a whole number of patches")
         return Projector(width_in, width_out, shuffle=factor, norm=True, activation=activation), PROJECTOR_RULES
     if kind == "vipllava":
-        width_in *= _layers(raw.get("vision_feature_layer", raw.get("vision_feature_layers", (-2, -5, -8, -11, 6))))
-        eps = raw.get("projector_layernorm_eps", 1e-5)
+        name = "vision_feature_layer" if "vision_feature_layer" in raw else "vision_feature_layers"
+        width_in *= _count(feature_layers(raw, (-2, -5, -8, -11, 6), origin, name))
+        eps = read_number(raw, "projector_layernorm_eps", 1e-5, origin)
         return Projector(width_in, width_out, norm=True, activation=activation, norm_eps=eps), VIPLLAVA_RULES
     if kind in _LLAVA:
-        width_in *= _layers(raw.get("vision_feature_layer", -2))
-        bias = raw.get("multimodal_projector_bias", True)
+        width_in *= _count(feature_layers(raw, -2, origin))
+        bias = read_flag(raw, "multimodal_projector_bias", True, origin)
         return Projector(width_in, width_out, activation=activation, bias=bias), PROJECTOR_RULES
     raise ValueError(
-        f"fastmllm::weights: no projector of model_type {kind!r} is known (idefics3, internvl, nanovlm, smolvlm, "
-        f"vipllava, {', '.join(_LLAVA)})"
+        f"fastmllm::weights: {origin}: no projector of model_type {kind!r} is known (idefics3, internvl, nanovlm, "
+        f"smolvlm, vipllava, {', '.join(_LLAVA)})"
     )
 
 
@@ -143,47 +159,63 @@ def _block_rules(ours: str, theirs: str, width_in: int, width: int) -> list[Rule
     ]
 
 
-def _layers(value: int | list[int] | tuple[int, ...]) -> int:
-    return 1 if isinstance(value, int) else len(value)
+def feature_layers(
+    raw: Mapping[str, Any], default: int | tuple[int, ...], origin: str, name: str = "vision_feature_layer"
+) -> int | tuple[int, ...]:
+    """Read which hidden states of the encoder are features: one, or several side by side.
+
+    Args:
+        raw: config.json.
+        default: where it says none.
+        origin: what the messages call the file.
+        name: its key.
+    """
+    value = raw.get(name, default)
+    if isinstance(value, list | tuple) and value:
+        return tuple(read_list({name: value}, name, (), int, origin))
+    return read_size({name: value}, name, None, origin, least=-(2**31))
 
 
-def _activation(raw: Mapping[str, Any], key: str) -> str:
-    name = raw.get(key, "gelu")
-    if name not in ACTIVATIONS:
-        raise ValueError(f"fastmllm::weights: {key} {name!r} is not computed here (only {', '.join(ACTIVATIONS)})")
-    return ACTIVATIONS[name]
+def _count(layers: int | tuple[int, ...]) -> int:
+    return 1 if isinstance(layers, int) else len(layers)
 
 
-def read_qformer(raw: Mapping[str, Any], num_queries: int = 32, text: bool | None = None) -> QFormerConfig:
+def _activation(raw: Mapping[str, Any], key: str, origin: str) -> str:
+    return ACTIVATIONS[read_choice(raw, key, "gelu", ACTIVATIONS, origin)]
+
+
+def read_qformer(
+    raw: Mapping[str, Any], num_queries: int = 32, text: bool | None = None, origin: str = "qformer_config"
+) -> QFormerConfig:
     """Read the `qformer_config` of a BLIP-2 or InstructBLIP checkpoint.
 
     Args:
         raw: that part of config.json.
         num_queries: `num_query_tokens` of the whole.
         text: whether it reads text; None follows the family: InstructBLIP does, BLIP-2 where `use_qformer_text_input`.
+        origin: what the messages call it.
 
     Raises:
-        ValueError: something that is not computed here.
+        ValueError: something that is not computed here, or a value of another kind.
     """
-    if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(
-            f"fastmllm::weights: position_embedding_type {raw['position_embedding_type']!r} is not computed here"
-        )
+    read_choice(raw, "position_embedding_type", "absolute", ("absolute",), origin)
+    reads = read_flag(raw, "use_qformer_text_input", False, origin)
     if text is None:
-        text = raw.get("model_type") == "instructblip_qformer" or raw.get("use_qformer_text_input", False)
-    return QFormerConfig(
-        width=raw.get("hidden_size", 768),
-        depth=raw.get("num_hidden_layers", 12),
-        num_heads=raw.get("num_attention_heads", 12),
-        mlp_width=raw.get("intermediate_size", 3072),
-        media_width=raw.get("encoder_hidden_size", 1408),
-        num_queries=num_queries,
-        cross_every=raw.get("cross_attention_frequency", 2),
-        norm_eps=raw.get("layer_norm_eps", 1e-12),
-        activation=_activation(raw, "hidden_act"),
-        vocab_size=raw.get("vocab_size", 30522) if text else 0,
-        max_positions=raw.get("max_position_embeddings", 512),
-    )
+        text = raw.get("model_type") == "instructblip_qformer" or reads
+    with named(origin):
+        return QFormerConfig(
+            width=read_size(raw, "hidden_size", 768, origin),
+            depth=read_size(raw, "num_hidden_layers", 12, origin, most=MOST_LAYERS),
+            num_heads=read_size(raw, "num_attention_heads", 12, origin),
+            mlp_width=read_size(raw, "intermediate_size", 3072, origin),
+            media_width=read_size(raw, "encoder_hidden_size", 1408, origin),
+            num_queries=num_queries,
+            cross_every=read_size(raw, "cross_attention_frequency", 2, origin),
+            norm_eps=read_number(raw, "layer_norm_eps", 1e-12, origin),
+            activation=_activation(raw, "hidden_act", origin),
+            vocab_size=read_size(raw, "vocab_size", 30522, origin) if text else 0,
+            max_positions=read_size(raw, "max_position_embeddings", 512, origin),
+        )
 
 
 def qformer_rules(config: QFormerConfig, instruct: bool) -> list[Rule]:

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from fastmllm.models.eva import EvaConfig, EvaVisionTransformer
-from fastmllm.models.weights.mapping import Conv, Join, Positions, Rule, View, fill, to_ours, to_theirs
+from fastmllm.models.weights.mapping import Conv, Join, Positions, Rule, Shape, View, fill, to_ours, to_theirs
+from fastmllm.models.weights.values import named, read_size
 
 # the rotary tables are computed; the norm and the head behind the last block are not used
-UNUSED = ("vit.model.rope.{table}", "vit.model.blocks.{i}.attn.rope.{table}", "vit.model.norm.{p}",
-          "vit.model.fc_norm.{p}", "vit.model.head.{p}")  # fmt: skip
+UNUSED: Mapping[str, Shape] = dict.fromkeys(
+    ("vit.model.rope.{table}", "vit.model.blocks.{i}.attn.rope.{table}", "vit.model.norm.{p}",
+     "vit.model.fc_norm.{p}", "vit.model.head.{p}")
+)  # fmt: skip
 
 
-def eva_config(raw: Mapping[str, Any]) -> EvaConfig:
+def eva_config(raw: Mapping[str, Any], origin: str = "config.json") -> EvaConfig:
     """Read the configuration of CogAgent; its file names only the image size, the rest is fixed in its code."""
-    return EvaConfig(image_size=raw.get("cross_image_size", 1120))
+    with named(origin):
+        return EvaConfig(image_size=read_size(raw, "cross_image_size", 1120, origin))
 
 
 def eva_rules(config: EvaConfig) -> list[Rule]:

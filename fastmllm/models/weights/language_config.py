@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 from fastmllm.models.language import LanguageConfig
 from fastmllm.models.rope import RopeScaling, yarn_magnitude
+from fastmllm.models.weights.values import (
+    MOST_LAYERS,
+    named,
+    read_flag,
+    read_list,
+    read_number,
+    read_size,
+    wrong,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +86,7 @@ def language_config(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
             range; the message names the key, the value and `origin`.
     """
     if not isinstance(raw, Mapping):
-        raise _wrong(origin, "config", raw, "no object")
+        raise wrong(origin, "config", raw, "no object")
     kind = raw.get("model_type")
     if kind == "opt":
         return _opt(raw, origin)
@@ -89,39 +96,37 @@ def language_config(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
     activation = raw.get("hidden_act", "silu")
     for what, bad in {
         f"activation {activation!r}": not isinstance(activation, str) or activation not in _ACTIVATIONS,
-        "a bias in the MLP": _flag(raw, "mlp_bias", False, origin),
+        "a bias in the MLP": read_flag(raw, "mlp_bias", False, origin),
     }.items():
         if bad:
             raise _refusal(origin, what)
-    vocab, width, mlp_width, depth, heads = (
-        _size(raw, name, default, origin) for name, default in zip(_SIZES, family.sizes, strict=True)
-    )
+    vocab, width, mlp_width, depth, heads = _sizes(raw, _SIZES, family.sizes, origin)
     extra = 0
     if kind == "mllama_text_model":
         extra = _MLLAMA_EXTRA
-        cross = _list(raw, "cross_attention_layers", _MLLAMA_CROSS, int, origin)
+        cross = read_list(raw, "cross_attention_layers", _MLLAMA_CROSS, int, origin)
         if len(set(cross)) != len(cross) or not all(layer in range(depth) for layer in cross):
-            raise _wrong(origin, "cross_attention_layers", cross, f"no list of some of {depth} layers")
+            raise wrong(origin, "cross_attention_layers", cross, f"no list of some of {depth} layers")
         depth -= len(cross)
     elif kind == "idefics":
-        vocab += _size(raw, "additional_vocab_size", 0, origin, least=0)
-    max_positions = _size(raw, "max_position_embeddings", family.max_positions, origin)
+        vocab += read_size(raw, "additional_vocab_size", 0, origin, least=0)
+    max_positions = read_size(raw, "max_position_embeddings", family.max_positions, origin)
     theta, scaling, section = _rope(raw, family, max_positions, origin)
-    biased = family.attention_bias and _flag(raw, "attention_bias", False, origin)
+    biased = family.attention_bias and read_flag(raw, "attention_bias", False, origin)
     window, sliding = _window(raw, family, depth, origin)
-    with _named(origin):
+    with named(origin):
         return LanguageConfig(
             vocab_size=vocab,
             width=width,
             depth=depth,
             num_heads=heads,
-            num_kv_heads=_size(raw, "num_key_value_heads", family.kv_heads or heads, origin, null=heads),
-            head_dim=_size(raw, "head_dim", family.head_dim or width // heads, origin, null=width // heads),
+            num_kv_heads=read_size(raw, "num_key_value_heads", family.kv_heads or heads, origin, null=heads),
+            head_dim=read_size(raw, "head_dim", family.head_dim or width // heads, origin, null=width // heads),
             mlp_width=mlp_width,
             rope_theta=theta,
-            norm_eps=_number(raw, "rms_norm_eps", family.norm_eps, origin),
+            norm_eps=read_number(raw, "rms_norm_eps", family.norm_eps, origin),
             max_positions=max_positions,
-            tie_embeddings=_flag(raw, "tie_word_embeddings", False, origin),
+            tie_embeddings=read_flag(raw, "tie_word_embeddings", False, origin),
             qkv_bias=family.qkv_bias or biased,
             output_bias=biased,
             qk_norm=family.qk_norm,
@@ -137,30 +142,25 @@ def language_config(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
 
 def _opt(raw: Mapping[str, Any], origin: str) -> LanguageConfig:
     """Read the configuration of an OPT."""
-    vocab, width, mlp_width, depth, heads = (
-        _size(raw, name, default, origin)
-        for name, default in zip(
-            ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads"),
-            (50272, 768, 3072, 12, 12),
-            strict=True,
-        )
+    vocab, width, mlp_width, depth, heads = _sizes(
+        raw, (*_SIZES[:2], "ffn_dim", *_SIZES[3:]), (50272, 768, 3072, 12, 12), origin
     )
-    embedded = _size(raw, "word_embed_proj_dim", width, origin, null=width)
+    embedded = read_size(raw, "word_embed_proj_dim", width, origin, null=width)
     for what, bad in {
         f"activation {raw.get('activation_function')!r}": raw.get("activation_function", "relu") != "relu",
-        "norms behind the layers (do_layer_norm_before)": not _flag(raw, "do_layer_norm_before", True, origin),
-        "no final norm": _flag(raw, "_remove_final_layer_norm", False, origin),
-        "layers without biases": not _flag(raw, "enable_bias", True, origin),
-        "norms without weights": not _flag(raw, "layer_norm_elementwise_affine", True, origin),
+        "norms behind the layers (do_layer_norm_before)": not read_flag(raw, "do_layer_norm_before", True, origin),
+        "no final norm": read_flag(raw, "_remove_final_layer_norm", False, origin),
+        "layers without biases": not read_flag(raw, "enable_bias", True, origin),
+        "norms without weights": not read_flag(raw, "layer_norm_elementwise_affine", True, origin),
         f"embeddings of another width (word_embed_proj_dim {embedded})": embedded != width,
     }.items():
         if bad:
             raise _refusal(origin, what)
-    with _named(origin):
+    with named(origin):
         return LanguageConfig(
             vocab_size=vocab, width=width, depth=depth, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-            mlp_width=mlp_width, norm_eps=1e-5, max_positions=_size(raw, "max_position_embeddings", 2048, origin),
-            tie_embeddings=_flag(raw, "tie_word_embeddings", True, origin), qkv_bias=True, output_bias=True,
+            mlp_width=mlp_width, norm_eps=1e-5, max_positions=read_size(raw, "max_position_embeddings", 2048, origin),
+            tie_embeddings=read_flag(raw, "tie_word_embeddings", True, origin), qkv_bias=True, output_bias=True,
             activation="relu", gated_mlp=False, layer_norm=True, learned_positions=True,
         )  # fmt: skip
 
@@ -248,13 +248,13 @@ def _rope(
     place = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope: Mapping[str, Any] = raw.get(place) or {}
     if not isinstance(rope, Mapping):
-        raise _wrong(origin, place, rope, "no object")
-    theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", family.theta, origin)
+        raise wrong(origin, place, rope, "no object")
+    theta = read_number(rope if "rope_theta" in rope else raw, "rope_theta", family.theta, origin)
     section = family.mrope
     if section is not None:
-        time, row, column = _list(rope, "mrope_section", section, int, origin, length=3)
+        time, row, column = read_list(rope, "mrope_section", section, int, origin, length=3)
         section = time, row, column
-    partial = _number(rope if "partial_rotary_factor" in rope else raw, "partial_rotary_factor", 1.0, origin)
+    partial = read_number(rope if "partial_rotary_factor" in rope else raw, "partial_rotary_factor", 1.0, origin)
     if partial != 1:
         raise _refusal(origin, f"rotary positions of a part of each head (partial_rotary_factor {partial})")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -263,27 +263,29 @@ def _rope(
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise _refusal(origin, f"rotary scaling {kind!r} in {dict(rope)}")
 
-    original = _size(rope, "original_max_position_embeddings", max_positions, origin, null=max_positions)
-    factor = _number(rope, "factor", max_positions / original if kind == "yarn" else None, origin)
+    original = read_size(rope, "original_max_position_embeddings", max_positions, origin, null=max_positions)
+    factor = read_number(rope, "factor", max_positions / original if kind == "yarn" else None, origin)
     more: dict[str, Any] = {}
     if kind == "yarn":
         if theta <= 1:
-            raise _wrong(origin, "rope_theta", theta, "no base of which YaRN takes logarithms; it must be above 1")
-        magnitude = None if rope.get("attention_factor") is None else _number(rope, "attention_factor", None, origin)
-        scales = [_number(rope, name, 0.0, origin, zero=True) for name in ("mscale", "mscale_all_dim")]
+            raise wrong(origin, "rope_theta", theta, "no base of which YaRN takes logarithms; it must be above 1")
+        magnitude = (
+            None if rope.get("attention_factor") is None else read_number(rope, "attention_factor", None, origin)
+        )
+        scales = [read_number(rope, name, 0.0, origin, zero=True) for name in ("mscale", "mscale_all_dim")]
         if magnitude is None and all(scales):
             magnitude = yarn_magnitude(factor, scales[0]) / yarn_magnitude(factor, scales[1])
         more = {
-            "beta_fast": _number(rope, "beta_fast", 0.0, origin, zero=True) or 32.0,
-            "beta_slow": _number(rope, "beta_slow", 0.0, origin, zero=True) or 1.0,
-            "truncate": _flag(rope, "truncate", True, origin),
+            "beta_fast": read_number(rope, "beta_fast", 0.0, origin, zero=True) or 32.0,
+            "beta_slow": read_number(rope, "beta_slow", 0.0, origin, zero=True) or 1.0,
+            "truncate": read_flag(rope, "truncate", True, origin),
             "attention_factor": magnitude,
         }
     elif kind == "llama3":
-        more = {name: _number(rope, name, None, origin) for name in ("low_freq_factor", "high_freq_factor")}
+        more = {name: read_number(rope, name, None, origin) for name in ("low_freq_factor", "high_freq_factor")}
     if kind in ("yarn", "llama3"):
         more["original_max_positions"] = original
-    with _named(origin):
+    with named(origin):
         return theta, RopeScaling(kind=kind, factor=factor, **more), section
 
 
@@ -292,78 +294,31 @@ def _window(
 ) -> tuple[int | None, tuple[int, ...] | None]:
     """Read the sliding window and the layers that have it; None for all layers."""
     window = None
-    if family.window == "all" or (family.window == "layers" and _flag(raw, "use_sliding_window", False, origin)):
-        window = None if raw.get("sliding_window", 4096) is None else _size(raw, "sliding_window", 4096, origin)
+    if family.window == "all" or (family.window == "layers" and read_flag(raw, "use_sliding_window", False, origin)):
+        window = None if raw.get("sliding_window", 4096) is None else read_size(raw, "sliding_window", 4096, origin)
     if family.window != "layers":
         return window, None
     sliding: tuple[int, ...] = ()
     if raw.get("layer_types") is not None:
-        kinds = _list(raw, "layer_types", (), str, origin)
+        kinds = read_list(raw, "layer_types", (), str, origin)
         sliding = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
         unknown = sorted({kind for kind in kinds if kind not in ("sliding_attention", "full_attention")})
         if unknown or len(kinds) != depth or (sliding and window is None):
             raise _refusal(origin, f"layer_types {kinds} with a sliding window of {window} tokens in {depth} layers")
     elif window is not None:
-        first = _size(raw, "max_window_layers", 80 if family is _QWEN_VL else 28, origin, least=0)
+        first = read_size(raw, "max_window_layers", 80 if family is _QWEN_VL else 28, origin, least=0)
         sliding = tuple(range(first, depth))
     if not sliding:
         return None, None
     return window, None if len(sliding) == depth else sliding
 
 
-def _size(raw: Mapping[str, Any], name: str, default: int, origin: str, null: int | None = None, least: int = 1) -> int:
-    value = raw.get(name, default)
-    value = null if value is None else value
-    if value is None:
-        raise ValueError(f"fastmllm::weights: {origin} lacks {name!r}")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong(origin, name, value, "no whole number")
-    if not least <= value < 2**31:
-        raise _wrong(origin, name, value, f"not in {least} .. 2^31 - 1")
-    return value
-
-
-def _number(raw: Mapping[str, Any], name: str, default: float | None, origin: str, zero: bool = False) -> float:
-    value = default if raw.get(name) is None else raw[name]
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"fastmllm::weights: {origin} lacks a number {name!r}, it says {value!r}")
-    if not (0 < value < math.inf or (zero and value == 0)):  # NaN is neither
-        raise _wrong(origin, name, value, "no positive number")
-    return float(value)
-
-
-def _flag(raw: Mapping[str, Any], name: str, default: bool, origin: str) -> bool:
-    value = raw.get(name, default)
-    if value is not None and not isinstance(value, bool):
-        raise _wrong(origin, name, value, "neither true nor false")
-    return bool(value)
-
-
-_T = TypeVar("_T", int, str)
-
-
-def _list(
-    raw: Mapping[str, Any], name: str, default: Sequence[_T], kind: type[_T], origin: str, length: int | None = None
-) -> Sequence[_T]:
-    value = default if raw.get(name) is None else raw[name]
-    if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
-        raise _wrong(origin, name, value, f"no list of {'whole numbers' if kind is int else 'names'}")
-    if length is not None and len(value) != length:
-        raise _wrong(origin, name, value, f"no list of {length}")
-    return value
-
-
-@contextmanager
-def _named(origin: str) -> Iterator[None]:
-    """Say whose values do not go together."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"fastmllm::weights: {origin}: {error}") from error
-
-
-def _wrong(origin: str, name: str, value: object, what: str) -> ValueError:
-    return ValueError(f"fastmllm::weights: {origin} says {name!r} is {value!r}, which is {what}")
+def _sizes(raw: Mapping[str, Any], names: Sequence[str], defaults: Sequence[int], origin: str) -> list[int]:
+    """Read the sizes that every decoder has."""
+    return [
+        read_size(raw, name, default, origin, **({"most": MOST_LAYERS} if name == "num_hidden_layers" else {}))
+        for name, default in zip(names, defaults, strict=True)
+    ]
 
 
 def _refusal(origin: str, what: str) -> ValueError:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from fastmllm.modules.patch_embed import conv_to_patch_weight
 
-_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # may be joined with each other
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # computed with, and joined with each other
+
+
+Shape = tuple[int, ...] | None
 
 
 class Misfit(Exception):
@@ -65,7 +68,7 @@ class Join(Form):
         rows, *row = theirs[0].shape or (-1,)
         for at in range(len(theirs)):
             expect(theirs, self.sizes[at] if self.sizes else rows, *row, at=at)
-            if {theirs[0].dtype, theirs[at].dtype} - _FLOATS and theirs[0].dtype != theirs[at].dtype:
+            if {theirs[0].dtype, theirs[at].dtype} - FLOATS and theirs[0].dtype != theirs[at].dtype:
                 raise Misfit(at, f"is {theirs[at].dtype}, but is joined with {theirs[0].dtype}")
         return [torch.cat(theirs)]
 
@@ -154,7 +157,7 @@ def prefixed(rules: Iterable[Rule], ours: str = "", theirs: str = "") -> list[Ru
 
 
 def to_ours(
-    state: Mapping[str, Tensor], rules: Sequence[Rule], origin: str, unused: Sequence[str] = ()
+    state: Mapping[str, Tensor], rules: Sequence[Rule], origin: str, unused: Mapping[str, Shape] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Translate a checkpoint's state dict.
 
@@ -162,7 +165,8 @@ def to_ours(
         state: the checkpoint's names and tensors.
         rules: the table; the first rule that fits a name counts.
         origin: what the messages call the checkpoint.
-        unused: patterns of names that this model does not compute with; they are kept apart.
+        unused: patterns of names that this model does not compute with, and their shapes, -1 for any size and None for
+            any shape; they are kept apart.
 
     Returns:
         Our state dict, and the unused tensors under their own names: `to_theirs` writes them back.
@@ -171,24 +175,36 @@ def to_ours(
         ValueError: a name that no rule knows, a tensor of a shape or type that its form does not take, or one that
             others need to be joined with is missing.
     """
-    return _translate(state, [(r.theirs, r.ours, r.form.pack) for r in rules], origin, unused)
+    return _translate(state, [(r.theirs, r.ours, r.form.pack) for r in rules], origin, unused or {})
 
 
 def to_theirs(
     state: Mapping[str, Tensor], rules: Sequence[Rule], rest: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Translate our state dict back into a checkpoint's; `rest` is what `to_ours` kept apart."""
-    theirs, _ = _translate(state, [(r.ours, r.theirs, r.form.unpack) for r in rules], "this model", ())
+    theirs, _ = _translate(state, [(r.ours, r.theirs, r.form.unpack) for r in rules], "this model", {})
     return theirs | dict(rest or {})
 
 
-def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def their_name(name: str, rules: Sequence[Rule]) -> str:
+    """Return the checkpoint's name for a tensor of ours, or several; ours where no rule has it."""
+    for rule in rules:
+        for ours in _names(rule.ours):
+            if found := _pattern(ours).fullmatch(name):
+                return " + ".join(theirs.format(**found.groupdict()) for theirs in _names(rule.theirs))
+    return name
+
+
+def fill(
+    model: nn.Module, state: Mapping[str, Tensor], origin: str, their: Callable[[str], str] = lambda name: name
+) -> None:
     """Give every parameter of `model` its tensor (the tensor itself: a model built on the meta device is filled).
 
     Args:
         model: its parameters and persistent buffers must be those of `state`.
         state: our names.
         origin: what the messages call the checkpoint.
+        their: what they call a tensor of ours.
 
     Raises:
         ValueError: tensors are missing, too many, of another shape, or whole numbers where the model has fractions
@@ -196,18 +212,18 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """
     own = model.state_dict()
     wrong = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+        f"{their(name)} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
     whole = [
-        f"{name} is {state[name].dtype}"
+        f"{their(name)} is {state[name].dtype}"
         for name in own
         if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
     ]
     for what, names in (
-        ("lacks", [n for n in own if n not in state]),
-        ("has what the model does not", [n for n in state if n not in own]),
+        ("lacks", [their(n) for n in own if n not in state]),
+        ("has what the model does not", [their(n) for n in state if n not in own]),
         ("has other shapes than its config says", wrong),
         ("is quantised, which is not computed here", whole),
     ):
@@ -234,15 +250,22 @@ def _pattern(name: str) -> re.Pattern[str]:
     )
 
 
+def _expect_named(name: str, tensor: Tensor, shape: tuple[int, ...], origin: str) -> None:
+    try:
+        expect([tensor], *shape)
+    except Misfit as error:
+        raise ValueError(f"fastmllm::weights: {origin}: {name} {error}") from None
+
+
 _Change = Callable[[list[Tensor]], list[Tensor]]
 _Line = tuple[str | tuple[str, ...], str | tuple[str, ...], _Change]  # names in, names out, what happens between
 
 
 def _translate(
-    state: Mapping[str, Tensor], table: Sequence[_Line], origin: str, unused: Sequence[str]
+    state: Mapping[str, Tensor], table: Sequence[_Line], origin: str, unused: Mapping[str, Shape]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     sources = [(_pattern(n), k, at) for k, (names, _, _) in enumerate(table) for at, n in enumerate(_names(names))]
-    kept_apart = [_pattern(name) for name in unused]
+    kept_apart = [(_pattern(name), shape) for name, shape in unused.items()]
     groups: dict[tuple[int, tuple[tuple[str, str], ...]], dict[int, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -252,8 +275,12 @@ def _translate(
                 groups.setdefault((k, tuple(sorted(found.groupdict().items()))), {})[at] = tensor
                 break
         else:
-            if any(pattern.fullmatch(name) for pattern in kept_apart):
-                rest[name] = tensor
+            for pattern, shape in kept_apart:
+                if pattern.fullmatch(name):
+                    rest[name] = tensor
+                    if shape is not None:
+                        _expect_named(name, tensor, shape, origin)
+                    break
             else:
                 unknown.append(name)
     if unknown:

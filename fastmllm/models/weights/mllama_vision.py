@@ -12,43 +12,44 @@ from typing import Any
 from fastmllm.models.mllama_vision import ASPECT_RATIOS, MllamaVisionConfig
 from fastmllm.models.weights.mapping import Conv, Join, Rule, View
 from fastmllm.models.weights.tower_layouts import ACTIVATIONS
+from fastmllm.models.weights.values import (
+    MOST_LAYERS,
+    named,
+    read_choice,
+    read_list,
+    read_number,
+    read_pairs,
+    read_size,
+)
 
 
-def mllama_vision_config(raw: Mapping[str, Any]) -> MllamaVisionConfig:
+def mllama_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> MllamaVisionConfig:
     """Read `vision_config`; what it leaves out has transformers' defaults.
 
     Raises:
-        ValueError: an activation that is not computed here, or sizes that do not fit.
+        ValueError: an activation that is not computed here, values of another kind, or sizes that do not fit.
     """
-    activation = raw.get("hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"fastmllm::weights: mllama: hidden_act {activation!r} is not computed here ({', '.join(ACTIVATIONS)})"
+    heads = "attention_heads" if "attention_heads" in raw else "num_attention_heads"
+    with named(origin):
+        config = MllamaVisionConfig(
+            width=read_size(raw, "hidden_size", 1280, origin),
+            depth=read_size(raw, "num_hidden_layers", 32, origin, most=MOST_LAYERS),
+            global_depth=read_size(raw, "num_global_layers", 8, origin, most=MOST_LAYERS),
+            num_heads=read_size(raw, heads, 16, origin),
+            mlp_width=read_size(raw, "intermediate_size", 5120, origin),
+            layers=tuple(read_list(raw, "intermediate_layers_indices", (3, 7, 15, 23, 30), int, origin)),
+            tile_size=read_size(raw, "image_size", 448, origin),
+            patch_size=read_size(raw, "patch_size", 14, origin),
+            channels=read_size(raw, "num_channels", 3, origin),
+            max_tiles=read_size(raw, "max_num_tiles", 4, origin),
+            aspect_ratios=read_pairs(raw, "supported_aspect_ratios", ASPECT_RATIOS, origin),
+            activation=ACTIVATIONS[read_choice(raw, "hidden_act", "gelu", ACTIVATIONS, origin)],
+            norm_eps=read_number(raw, "norm_eps", 1e-5, origin),
         )
-    for name in ("image_size", "patch_size"):
-        if not isinstance(raw.get(name, 1), int):
-            raise ValueError(f"fastmllm::weights: mllama: {name} {raw[name]} is not one whole number")
-    ratios = raw.get("supported_aspect_ratios")
-    layers = raw.get("intermediate_layers_indices")
-    config = MllamaVisionConfig(
-        width=raw.get("hidden_size", 1280),
-        depth=raw.get("num_hidden_layers", 32),
-        global_depth=raw.get("num_global_layers", 8),
-        num_heads=raw.get("attention_heads", raw.get("num_attention_heads", 16)),
-        mlp_width=raw.get("intermediate_size", 5120),
-        layers=(3, 7, 15, 23, 30) if layers is None else tuple(layers),
-        tile_size=raw.get("image_size", 448),
-        patch_size=raw.get("patch_size", 14),
-        channels=raw.get("num_channels", 3),
-        max_tiles=raw.get("max_num_tiles", 4),
-        aspect_ratios=ASPECT_RATIOS if ratios is None else tuple((rows, columns) for rows, columns in ratios),
-        activation=ACTIVATIONS[activation],
-        norm_eps=raw.get("norm_eps", 1e-5),
-    )
-    stated = raw.get("vision_output_dim", 7680)
+    stated = read_size(raw, "vision_output_dim", 7680, origin)
     if stated != config.out_width:
         raise ValueError(
-            f"fastmllm::weights: mllama: vision_output_dim {stated} is not hidden_size {config.width} * (1 + "
+            f"fastmllm::weights: {origin}: vision_output_dim {stated} is not hidden_size {config.width} * (1 + "
             f"{len(config.layers)} intermediate_layers_indices) = {config.out_width}"
         )
     return config

@@ -5,97 +5,104 @@ Names have no prefix; in a checkpoint it is "visual." (Qwen2-VL, Qwen2.5-VL) or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from fastmllm.models.qwen_vision import QwenVisionConfig
 from fastmllm.models.weights.mapping import Conv, Join, Rule
 from fastmllm.models.weights.tower_layouts import ACTIVATIONS, HALF_PIXELS
+from fastmllm.models.weights.values import (
+    MOST_LAYERS,
+    named,
+    read_choice,
+    read_list,
+    read_number,
+    read_part,
+    read_size,
+)
 
 
 # configurations -------------------------------------------------------------------------------------------------------
-def qwen2_vision_config(raw: Mapping[str, Any]) -> QwenVisionConfig:
+def qwen2_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> QwenVisionConfig:
     """Read `vision_config` of a Qwen2-VL; what it leaves out has transformers' defaults, as in the next two.
 
     Raises:
-        ValueError: an activation or a kind of rotary positions that is not computed here, or sizes that do not fit.
+        ValueError: an activation or a kind of rotary positions that is not computed here, values of another kind, or
+            sizes that do not fit.
     """
-    width = raw.get("embed_dim", 1280)
-    return QwenVisionConfig(
-        width=width,
-        mlp_width=int(width * raw.get("mlp_ratio", 4)),
-        out_width=raw.get("hidden_size", 3584),
-        norm="layer",
-        activation=_activation(raw, ACTIVATIONS, "quick_gelu"),
-        **_shared(raw, depth=32, patch_size=14),
-    )
+    width = read_size(raw, "embed_dim", 1280, origin)
+    with named(origin):
+        return QwenVisionConfig(
+            width=width,
+            mlp_width=int(width * read_number(raw, "mlp_ratio", 4, origin)),
+            out_width=read_size(raw, "hidden_size", 3584, origin),
+            norm="layer",
+            activation=ACTIVATIONS[read_choice(raw, "hidden_act", "quick_gelu", ACTIVATIONS, origin)],
+            **_shared(raw, origin, depth=32, patch_size=14),
+        )
 
 
-def qwen2_5_vision_config(raw: Mapping[str, Any]) -> QwenVisionConfig:
+def qwen2_5_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> QwenVisionConfig:
     """Read `vision_config` of a Qwen2.5-VL.
 
     transformers' default width is 3584, that of the language model; published towers say 1280.
     """
-    shared = _shared(raw, depth=32, patch_size=14)
-    full = raw.get("fullatt_block_indexes", (7, 15, 23, 31))
-    return QwenVisionConfig(
-        width=raw.get("hidden_size", 3584),
-        mlp_width=raw.get("intermediate_size", 3420),
-        out_width=raw.get("out_hidden_size", 3584),
-        activation=_activation(raw, {"silu": "silu"}, "silu"),
-        window=raw.get("window_size", 112) // shared["merge_size"] // shared["patch_size"],
-        full_layers=tuple(k for k in range(shared["depth"]) if k in full),
-        **shared,
-    )
+    shared = _shared(raw, origin, depth=32, patch_size=14)
+    full = read_list(raw, "fullatt_block_indexes", (7, 15, 23, 31), int, origin)
+    token = shared["merge_size"] * shared["patch_size"]
+    with named(origin):
+        return QwenVisionConfig(
+            width=read_size(raw, "hidden_size", 3584, origin),
+            mlp_width=read_size(raw, "intermediate_size", 3420, origin),
+            out_width=read_size(raw, "out_hidden_size", 3584, origin),
+            activation=read_choice(raw, "hidden_act", "silu", ("silu",), origin),
+            window=read_size(raw, "window_size", 112, origin, least=token) // token,
+            full_layers=tuple(k for k in range(shared["depth"]) if k in full),
+            **shared,
+        )
 
 
-def qwen3_vision_config(raw: Mapping[str, Any]) -> QwenVisionConfig:
+def qwen3_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> QwenVisionConfig:
     """Read `vision_config` of a Qwen3-VL."""
-    places = raw.get("num_position_embeddings", 2304)
-    side = round(places**0.5)
+    places = read_size(raw, "num_position_embeddings", 2304, origin)
+    side = math.isqrt(places)
     if side**2 != places:
-        raise ValueError(f"fastmllm::weights: qwen3_vl: num_position_embeddings {places} is not a square")
-    return QwenVisionConfig(
-        width=raw.get("hidden_size", 1152),
-        mlp_width=raw.get("intermediate_size", 4304),
-        out_width=raw.get("out_hidden_size", 3584),
-        norm="layer",
-        activation=_activation(raw, ACTIVATIONS, "gelu_pytorch_tanh"),
-        patch_bias=True,
-        position_grid=side,
-        deepstack_layers=tuple(raw.get("deepstack_visual_indexes", (8, 16, 24))),
-        **HALF_PIXELS,
-        **_shared(raw, depth=27, patch_size=16),
-    )
+        raise ValueError(f"fastmllm::weights: {origin}: num_position_embeddings {places} is not a square")
+    with named(origin):
+        return QwenVisionConfig(
+            width=read_size(raw, "hidden_size", 1152, origin),
+            mlp_width=read_size(raw, "intermediate_size", 4304, origin),
+            out_width=read_size(raw, "out_hidden_size", 3584, origin),
+            norm="layer",
+            activation=ACTIVATIONS[read_choice(raw, "hidden_act", "gelu_pytorch_tanh", ACTIVATIONS, origin)],
+            patch_bias=True,
+            position_grid=side,
+            deepstack_layers=tuple(read_list(raw, "deepstack_visual_indexes", (8, 16, 24), int, origin)),
+            **HALF_PIXELS,
+            **_shared(raw, origin, depth=27, patch_size=16),
+        )
 
 
-def _shared(raw: Mapping[str, Any], depth: int, patch_size: int) -> dict[str, Any]:
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+def _shared(raw: Mapping[str, Any], origin: str, depth: int, patch_size: int) -> dict[str, Any]:
+    scaling = read_part(raw, "rope_scaling", origin, {})
+    rope = scaling or read_part(raw, "rope_parameters", origin, {})
     kind = rope.get("rope_type", rope.get("type", "axial"))
     if kind not in ("axial", "default"):  # transformers reads the second as the first
-        raise ValueError(f"fastmllm::weights: Qwen-VL's tower: rope_type {kind!r} is not computed here (axial)")
-    found = {
-        "depth": raw.get("depth", raw.get("num_hidden_layers", depth)),
-        "num_heads": raw.get("num_heads", raw.get("num_attention_heads", 16)),
-        "patch_size": raw.get("patch_size", patch_size),
-        "temporal_patch_size": raw.get("temporal_patch_size", 2),
-        "merge_size": raw.get("spatial_merge_size", 2),
-        "channels": raw.get("in_channels", 3),
+        raise ValueError(f"fastmllm::weights: {origin}: rope_type {kind!r} is not computed here (axial)")
+    return {
+        "depth": read_size(raw, _present(raw, "depth", "num_hidden_layers"), depth, origin, most=MOST_LAYERS),
+        "num_heads": read_size(raw, _present(raw, "num_heads", "num_attention_heads"), 16, origin),
+        "patch_size": read_size(raw, "patch_size", patch_size, origin),
+        "temporal_patch_size": read_size(raw, "temporal_patch_size", 2, origin),
+        "merge_size": read_size(raw, "spatial_merge_size", 2, origin),
+        "channels": read_size(raw, "in_channels", 3, origin),
+        "rope_theta": read_number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, origin),
     }
-    for name, value in found.items():
-        if not isinstance(value, int):
-            raise ValueError(f"fastmllm::weights: Qwen-VL's tower: {name} {value!r} is not one whole number")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    return {**found, "rope_theta": float(theta)}
 
 
-def _activation(raw: Mapping[str, Any], known: Mapping[str, str], default: str) -> str:
-    name = raw.get("hidden_act", default)
-    if name not in known:
-        raise ValueError(
-            f"fastmllm::weights: Qwen-VL's tower: hidden_act {name!r} is not computed here ({', '.join(known)})"
-        )
-    return known[name]
+def _present(raw: Mapping[str, Any], name: str, other: str) -> str:
+    return name if name in raw else other
 
 
 # names ----------------------------------------------------------------------------------------------------------------

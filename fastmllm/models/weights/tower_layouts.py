@@ -5,6 +5,7 @@ Names are transformers' without the tower's prefix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastmllm.models.vision import VisionConfig
 from fastmllm.models.weights.mapping import Conv, Form, Join, Positions, Rule, View, expect
+from fastmllm.models.weights.values import MOST_LAYERS, named, read_choice, read_flag, read_number, read_size
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 CLIP_PIXELS: Mapping[str, Any] = {
@@ -36,115 +38,121 @@ class Transposed(Form):
 
 
 # configurations -------------------------------------------------------------------------------------------------------
-def clip_vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def clip_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> VisionConfig:
     """Read CLIP's vision configuration; the norm behind the last block is for the class token only, so it is off."""
     return _config(
-        raw, {"hidden_size": 768, "intermediate_size": 3072, "patch_size": 32, "hidden_act": "quick_gelu"}, 1e-5,
-        layer_scale=None, patch_bias=False, pre_norm=True, final_norm=False, **CLIP_PIXELS,
+        raw, origin, {"hidden_size": 768, "intermediate_size": 3072, "patch_size": 32, "hidden_act": "quick_gelu"},
+        1e-5, layer_scale=None, patch_bias=False, pre_norm=True, final_norm=False, **CLIP_PIXELS,
     )  # fmt: skip
 
 
-def idefics_vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def idefics_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> VisionConfig:
     """Read the vision configuration of Idefics (v1): CLIP's layout, its positions resampled in no way of ours."""
     defaults = {"hidden_size": 768, "intermediate_size": 5120, "patch_size": 14, "hidden_act": "gelu"}
-    raw = {**raw, "hidden_size": raw.get("embed_dim", raw.get("hidden_size", 768))}
+    raw = {**raw, "hidden_size": raw["embed_dim"]} if "embed_dim" in raw else raw
     return _config(
-        raw, defaults | {"num_hidden_layers": 32, "num_attention_heads": 16}, 1e-5,
+        raw, origin, defaults | {"num_hidden_layers": 32, "num_attention_heads": 16}, 1e-5,
         layer_scale=None, patch_bias=False, pre_norm=True, final_norm=False, resample="none", **CLIP_PIXELS,
     )  # fmt: skip
 
 
-def siglip_vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def siglip_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> VisionConfig:
     """Read SigLIP's vision configuration, without the pooling head."""
     return _config(
-        raw, {"hidden_size": 768, "intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh"},
-        1e-6, layer_scale=None, cls_token=False, **HALF_PIXELS,
+        raw, origin,
+        {"hidden_size": 768, "intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh"}, 1e-6,
+        layer_scale=None, cls_token=False, **HALF_PIXELS,
     )  # fmt: skip
 
 
-def siglip2_vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def siglip2_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> VisionConfig:
     """Read the vision configuration of SigLIP2's NaFlex checkpoints (the others are `siglip`)."""
-    grid = round(raw.get("num_patches", 256) ** 0.5)
-    if grid * grid != raw.get("num_patches", 256):
-        raise ValueError(f"fastmllm::weights: siglip2: num_patches {raw['num_patches']} is not a square")
-    raw = {**raw, "image_size": grid * _side(raw, "patch_size", 16)}
-    return replace(siglip_vision_config(raw), resample="antialias")
+    patches = read_size(raw, "num_patches", 256, origin)
+    grid = math.isqrt(patches)
+    if grid * grid != patches:
+        raise ValueError(f"fastmllm::weights: {origin}: siglip2: num_patches {patches} is not a square")
+    raw = {**raw, "image_size": grid * _side(raw, "patch_size", 16, origin)}
+    return replace(siglip_vision_config(raw, origin), resample="antialias")
 
 
-def dinov2_vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def dinov2_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> VisionConfig:
     """Read DINOv2's configuration."""
-    if raw.get("use_swiglu_ffn"):
-        raise ValueError("fastmllm::weights: dinov2: use_swiglu_ffn (ViT-g) is not computed here")
-    width = raw.get("hidden_size", 768)
-    raw = {**raw, "intermediate_size": int(width * raw.get("mlp_ratio", 4))}
-    return _config(raw, {"hidden_size": 768, "patch_size": 14}, 1e-6, qkv_bias=bool(raw.get("qkv_bias", True)))
+    if read_flag(raw, "use_swiglu_ffn", False, origin):
+        raise ValueError(f"fastmllm::weights: {origin}: dinov2: use_swiglu_ffn (ViT-g) is not computed here")
+    width = read_size(raw, "hidden_size", 768, origin)
+    raw = {**raw, "intermediate_size": int(width * read_number(raw, "mlp_ratio", 4, origin))}
+    return _config(
+        raw, origin, {"hidden_size": 768, "patch_size": 14}, 1e-6, qkv_bias=read_flag(raw, "qkv_bias", True, origin)
+    )
 
 
-def internvl_vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def internvl_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> VisionConfig:
     """Read InternVL's vision configuration (InternViT in transformers' layout)."""
-    if not raw.get("use_absolute_position_embeddings", True):
-        raise ValueError("fastmllm::weights: internvl_vision: a tower without positions is not computed here")
-    norm = raw.get("norm_type", "layer_norm")
-    if norm not in ("layer_norm", "rms_norm"):
-        raise ValueError(f"fastmllm::weights: internvl_vision: norm_type {norm!r} is not computed here")
+    if not read_flag(raw, "use_absolute_position_embeddings", True, origin):
+        raise ValueError(
+            f"fastmllm::weights: {origin}: use_absolute_position_embeddings false: a tower without positions is not "
+            "computed here"
+        )
+    norm = read_choice(raw, "norm_type", "layer_norm", ("layer_norm", "rms_norm"), origin)
     defaults = {"hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14, "image_size": 448}
     return _config(
-        raw, defaults | {"num_hidden_layers": 24, "num_attention_heads": 16}, 1e-6,
-        qkv_bias=bool(raw.get("attention_bias", False)), qk_norm=bool(raw.get("use_qk_norm", False)),
-        rms_norm=norm == "rms_norm", final_norm=not raw.get("use_mean_pooling", True),
-        layer_scale=float(raw.get("layer_scale_init_value", 0.1)),
+        raw, origin, defaults | {"num_hidden_layers": 24, "num_attention_heads": 16}, 1e-6,
+        qkv_bias=read_flag(raw, "attention_bias", False, origin), qk_norm=read_flag(raw, "use_qk_norm", False, origin),
+        rms_norm=norm == "rms_norm", final_norm=not read_flag(raw, "use_mean_pooling", True, origin),
+        layer_scale=read_number(raw, "layer_scale_init_value", 0.1, origin, zero=True),
     )  # fmt: skip
 
 
-def blip2_vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def blip2_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> VisionConfig:
     """Read the vision configuration of BLIP-2 and InstructBLIP (EVA ViT-g)."""
     defaults = {"hidden_size": 1408, "intermediate_size": 6144, "patch_size": 14}
     return _config(
-        raw, defaults | {"num_hidden_layers": 39, "num_attention_heads": 16}, 1e-6,
-        layer_scale=None, qkv_bias=bool(raw.get("qkv_bias", True)), **CLIP_PIXELS,
+        raw, origin, defaults | {"num_hidden_layers": 39, "num_attention_heads": 16}, 1e-6,
+        layer_scale=None, qkv_bias=read_flag(raw, "qkv_bias", True, origin), **CLIP_PIXELS,
     )  # fmt: skip
 
 
-def eva2_clip_e_vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def eva2_clip_e_vision_config(raw: Mapping[str, Any], origin: str = "config.json") -> VisionConfig:
     """Read `vision_config` of CogVLM and CogAgent (EVA2-CLIP-E, post-norm; its GLU adapter is the connector's)."""
     names = {"num_heads": "num_attention_heads"}
     raw = {names.get(key, key): value for key, value in raw.items()}
     defaults = {"hidden_size": 1792, "intermediate_size": 15360, "patch_size": 14, "num_hidden_layers": 63}
     return _config(
-        raw, defaults | {"num_attention_heads": 16}, 1e-6,
+        raw, origin, defaults | {"num_attention_heads": 16}, 1e-6,
         layer_scale=None, post_norm=True, final_norm=False, resample="none", **CLIP_PIXELS,
     )  # fmt: skip
 
 
-def _config(raw: Mapping[str, Any], defaults: Mapping[str, Any], eps: float, **variant: Any) -> VisionConfig:
+def _config(
+    raw: Mapping[str, Any], origin: str, defaults: Mapping[str, Any], eps: float, **variant: Any
+) -> VisionConfig:
     """Read the keys that all families share; `defaults` are those of the family's configuration class."""
-    kind = raw.get("model_type", "this vision tower")
     get: dict[str, Any] = {"num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "hidden_act": "gelu"}
     get |= {**defaults, **raw}
-    if get["hidden_act"] not in ACTIVATIONS or get.get("num_channels", 3) != 3:
-        raise ValueError(
-            f"fastmllm::weights: {kind}: hidden_act {get['hidden_act']!r} with num_channels "
-            f"{get.get('num_channels', 3)} is not computed here ({', '.join(ACTIVATIONS)}; 3)"
+    if (channels := read_size(get, "num_channels", 3, origin)) != 3:
+        raise ValueError(f"fastmllm::weights: {origin}: num_channels {channels} is not computed here (3)")
+    width = read_size(get, "hidden_size", None, origin)
+    with named(origin):
+        return VisionConfig(
+            width=width,
+            depth=read_size(get, "num_hidden_layers", None, origin, most=MOST_LAYERS),
+            num_heads=read_size(get, "num_attention_heads", None, origin),
+            mlp_ratio=read_size(get, "intermediate_size", None, origin) / width,
+            patch_size=_side(get, "patch_size", None, origin),
+            image_size=_side(get, "image_size", None, origin),
+            activation=ACTIVATIONS[read_choice(get, "hidden_act", "gelu", ACTIVATIONS, origin)],
+            norm_eps=read_number(get, "layer_norm_eps", eps, origin),
+            **variant,
         )
-    return VisionConfig(
-        width=get["hidden_size"],
-        depth=get["num_hidden_layers"],
-        num_heads=get["num_attention_heads"],
-        mlp_ratio=get["intermediate_size"] / get["hidden_size"],
-        patch_size=_side(get, "patch_size"),
-        image_size=_side(get, "image_size"),
-        activation=ACTIVATIONS[get["hidden_act"]],
-        norm_eps=get.get("layer_norm_eps", eps),
-        **variant,
-    )
 
 
-def _side(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def _side(raw: Mapping[str, Any], name: str, default: int | None, origin: str) -> int:
+    """Read the side of a square, a number or two that are one."""
     value = raw.get(name, default)
-    sides = list(value) if isinstance(value, (list, tuple)) else [value]
-    if len(set(sides)) != 1 or not isinstance(sides[0], int):
-        raise ValueError(f"fastmllm::weights: {raw.get('model_type')}: {name} {value} is not a square's side")
-    return sides[0]
+    sides = list(value) if isinstance(value, list | tuple) else [value]
+    if not sides or any(type(side) is not int or side != sides[0] for side in sides):
+        raise ValueError(f"fastmllm::weights: {origin}: {name} {value!r} is not a square's side")
+    return read_size({name: sides[0]}, name, None, origin)
 
 
 # tables ---------------------------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmllm.models.vision import Source, VisionConfig, VisionTransformer
-from fastmllm.models.weights.mapping import Rule, fill, to_ours, to_theirs
+from fastmllm.models.weights.mapping import Rule, Shape, fill, their_name, to_ours, to_theirs
 from fastmllm.models.weights.tower_layouts import (
     blip2_rules,
     blip2_vision_config,
@@ -28,6 +29,7 @@ from fastmllm.models.weights.tower_layouts import (
     siglip_rules,
     siglip_vision_config,
 )
+from fastmllm.models.weights.values import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +37,36 @@ class Family:
     """One checkpoint layout.
 
     Args:
-        config: reads config.json, or its `vision_config`.
+        config: reads config.json, or its `vision_config`, and has a name for it in messages.
         rules: the table for a configuration.
         norm_unused: the file holds a final norm that the family does not apply to all tokens.
-        unused: patterns of names that no encoder here computes with.
+        unused: patterns of names that no encoder here computes with, and their shapes for a configuration.
     """
 
-    config: Callable[[Mapping[str, Any]], VisionConfig]
+    config: Callable[[Mapping[str, Any], str], VisionConfig]
     rules: Callable[[VisionConfig], list[Rule]]
     norm_unused: bool = False
-    unused: tuple[str, ...] = ()
+    unused: Callable[[VisionConfig], dict[str, Shape]] = lambda config: {}
 
 
-_HEAD = ("head.probe", "head.attention.in_proj_weight", "head.attention.in_proj_bias", "head.attention.out_proj.{p}",
-         "head.layernorm.{p}", "head.mlp.fc1.{p}", "head.mlp.fc2.{p}")  # fmt: skip
-_CLIP = Family(clip_vision_config, clip_rules, norm_unused=True, unused=("embeddings.position_ids",))
-_SIGLIP = Family(siglip_vision_config, siglip_rules, unused=("embeddings.position_ids", *_HEAD))
-_SIGLIP2 = Family(siglip2_vision_config, siglip2_rules, unused=_HEAD)
+def _head(config: VisionConfig) -> dict[str, Shape]:
+    """Name what SigLIP's pooling head has."""
+    width, inner = config.width, config.mlp_width
+    attn, mlp = "head.attention.", "head.mlp."
+    return {
+        "head.probe": (1, 1, width), "head.layernorm.{p}": (width,),
+        f"{attn}in_proj_weight": (3 * width, width), f"{attn}in_proj_bias": (3 * width,),
+        f"{attn}out_proj.weight": (width, width), f"{attn}out_proj.bias": (width,),
+        f"{mlp}fc1.weight": (inner, width), f"{mlp}fc1.bias": (inner,),
+        f"{mlp}fc2.weight": (width, inner), f"{mlp}fc2.bias": (width,),
+    }  # fmt: skip
+
+
+_MASK = "embeddings.mask_token"
+_IDS: dict[str, Shape] = {"embeddings.position_ids": (1, -1)}
+_CLIP = Family(clip_vision_config, clip_rules, norm_unused=True, unused=lambda config: _IDS)
+_SIGLIP = Family(siglip_vision_config, siglip_rules, unused=lambda config: _IDS | _head(config))
+_SIGLIP2 = Family(siglip2_vision_config, siglip2_rules, unused=_head)
 _BLIP2 = Family(blip2_vision_config, blip2_rules)
 FAMILIES: Mapping[str, Family] = {
     "clip": _CLIP,
@@ -60,8 +75,8 @@ FAMILIES: Mapping[str, Family] = {
     "siglip_vision_model": _SIGLIP,
     "siglip2": _SIGLIP2,
     "siglip2_vision_model": _SIGLIP2,
-    "dinov2": Family(dinov2_vision_config, dinov2_rules, unused=("embeddings.mask_token",)),
-    "internvl_vision": Family(internvl_vision_config, internvl_rules, unused=("embeddings.mask_token",)),
+    "dinov2": Family(dinov2_vision_config, dinov2_rules, unused=lambda c: {_MASK: (1, c.width)}),
+    "internvl_vision": Family(internvl_vision_config, internvl_rules, unused=lambda c: {_MASK: (1, 1, c.width)}),
     "blip_2_vision_model": _BLIP2,
     "instructblip_vision_model": _BLIP2,
     "idefics_vision": replace(_CLIP, config=idefics_vision_config),
@@ -88,13 +103,13 @@ class Stored:
         config: of the encoder that is built.
         whole: of one with everything that files hold: the blocks behind the layer used, a norm that is not applied.
         rules: its table.
-        unused: patterns of names beside these.
+        unused: patterns of names beside these, and their shapes.
     """
 
     config: VisionConfig
     whole: VisionConfig
     rules: list[Rule]
-    unused: tuple[str, ...]
+    unused: dict[str, Shape]
 
 
 def describe_stored(
@@ -106,14 +121,20 @@ def describe_stored(
         ValueError: an unknown family or variant.
     """
     family = family_of(kind or raw.get("model_type"), origin)
-    stored = family.config(raw)
-    config = replace(stored, **(changes or {}))
+    stored = family.config(raw, origin)
+    with named(origin):
+        config = replace(stored, **(changes or {}))
     whole = replace(config, layer=None, final_norm=stored.final_norm or family.norm_unused)
-    return Stored(config=config, whole=whole, rules=family.rules(config), unused=family.unused)
+    return Stored(config=config, whole=whole, rules=family.rules(config), unused=family.unused(config))
 
 
 def take_spare(
-    ours: dict[str, Tensor], model: VisionTransformer, whole: VisionConfig, origin: str, prefix: str = ""
+    ours: dict[str, Tensor],
+    model: VisionTransformer,
+    whole: VisionConfig,
+    origin: str,
+    prefix: str = "",
+    their: Callable[[str], str] = lambda name: name,
 ) -> dict[str, Tensor]:
     """Take what a checkpoint holds of an encoder beyond what is built out of its tensors.
 
@@ -123,6 +144,7 @@ def take_spare(
         whole: as in `Stored`.
         origin: what the messages call the checkpoint.
         prefix: of the encoder's names.
+        their: what the messages call a tensor of ours, prefix included.
 
     Returns:
         The tensors that the encoder lacks, with the prefix: to be written back, so they must be sound too.
@@ -133,7 +155,7 @@ def take_spare(
     with torch.device("meta"):
         complete = VisionTransformer(whole)
     inside = {name.removeprefix(prefix): tensor for name, tensor in ours.items() if name.startswith(prefix)}
-    fill(complete, inside, f"{origin} ({prefix}*)" if prefix else origin)
+    fill(complete, inside, origin, lambda name: their(prefix + name))
     own = model.state_dict()
     return {prefix + name: ours.pop(prefix + name) for name in inside if name not in own}
 
@@ -165,8 +187,9 @@ def read_tower(
     ours, rest = to_ours(state, stored.rules, origin, stored.unused)
     with torch.device("meta"):
         model = VisionTransformer(stored.config)
-    spare = take_spare(ours, model, stored.whole, origin)
-    fill(model, ours, origin)
+    their = partial(their_name, rules=stored.rules)
+    spare = take_spare(ours, model, stored.whole, origin, their=their)
+    fill(model, ours, origin, their)
     model.source = Source(kind or str(raw.get("model_type")), raw, rest=to_theirs(spare, stored.rules, rest))
     return model.eval()
 

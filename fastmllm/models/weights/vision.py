@@ -166,7 +166,7 @@ def describe(config: VisionConfig) -> Source:
         raw = {"model_type": kind, "architectures": [architecture]} | shared | {key: special[key] for key in keys}
         if None in raw.values():
             continue
-        read = FAMILIES[kind].config(raw)
+        read = FAMILIES[kind].config(raw, kind)
         scaled = read.layer_scale is not None and config.layer_scale is not None
         wanted = replace(
             config, depth=config.num_blocks, layer=None, pool=False, mlp_ratio=config.mlp_width / config.width,
