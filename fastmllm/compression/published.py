@@ -82,9 +82,10 @@ PUBLISHED: dict[str, Line] = {
 def placement(name: str, keep: Budget | Sequence[float] | None = None, **options: Any) -> Placement:
     """Return a published method as a model's `placement` takes it.
 
-    `VLM` takes those at the connector and inside of its vision transformer, `VLM` and `MLLM` those inside of the language
-    model. Not in place there: what needs videos (EVS, DyCoke), relevance to the prompt (CDPruner), several layers of the
-    encoder (TokenPacker with levels) or two encoders (DeepSeek-OCR); these are for `compress` and for models of your own.
+    `VLM` takes those at the connector and inside of its vision transformer, `VLM` and `MLLM` those inside of the
+    language model. Not in place there: what needs videos (EVS, DyCoke), relevance to the prompt (CDPruner), several
+    layers of the encoder (TokenPacker with levels) or two encoders (DeepSeek-OCR); these are for `compress` and for
+    models of your own.
 
     Args:
         name: a line of `PUBLISHED`.
