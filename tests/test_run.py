@@ -103,7 +103,7 @@ def test_a_changed_model_setting_reuses_nothing(finished, change, tmp_path):
     "change, message",
     [
         ("model.image_size=30", r"model\.image_size: 30 px is not a multiple of 8"),
-        ("model.visual_tokens=17", r"model\.visual_tokens: compress: keep 17 must lie in 1\.\.16"),
+        ("model.visual_tokens=17", r"model\.visual_tokens: pool: keep 17 must lie in 1\.\.16"),
         ("stages.1.visual_tokens=[7]", r"stage 'instruct': visual_tokens: pool: 7 tokens"),
         ("bench.image_sizes=[20]", r"bench\.image_sizes: 20 px"),
         ('stages.1.trainable={"conector.*": 1.0}', r"rule 'conector\.\*' matches no parameter; near names: connector"),

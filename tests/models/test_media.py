@@ -102,7 +102,7 @@ def test_without_media_the_slots_change_no_bit() -> None:
 def test_slots_stand_before_inside_and_behind_the_layers(gated: bool) -> None:
     model = tiny()
     ids, positions, starts, longest = batch()
-    media, context = some_media(starts, gated), model._context(positions, starts, longest, None)
+    media, context = some_media(starts, gated), model._context(positions, starts, longest, None, 0, None, None)
 
     def shown(look: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(look, Look)
