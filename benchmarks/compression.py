@@ -85,7 +85,7 @@ LINES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 class Whiten(nn.Module):
     """Turn the features of a frozen encoder into uncorrelated ones of variance 1, as they lie over some pictures.
 
-    DINOv2's are so unevenly scaled that a connector learns from them ten times as slowly (docs/results.md, encoders).
+    A connector learns slowly from DINOv2's, which are scaled unevenly; docs/results.md's encoders are not whitened.
     """
 
     def __init__(self, features: torch.Tensor) -> None:

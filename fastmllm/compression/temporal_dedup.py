@@ -105,7 +105,7 @@ class TemporalDedup(Compressor):
         x = tokens.x.detach()
         x = x.to(accumulator_dtype(x.dtype))
         norm = x.norm(dim=1).clamp(min=1e-8)
-        # F.cosine_similarity writes both sides normalised first, which takes ten times as long
+        # F.cosine_similarity would write both sides normalised first
         cosine = (x * x.index_select(0, to)).sum(1) / (norm * norm.index_select(0, to))
         change = 1 - cosine if self.compare == "previous" else -cosine
         return change.masked_fill(alone, torch.inf)

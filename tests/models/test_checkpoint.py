@@ -28,19 +28,6 @@ HEADS = {name: f"{'language_model.' if name in ('llava', 'blip2') else ''}lm_hea
 TOWER = "vision_tower.encoder.layers."
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folders = {}
-
-    def folder(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name)
-            oracle(name)[0].save_pretrained(folders[name])
-        return folders[name]
-
-    return folder
-
-
 @pytest.fixture
 def changed(saved, tmp_path):
     """Give a function: a copy of a family's folder with other tensors and another config.json."""

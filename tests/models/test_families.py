@@ -29,19 +29,6 @@ from fastmllm.models.mllm import MLLM
 from tests.support.tiny_mllm import alone, oracle
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folders = {}
-
-    def folder(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name)
-            oracle(name)[0].save_pretrained(folders[name])
-        return folders[name]
-
-    return folder
-
-
 @pytest.fixture
 def copied(saved, tmp_path):
     """Give a function: name -> a copy of its folder, to be spoilt."""

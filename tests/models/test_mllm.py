@@ -22,20 +22,6 @@ from tests.support.tiny_mllm import ACROSS, IMAGE, MODELS, alone, joined, oracle
 PADDED = ("input_ids", "attention_mask", "mm_token_type_ids", "image_attention_mask", "cross_attention_mask")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Give a function: name of a family -> folder that transformers wrote."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            oracle(name)[0].save_pretrained(made[name])
-        return made[name]
-
-    return folder
-
-
 def packed(logits, batch):
     return logits[batch["attention_mask"].bool()]
 
@@ -59,9 +45,9 @@ def gradients_as_weights(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_loss_and_gradients_equal_transformers(name, folders, tmp_path):
+def test_logits_loss_and_gradients_equal_transformers(name, saved, tmp_path):
     theirs, batch = oracle(name)
-    ours = MLLM.from_pretrained(folders(name))
+    ours = MLLM.from_pretrained(saved(name))
     inputs = ours.inputs(labelled(batch))
     with torch.no_grad():
         assert relative(ours.logits(inputs), packed(theirs(**batch).logits, batch)) <= 1e-5
@@ -86,9 +72,9 @@ def test_logits_loss_and_gradients_equal_transformers(name, folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_generation_equals_transformers(name, folders):
+def test_greedy_generation_equals_transformers(name, saved):
     theirs, batch = oracle(name)
-    ours = MLLM.from_pretrained(folders(name))
+    ours = MLLM.from_pretrained(saved(name))
     mine = generate(ours, ours.inputs(batch), max_new_tokens=6)
     left = dict(batch)  # transformers continues rows that are padded on the left
     for key in set(batch) & set(PADDED):
@@ -100,15 +86,15 @@ def test_greedy_generation_equals_transformers(name, folders):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_saved_folder_is_the_same_checkpoint(name, folders, tmp_path):
+def test_a_saved_folder_is_the_same_checkpoint(name, saved, tmp_path):
     theirs, batch = oracle(name)
-    ours = MLLM.from_pretrained(folders(name))
+    ours = MLLM.from_pretrained(saved(name))
     ours.save_pretrained(tmp_path)
     again = type(theirs).from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, theirs(**batch).logits)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == json.loads((folders(name) / "config.json").read_text())["model_type"]
+    assert config["model_type"] == json.loads((saved(name) / "config.json").read_text())["model_type"]
     second = MLLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), second.state_dict().values(), strict=True))
 
@@ -121,8 +107,8 @@ def test_an_unknown_architecture_is_named(tmp_path):
 
 # What must hold of every composition ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_equals_unpacked(name, folders):
-    ours = MLLM.from_pretrained(folders(name))
+def test_packed_equals_unpacked(name, saved):
+    ours = MLLM.from_pretrained(saved(name))
     together = ours.inputs(labelled(oracle(name)[1]))
     single = [ours.inputs(labelled(alone(name, row))) for row in range(2)]
     with torch.no_grad():
@@ -144,8 +130,8 @@ def test_packed_equals_unpacked(name, folders):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_later_image_never_moves_an_earlier_row(name, folders):
-    ours = MLLM.from_pretrained(folders(name))
+def test_a_later_image_never_moves_an_earlier_row(name, saved):
+    ours = MLLM.from_pretrained(saved(name))
     batch = joined(name)
     half = int(oracle(name)[1]["attention_mask"][0].sum())
     changed = dict(batch)
@@ -163,8 +149,8 @@ def test_a_later_image_never_moves_an_earlier_row(name, folders):
 
 
 @pytest.mark.parametrize("name", ACROSS)
-def test_at_gate_zero_the_model_is_its_language_model(name, folders):
-    ours = MLLM.from_pretrained(folders(name))
+def test_at_gate_zero_the_model_is_its_language_model(name, saved):
+    ours = MLLM.from_pretrained(saved(name))
     with torch.no_grad():
         for layer in ours.language.cross_layers.values():
             layer.attn_gate.zero_()
@@ -178,8 +164,8 @@ def test_at_gate_zero_the_model_is_its_language_model(name, folders):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_other_pixels_give_another_loss_and_other_gradients(name, folders):
-    ours = MLLM.from_pretrained(folders(name))
+def test_other_pixels_give_another_loss_and_other_gradients(name, saved):
+    ours = MLLM.from_pretrained(saved(name))
     batch = labelled(oracle(name)[1])
     seen = []
     for values in (batch["pixel_values"], 0.5 * batch["pixel_values"]):
@@ -193,8 +179,8 @@ def test_other_pixels_give_another_loss_and_other_gradients(name, folders):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_text_alone_works_and_does_not_depend_on_its_neighbours(name, folders):
-    ours = MLLM.from_pretrained(folders(name))
+def test_text_alone_works_and_does_not_depend_on_its_neighbours(name, saved):
+    ours = MLLM.from_pretrained(saved(name))
     text = [1, 20, 30, 40, 50]
     batch = {"input_ids": torch.tensor([text]), "labels": torch.tensor([text])}
     only = ours.inputs(batch)
@@ -220,10 +206,10 @@ def test_text_alone_works_and_does_not_depend_on_its_neighbours(name, folders):
         assert relative(ours.logits(ours.inputs(mixed))[-5:], ours.logits(only)) <= 2e-6
 
 
-def test_rows_before_the_first_image_do_not_leak(folders):
+def test_rows_before_the_first_image_do_not_leak(saved):
     """transformers 5.23's Mllama lets such rows see the image: changing it changes their logits."""
     theirs, batch = oracle("mllama")
-    ours = MLLM.from_pretrained(folders("mllama"))
+    ours = MLLM.from_pretrained(saved("mllama"))
     seen = batch["cross_attention_mask"].clone()
     seen[:, :3] = 0
     other = batch["pixel_values"].flip(-1)
@@ -241,7 +227,7 @@ def test_rows_before_the_first_image_do_not_leak(folders):
     assert (leak[0] - leak[1]).abs().max() > 1e-4  # when this fails, transformers is mended: compare these rows too
 
 
-def test_the_example_of_the_docs_runs_as_it_stands(folders, tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_docs_runs_as_it_stands(saved, tmp_path, monkeypatch, capsys):
     tokenizers, tf = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     words = {
         "</s>": 2,
@@ -254,7 +240,7 @@ def test_the_example_of_the_docs_runs_as_it_stands(folders, tmp_path, monkeypatc
     tokenizer.add_special_tokens(["<image>", "</s>"])
     size = {"height": 28, "width": 28}
     folder = tmp_path / "llava-1.5-7b-hf"
-    shutil.copytree(folders("llava"), folder)
+    shutil.copytree(saved("llava"), folder)
     tf.LlavaProcessor(
         image_processor=tf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
         tokenizer=tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>"),

@@ -16,15 +16,13 @@ SPLICED = [name for name in MODELS if name not in ACROSS]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(saved):
     """Give a function: name of a family -> our model of it."""
     made = {}
 
     def model(name):
         if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            oracle(name)[0].save_pretrained(folder)
-            made[name] = MLLM.from_pretrained(folder)
+            made[name] = MLLM.from_pretrained(saved(name))
         made[name].placement = Placement()
         return made[name]
 

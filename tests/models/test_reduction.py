@@ -357,3 +357,16 @@ def test_nothing_waits_for_the_device():
     reduction = Reduction([(1, BipartiteMerge(4)), (2, TopK(3, scorer="last_row"))], visual, positions.to("meta"))
     out = model.to("meta")(x.to("meta"), positions.to("meta"), bounds.to("meta"), max(COUNTS), reduction=reduction)
     assert len(out) == len(x) - len(VISIBLE) + 9
+
+
+def test_recomputed_layers_see_the_same_rows():
+    gradients = []
+    for recompute in (False, True):
+        model, (x, positions, bounds, visual) = language(), batch()
+        model.gradient_checkpointing = recompute
+        stages = [(1, TopK(4, scorer="last_row", position="calibrate")), (2, BipartiteMerge(2))]
+        run(model, x, positions, bounds, Reduction(stages, visual)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
