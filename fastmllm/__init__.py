@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmllm.compression import compress as compress
+    from fastmllm.hf import patch as patch
+    from fastmllm.hf import unpatch as unpatch
 
 __version__ = "0.1.0"
 
@@ -15,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from fastmllm.compression import compress
 
         return compress
+    if name in ("patch", "unpatch"):
+        from fastmllm import hf
+
+        return getattr(hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,98 @@
+"""Head and loss in one operator: no logits of ignored rows, never the full logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fastmllm.hf.fusion import STATE, Fusion
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+
+REQUEST = STATE + "labels"
+
+
+class LossHead(Fusion):
+    """The output embedding, nn.Linear: asked for a loss it returns that in place of logits.
+
+    The loss is computed by the module that owns the weight, so that ZeRO-3 gathers it, forward and backward.
+    """
+
+    op = "linear_cross_entropy"
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        request = module.__dict__.pop(REQUEST, None)
+        if request is None:
+            return original(module, hidden)
+        labels, divisor, ignored = request
+        loss = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), module.weight, labels.to(hidden.device).reshape(-1),
+            ignore_index=ignored, divisor=divisor if not isinstance(divisor, Tensor) else divisor.to(hidden.device),
+        )  # fmt: skip
+        return loss.view(1, 1, 1)  # the rank of logits
+
+
+class HeadLoss(Fusion):
+    """A model for conditional generation that is trained with `labels`: its loss, and None for the logits."""
+
+    op = "linear_cross_entropy"
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        head = module.get_output_embeddings()
+        if type(head) is not nn.Linear or head.bias is not None:
+            return f"its head is {type(head).__name__}, not nn.Linear without bias"
+        text = module.config.get_text_config()
+        if getattr(text, "final_logit_softcapping", None) is not None:
+            return "its logits are capped"
+        return None
+
+    @staticmethod
+    def companions(module: Any) -> list[tuple[nn.Module, type[Fusion]]]:
+        return [(module.get_output_embeddings(), LossHead)]
+
+    @staticmethod
+    def unsupported(module: Any, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> str | None:
+        if not module.training:
+            return None  # runs transformers' own code as a matter of course
+        if LossHead not in getattr(type(module.get_output_embeddings()), "_fastmllm_fusions", ()):
+            return "its head has been replaced since"  # LoRA
+        if "_loss_function" in module.__dict__:
+            return "it has a loss_function of its own"
+        return None if isinstance(logits_to_keep, int) and not logits_to_keep else "logits_to_keep asks for logits"
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        labels = _argument(original, "labels", args, kwargs)
+        if labels is None or not module.training:
+            return original(module, *args, **kwargs)
+        shifted = kwargs.get("shift_labels")
+        shifted = pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted
+        head = module.get_output_embeddings()
+        head.__dict__[REQUEST] = (shifted, kwargs.get("num_items_in_batch"), kwargs.get("ignore_index", -100))
+        module.loss_function = _loss_of
+        try:
+            out = original(module, *args, **kwargs)
+        finally:
+            head.__dict__.pop(REQUEST, None)
+            del module._loss_function
+        if isinstance(out, tuple):
+            return out[:1] + out[2:]
+        return type(out)(**{name: value for name, value in out.items() if name != "logits"})
+
+
+def _loss_of(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+    return logits.view(())
+
+
+def _argument(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return an argument of a call, by keyword or by place; None where it is not given."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = list(inspect.signature(inspect.unwrap(function)).parameters)[1:]
+    place = names.index(name) if name in names else len(args)
+    return args[place] if place < len(args) else None

@@ -1,0 +1,89 @@
+"""LayerNorm, and RMSNorm as Llama, Qwen, Mistral (weight around 1) or Gemma (around 0) store it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmllm.hf.fusion import Fusion, agrees
+from fastmllm.kernels import _native
+from fastmllm.kernels.layer_norm import layer_norm
+from fastmllm.kernels.rms_norm import rms_norm
+
+
+class FusedLayerNorm(Fusion):
+    """nn.LayerNorm over the last dimension."""
+
+    op = "layer_norm"
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        assert isinstance(module, nn.LayerNorm)
+        if len(module.normalized_shape) != 1 or module.weight is None:
+            return f"it normalises {module.normalized_shape} with weight {module.weight is not None}"
+        return None
+
+    @staticmethod
+    def slower(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        return "torch's own is as fast on a CPU" if device.type == "cpu" else None
+
+    @staticmethod
+    def unsupported(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        return None if x.dtype == module.weight.dtype else f"x is {x.dtype}, its weight {module.weight.dtype}"
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return layer_norm(x, module.weight, module.bias, eps=module.eps)  # type: ignore[return-value]
+
+
+class FusedRMSNorm(Fusion):
+    """A class whose name ends in RMSNorm, whose numbers are found to be those of `rms_norm` with offset 0 or 1."""
+
+    op = "rms_norm"
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or len(list(module.parameters())) != 1:
+            return "it has other parameters than one weight"
+        if _eps(module) is None:
+            return "it has no epsilon that we know the name of"
+        if hasattr(weight, "ds_id") or weight.is_meta:
+            return "its weight is not there to compare results with"
+        return None if _agrees(module, weight) else "its numbers are not those of rms_norm"
+
+    @staticmethod
+    def slower(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type == "cpu" and _native.EXTENSION_MISSING:
+            return "the C++ operators are not built"
+        return None
+
+    @staticmethod
+    def unsupported(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        return None if x.dtype == module.weight.dtype else f"x is {x.dtype}, its weight {module.weight.dtype}"
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return rms_norm(x, module.weight, eps=_eps(module), offset=_offset(module))  # type: ignore
+
+    @staticmethod
+    def backend(device: torch.device) -> str:
+        return "triton" if device.type == "cuda" else "torch" if _native.EXTENSION_MISSING else "C++"
+
+
+def _eps(module: Any) -> float | None:
+    return next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+
+
+def _offset(module: Any) -> float:
+    return 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+
+
+@torch.no_grad()
+def _agrees(module: Any, weight: Tensor) -> bool:
+    rows = torch.arange(3 * weight.numel(), device=weight.device).sin().view(3, -1)  # no random number is drawn
+    x = (rows * rows.new_tensor([[1.0], [1e-3], [30.0]])).to(weight.dtype)  # of which one is near the epsilon
+    return agrees(rms_norm(x, weight, eps=_eps(module), offset=_offset(module)), module(x))  # type: ignore[arg-type]

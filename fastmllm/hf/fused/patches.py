@@ -1,0 +1,54 @@
+"""Patch embedding: a convolution whose stride is its kernel is a matrix product over patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fastmllm.hf.fusion import Fusion
+from fastmllm.kernels.patch_embed import patch_embed, patch_weight
+
+
+class PatchConv(Fusion):
+    """nn.Conv2d and nn.Conv3d with stride = kernel; the parameter keeps its shape, so checkpoints do too."""
+
+    op = "patch_embed"
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        assert isinstance(module, (nn.Conv2d, nn.Conv3d))
+        if any(module.padding) or set(module.dilation) != {1} or module.groups != 1 or module.transposed:
+            return "it has padding, dilation or groups"
+        if isinstance(module, nn.Conv2d) and len(set(module.kernel_size)) != 1:
+            return f"its patches are {module.kernel_size}, not square"
+        return None
+
+    @staticmethod
+    def slower(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        # conv3d is 3 to 5 times slower than the product; conv2d in fp32 is oneDNN's own blocked product
+        if device.type == "cpu" and isinstance(module, nn.Conv2d) and dtype != torch.bfloat16:
+            return "oneDNN's conv2d beats cutting patches in fp32"
+        return None
+
+    @staticmethod
+    def unsupported(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        kernel = module.kernel_size
+        if x.dim() != len(kernel) + 2 or any(n % k for n, k in zip(x.shape[2:], kernel, strict=True)):
+            return f"pixels {tuple(x.shape)} are no whole number of {kernel} patches"
+        if len(kernel) == 3 and x.shape[2:] != torch.Size(kernel):
+            return f"pixels {tuple(x.shape)} are frames, not patches that a processor has cut"
+        return None
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        weight, bias, kernel = module.weight, module.bias, module.kernel_size
+        if x.shape[2:] == torch.Size(kernel):  # Qwen's processor cuts the patches
+            y = linear(x.reshape(len(x), -1), weight.flatten(1), bias)
+            return y.view(*y.shape, *(1,) * len(kernel))
+        grid = [n // k for n, k in zip(x.shape[2:], kernel, strict=True)]
+        y = patch_embed(x, patch_weight(weight), bias, patch_size=kernel[0], layout="chw")  # (B, N, D)
+        return y.transpose(1, 2).unflatten(2, grid)

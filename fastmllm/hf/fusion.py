@@ -1,0 +1,160 @@
+"""The seam: a module computes with our operators after its class is swapped for a subclass of the same name.
+
+Parameters, submodules, hooks, `isinstance` and `str(type)` stay what they were, so that state_dict, save_pretrained,
+LoRA, recorded outputs and policies by class name keep working; taking it back is putting the class back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+ORIGINAL, STATE = "_fastmllm_original", "_fastmllm_"
+_FUSED: dict[tuple[type, tuple[type[Fusion], ...]], type] = {}
+
+
+class Fusion:
+    """How one kind of module computes with our operators; never instantiated.
+
+    A subclass names in `overrides` the methods that it replaces and defines a static method of each of those names:
+    `forward(module, original, *args, **kwargs)`, where `original(module, *args, **kwargs)` is what it replaces.
+    """
+
+    op: ClassVar[str]  # what is asked for in `patch(ops=…)` and shown in the report
+    overrides: ClassVar[tuple[str, ...]] = ("forward",)
+
+    @staticmethod
+    def refuses(module: nn.Module) -> str | None:
+        """Say why this module can never compute so, or None; asked once, when it is patched."""
+        return None
+
+    @staticmethod
+    def slower(module: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Say why it would be slower there than what transformers runs, or None; asked once, when it is patched."""
+        return None
+
+    @staticmethod
+    def unsupported(module: nn.Module, *args: Any, **kwargs: Any) -> str | None:
+        """Say why this call cannot be computed so, or None; asked at every call, so it never waits for a device."""
+        return None
+
+    @staticmethod
+    def companions(module: nn.Module) -> list[tuple[nn.Module, type[Fusion]]]:
+        """Name other modules that have to be swapped with this one."""
+        return []
+
+    @staticmethod
+    def backend(device: torch.device) -> str:
+        """Name what computes on a device, for the report."""
+        return "triton" if device.type == "cuda" else "torch"
+
+
+def fused_class(original: type, fusions: tuple[type[Fusion], ...]) -> type:
+    """Return the subclass of a module's class that computes with some fusions, always the same one."""
+    if (original, fusions) not in _FUSED:
+        namespace: dict[str, Any] = {
+            "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+            ORIGINAL: original, "_fastmllm_fusions": fusions, "__reduce_ex__": _reduce,
+        }  # fmt: skip
+        for fusion in fusions:
+            for name in fusion.overrides:
+                before = namespace.get(name, getattr(original, name))
+                namespace[name] = _guarded(fusion, name, before)
+        _FUSED[original, fusions] = type(original.__name__, (original,), namespace)
+    return _FUSED[original, fusions]
+
+
+def _guarded(fusion: type[Fusion], name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    compute = getattr(fusion, name)
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        why = fusion.unsupported(self, *args, **kwargs)
+        if why is None:
+            return compute(self, original, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.__dict__.setdefault(STATE + "fallbacks", Counter())[f"{fusion.op}: {why}"] += 1
+        return original(self, *args, **kwargs)
+
+    method.__name__, method.__qualname__ = name, f"{fusion.__name__}.{name}"
+    method.__wrapped__ = original  # type: ignore[attr-defined]  # what inspects signatures sees transformers'
+    return method
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickle and copy by original class and fusions: the subclass itself has no name to be found by."""
+    cls = type(self)
+    return _rebuild, (getattr(cls, ORIGINAL), cls._fastmllm_fusions), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _rebuild(original: type, fusions: tuple[type[Fusion], ...]) -> Any:
+    return object.__new__(fused_class(original, fusions))
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Tell whether a module's own class is one of ours."""
+    return ORIGINAL in type(module).__dict__
+
+
+def bound_forward(module: nn.Module) -> str | None:
+    """Say who has put a forward on the instance, which hides its class's: Liger, `kernels`; None for nobody.
+
+    accelerate's hooks do so too, but keep the class's forward and call it: `rebind` follows them.
+    """
+    bound = module.__dict__.get("forward")
+    if bound is None or "_old_forward" in module.__dict__:
+        return None
+    return f"its forward is already replaced by {getattr(bound, '__module__', None) or type(bound).__module__}"
+
+
+def fuse(module: nn.Module, fusions: tuple[type[Fusion], ...]) -> None:
+    """Swap the class of a module."""
+    assert not is_fused(module)
+    module.__class__ = fused_class(type(module), fusions)
+    _rebind(module)
+
+
+def restore(module: nn.Module) -> None:
+    """Put the class of a module back, and drop what its fusions kept on it."""
+    module.__class__ = type(module).__dict__[ORIGINAL]
+    for name in [n for n in module.__dict__ if n.startswith(STATE)]:
+        del module.__dict__[name]
+    _rebind(module)
+
+
+def _rebind(module: nn.Module) -> None:
+    """Point a forward that accelerate kept at the class that the module now has."""
+    kept = module.__dict__.get("_old_forward")
+    if isinstance(kept, MethodType) and kept.__self__ is module and isinstance(kept.__func__, FunctionType):
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def plain(*modules: nn.Module | None) -> str | None:
+    """Say why the weights of some linear layers or norms cannot be read past their forward, or None.
+
+    LoRA, quantisation and hooks want to be called, and ZeRO-3 gathers weights when a module is called.
+    """
+    for module in modules:
+        if module is None:
+            continue
+        if type(module) not in (nn.Linear, nn.LayerNorm) and getattr(type(module), ORIGINAL, None) is not nn.LayerNorm:
+            return f"a part of it is {type(module).__name__}, which has to be called"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return f"its {type(module).__name__} carries hooks"
+        if any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
+            return "ZeRO-3 holds its weights"
+    return None
+
+
+def agrees(ours: Tensor, theirs: Tensor) -> bool:
+    """Tell whether two results are the same up to rounding in their dtype."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    scale = float(theirs.double().abs().max())
+    return float((ours.double() - theirs.double()).abs().max()) <= 16 * torch.finfo(theirs.dtype).eps * max(
+        scale, 1e-30
+    )

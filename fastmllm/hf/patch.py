@@ -1,0 +1,121 @@
+"""Speed up a Hugging Face vision-language model in one line, and take it back in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from fastmllm.compression import Placement
+from fastmllm.hf.compress import compress_fusions
+from fastmllm.hf.fusion import Fusion, bound_forward, fuse, is_fused, restore
+from fastmllm.hf.report import Report, Row
+from fastmllm.hf.rules import OPS, fusions_of
+
+
+class PatchError(ValueError):
+    """Something that was asked for does not apply; the model is as it was."""
+
+
+def patch(
+    model: nn.Module, compress: Placement | str | None = None, *, ops: Iterable[str] | None = None, strict: bool = False
+) -> Report:
+    """Let the modules of a model compute with fastmllm's operators, in place and until `unpatch`.
+
+    Weights, their names, hooks and every class's name stay; other models and torch itself are not touched. A call that
+    a fused module cannot compute (`output_attentions`, an unknown mask …) runs transformers' own code, and is counted
+    in `report.fallbacks()`. In training, a patched model that is given `labels` returns the loss without `logits`
+    (None), as Liger does; in `eval()` mode it returns both. What is worth replacing depends on the device and dtype
+    that the model has now: patch again after moving it.
+
+    Args:
+        model: of transformers, or one that contains such (PEFT, DDP, …).
+        compress: compress visual tokens: a `fastmllm.compression.Placement`, or a published method's name.
+        ops: operators to use wherever a module's structure allows, even where they are slower; None uses all of them,
+            but only where they are measured to be at least as fast.
+        strict: raise if something asked for does not apply.
+
+    Returns:
+        What was replaced, and what was left for which reason; print it.
+
+    Raises:
+        PatchError: with `strict`, lists what did not apply.
+        ValueError: an unknown operator or method, or compression that this model cannot have.
+
+    Patching a patched model is patching it anew.
+    """
+    asked = None if ops is None else frozenset(ops)
+    if asked is not None and (unknown := asked - set(OPS)):
+        raise ValueError(f"patch: ops {sorted(unknown)} are none of {sorted(OPS)}")
+    unpatch(model)
+    plan: dict[nn.Module, list[type[Fusion]]] = {}
+    rows: list[Row] = []
+    names = {module: name for name, module in model.named_modules()}
+    for module, fusion in list(_candidates(model)):
+        if asked is not None and fusion.op not in asked:
+            continue
+        device, dtype = _place(module)
+        refused = bound_forward(module) or _refused(module, fusion, device)
+        slower = None if refused or asked is not None else fusion.slower(module, device, dtype)
+        done = not (refused or slower)
+        rows.append(
+            Row(
+                module=names[module], kind=type(module).__name__, op=fusion.op, refused=refused is not None,
+                backend=fusion.backend(device) if done else None, reason=refused or slower or "",
+            )
+        )  # fmt: skip
+        if done:
+            plan.setdefault(module, []).append(fusion)
+            for part, beside in fusion.companions(module):
+                plan.setdefault(part, []).append(beside)
+    for name, module, fusion, state in compress_fusions(model, compress):
+        rows.append(Row(module=name, kind=type(module).__name__, op="compress", backend=str(compress)))
+        plan.setdefault(module, []).append(fusion)
+        module.__dict__.update(state)
+    failed = [row for row in rows if row.refused]
+    missing = sorted((asked or frozenset()) - {row.op for row in rows})
+    if strict and (failed or missing):
+        lines = [f"  {row.module or '(model)'} ({row.kind}), {row.op}: {row.reason}" for row in failed]
+        lines += [f"  {op}: no module of this model computes it" for op in missing]
+        raise PatchError("patch: asked for, but does not apply; the model is unchanged:\n" + "\n".join(lines))
+    for module, fusions in plan.items():
+        fuse(module, tuple(dict.fromkeys(fusions)))
+    return Report(model, rows)
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Give every module of a model its own class back; the model computes bit for bit what it did before.
+
+    Returns:
+        The model.
+
+    Raises:
+        PatchError: another library derived a class of its own from a fused one (FSDP2): take that off first.
+    """
+    for name, module in model.named_modules():
+        if is_fused(module):
+            restore(module)
+        elif any(getattr(base, "_fastmllm_fusions", None) for base in type(module).__mro__):
+            raise PatchError(f"unpatch: {name} is now a {type(module)}, made of a patched module: unwrap it first")
+    return model
+
+
+def _refused(module: nn.Module, fusion: type[Fusion], device: torch.device) -> str | None:
+    if device.type == "meta":
+        return "its weights are on the meta device: load them first"
+    return fusion.refuses(module)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, type[Fusion]]]:
+    for module in model.modules():
+        for fusion in fusions_of(module):
+            yield module, fusion
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype of a module's weights."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()

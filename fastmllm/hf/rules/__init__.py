@@ -1,0 +1,31 @@
+"""Which modules compute with what: a file a family of transformers, by its package and class names.
+
+What is right wherever it stands (norms, patch convolutions) goes by structure instead, also in families without a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from fastmllm.hf.fusion import ORIGINAL, Fusion
+from fastmllm.hf.rules import llava
+from fastmllm.hf.rules.structure import by_structure
+
+Rules = Mapping[str, tuple[type[Fusion], ...]]
+
+# package under transformers.models -> class name -> what it computes with
+FAMILIES: Mapping[str, Rules] = {"llava": llava.RULES}
+OPS = frozenset({"patch_embed", "layer_norm", "rms_norm"}) | {
+    fusion.op for rules in FAMILIES.values() for fusions in rules.values() for fusion in fusions
+}
+
+
+def fusions_of(module: nn.Module) -> tuple[type[Fusion], ...]:
+    """Return what a module may compute with, by its class's place in transformers and by its structure."""
+    cls = getattr(type(module), ORIGINAL, type(module))
+    family = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\w+", cls.__module__)
+    rules = FAMILIES.get(family[1], {}) if family else {}
+    return (*rules.get(cls.__name__, ()), *by_structure(module))

@@ -1,0 +1,11 @@
+"""LLaVA (arXiv 2304.08485)."""
+
+from __future__ import annotations
+
+from fastmllm.hf.fused.insertion import InsertFeatures
+from fastmllm.hf.fused.loss import HeadLoss
+
+RULES = {
+    "LlavaModel": (InsertFeatures,),
+    "LlavaForConditionalGeneration": (HeadLoss,),
+}
