@@ -70,10 +70,10 @@ class HeadLoss(Fusion):
         labels = _argument(original, "labels", args, kwargs)
         if labels is None or not module.training:
             return original(module, *args, **kwargs)
-        shifted = kwargs.get("shift_labels")
-        shifted = pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted
+        ignored, shifted = kwargs.get("ignore_index", -100), kwargs.get("shift_labels")
+        shifted = pad(labels, (0, 1), value=ignored)[..., 1:] if shifted is None else shifted
         head = module.get_output_embeddings()
-        head.__dict__[REQUEST] = (shifted, kwargs.get("num_items_in_batch"), kwargs.get("ignore_index", -100))
+        head.__dict__[REQUEST] = (shifted, kwargs.get("num_items_in_batch"), ignored)
         module.loss_function = _loss_of
         try:
             out = original(module, *args, **kwargs)

@@ -1,0 +1,54 @@
+"""Patch convolutions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastmllm.hf import patch
+from fastmllm.hf.fused.patches import PatchConv
+
+
+@pytest.mark.parametrize(
+    "conv, shape",
+    [
+        (nn.Conv2d(3, 8, 7, 7), (2, 3, 28, 35)),
+        (nn.Conv2d(3, 8, 2, 2, bias=False), (1, 3, 2, 2)),
+        (nn.Conv3d(3, 8, (2, 4, 4), (2, 4, 4), bias=False), (5, 3, 2, 4, 4)),
+    ],
+)
+def test_equals_the_convolution(conv, shape):
+    x = torch.randn(shape, requires_grad=True)
+    expected = conv(x)
+    up = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, [x, *conv.parameters()], up)
+    report = patch(conv, ops=["patch_embed"])
+    found = conv(x)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found, [x, *conv.parameters()], up), grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not report.fallbacks()
+
+
+@pytest.mark.parametrize(
+    "conv, reason",
+    [
+        (nn.Conv2d(3, 8, 7, 7, padding=1), "padding"),
+        (nn.Conv2d(4, 8, 7, 7, groups=2), "groups"),
+        (nn.Conv2d(3, 8, (7, 14), (7, 14)), "not square"),
+    ],
+)
+def test_another_convolution_is_left(conv, reason):
+    assert reason in PatchConv.refuses(conv)
+
+
+@pytest.mark.parametrize(
+    "conv, shape", [(nn.Conv2d(3, 8, 7, 7), (1, 3, 30, 28)), (nn.Conv3d(3, 8, 2, 2), (1, 3, 4, 4, 4))]
+)
+def test_pixels_that_are_no_patches_run_torch(conv, shape):
+    x = torch.randn(shape)
+    expected = conv(x)
+    report = patch(conv, ops=["patch_embed"])
+    assert torch.equal(conv(x), expected)
+    assert sum(report.fallbacks()[""].values()) == 1
