@@ -2,9 +2,10 @@
 
     python benchmarks/compression.py [key=value ...]
 
-Trains the demo's recipe once with DINOv2-small at 112 px and all of its 64 tokens (out/compression; `BUDGET` says how
-long), then measures each line of `LINES` at each K on the same weights, beside random, an even grid, pooling and the
-image at a lower resolution. Writes benchmarks/results/cpu/compression.json.
+Trains the demo's recipe once with DINOv2-small at 112 px, pooled to 4, 16, 36 or all of its 64 tokens (out/compression;
+`BUDGET` says how long), then measures each line of `LINES` at each K on the same weights, beside random, an even grid,
+pooling and the image at a lower resolution; the time also at 448 px, where an image has 1024 tokens. Writes
+benchmarks/results/cpu/compression.json.
 
 On a CPU; the times are of one picture and one question, medians of rounds in which all lines take turns: encode,
 select (the compressor), assemble (connector, embeddings, insertion), prefill (the language model), their sum, one
@@ -16,6 +17,7 @@ over that of a random choice of as many at the same place.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -48,14 +50,16 @@ from fastmllm.session import Session, environment, write_text
 ROOT = Path(__file__).parent.parent
 TASKS = ("name", "group", "exists")
 SIZE, WHOLE = 112, 64  # pixels on a side, tokens of the encoder
+LARGE, LARGE_WHOLE = 448, 1024  # timed only: the model has learned at SIZE
 BUDGET = (
-    "model.vision=dinov2_small", f"model.image_size={SIZE}", f"model.visual_tokens={WHOLE}", "stages.0.steps=300",
-    "stages.1.steps=100", "stages.0.batch_size=16", "stages.1.batch_size=16", f"stages.0.visual_tokens=[{WHOLE}]",
-    f"stages.1.visual_tokens=[{WHOLE}]", "data.train_scenes=0", "data.eval_scenes=0", "eval.gallery=0",
+    "model.vision=dinov2_small", f"model.image_size={SIZE}", f"model.visual_tokens={WHOLE}", "stages.0.steps=600",
+    "stages.1.steps=200", "stages.0.batch_size=16", "stages.1.batch_size=16", "stages.0.visual_tokens=[4, 16, 36, 64]",
+    "stages.1.visual_tokens=[4, 16, 36, 64]", "data.train_scenes=0", "data.eval_scenes=0", "eval.gallery=0",
     "bench.image_sizes=[112]",
 )  # fmt: skip
 KEEPS = (36, 16, 4)  # squares, so that a smaller image has as many
-ROUNDS = 9
+LARGE_KEEPS = (256, 64)
+ROUNDS, LARGE_ROUNDS = 31, 9
 LIMIT = 50  # questions a task
 
 # name, place, method, options; a line is measured against `random` at its own place. The encoder ends at layer 10 of
@@ -102,19 +106,21 @@ class Whiten(nn.Module):
 
 
 class Trial:
-    """One line at one K: scored once, then timed in turns with all others."""
+    """One line at one K: scored once, then timed in turns with all others of its image."""
 
-    def __init__(self, model: VLM, name: str, at: str, method: str, keep: int, placement: Placement, size: int) -> None:
+    def __init__(
+        self, model: VLM, name: str, at: str, method: str, keep: int, placement: Placement, size: int, whole: int
+    ) -> None:
         self.model, self.name, self.at, self.method, self.keep = model, name, at, method, keep
-        self.placement, self.size = placement, size
-        self.places = WHOLE if at.startswith("language") else keep
+        self.placement, self.size, self.whole = placement, size, whole
+        self.places = whole if at.startswith("language") else keep
+        self.accuracy: dict[str, Any] = {}
         self.times: dict[str, list[float]] = defaultdict(list)
 
     def score(self, asked: dict[str, list[Sample]]) -> None:
-        """Answer the questions, and weigh the call that is timed."""
+        """Answer the questions."""
         self.model.placement = self.placement
         responder = Responder(self.model, visual_tokens=self.places, image_size=self.size)
-        self.accuracy: dict[str, Any] = {}
         for task, samples in asked.items():
             with torch.inference_mode():
                 if task == "exists":  # forced choice by log-probability
@@ -124,6 +130,9 @@ class Trial:
                     said = responder.answer(samples, max_new_tokens=12)
             correct = [normalise(a) == normalise(s.answer) for a, s in zip(said, samples, strict=True)]
             self.accuracy[task] = asdict(share(correct, [s.image for s in samples]))
+
+    def prepare(self, asked: dict[str, list[Sample]]) -> None:
+        """Make the call that is timed, and weigh it."""
         self.one = collate_for(
             self.model, asked["name"][:1], keep=self.places, image_size=self.size, load_pixels=True, with_answers=False
         )
@@ -161,7 +170,7 @@ class Trial:
         )
         return {
             "name": self.name, "method": self.method, "at": self.at, "mode": mode, "keep": self.keep,
-            "image_size": self.size, "tasks": self.accuracy, "peak_mib": self.peak_mib,
+            "image_size": self.size, "whole": self.whole, "tasks": self.accuracy, "peak_mib": self.peak_mib,
             **{f"{part}_ms": median(times) for part, times in self.times.items()},
             "total_rounds_ms": self.times["total"],
         }  # fmt: skip
@@ -208,17 +217,25 @@ def features(model: VLM, samples: list[Sample], count: int = 256) -> torch.Tenso
         return torch.cat([model.vision(part) for part in pixels.split(32)]).clone()
 
 
-def trials(model: VLM) -> list[Trial]:
+def trials(model: VLM, size: int, whole: int, keeps: tuple[int, ...]) -> list[Trial]:
     """List the whole grid, every line at every K that it can make, and lower resolutions of as many tokens."""
-    found = [Trial(model, "whole grid", "connector", "none", WHOLE, Placement(), SIZE)]
-    for keep in KEEPS:
+    found = [Trial(model, "whole grid", "connector", "none", whole, Placement(), size, whole)]
+    for keep in keeps:
         for name, at, method, options in LINES:
-            found.append(Trial(model, name, at, method, keep, Placement.of(at, METHODS[method], keep, **options), SIZE))
-        side = round(keep**0.5)
-        if side * side == keep:
-            size = side * model.vision.stride
-            found.append(Trial(model, "smaller image", "image", "none", keep, Placement(), size))
+            placement = Placement.of(at, METHODS[method], keep, **options)
+            found.append(Trial(model, name, at, method, keep, placement, size, whole))
+        smaller = math.isqrt(keep) * model.vision.stride
+        found.append(Trial(model, "smaller image", "image", "none", keep, Placement(), smaller, whole))
     return found
+
+
+def timed(lines: list[Trial], rounds: int, console: Console) -> None:
+    """Time all lines in turns; the first round warms up."""
+    for _ in track(range(rounds + 1), f"timing {lines[0].whole} tokens", console=console):
+        for trial in lines:
+            trial.time()
+    for trial in lines:
+        trial.times = defaultdict(list, {part: times[1:] for part, times in trial.times.items()})
 
 
 def main() -> None:
@@ -231,18 +248,18 @@ def main() -> None:
     session.train()
     model.feature_cache = None
     asked = {task: limited(splits.eval[task], LIMIT) for task in TASKS}
-    lines = trials(model)
     console = Console()
-    for trial in track(lines, "scoring", console=console):
+    small, large = trials(model, SIZE, WHOLE, KEEPS), trials(model, LARGE, LARGE_WHOLE, LARGE_KEEPS)
+    for trial in track(small, "scoring", console=console):
         trial.score(asked)
     rates = measure_rates(model.language.head_weight.dtype)
-    promised = [roofline_ms(trial.answer, rates) for trial in lines]
-    for _ in track(range(ROUNDS + 1), "timing", console=console):
+    rows = []
+    for lines, rounds in ((small, ROUNDS), (large, LARGE_ROUNDS)):
         for trial in lines:
-            trial.time()
-    for trial in lines:  # the first round warms up
-        trial.times = defaultdict(list, {part: times[1:] for part, times in trial.times.items()})
-    rows = judged([trial.row() for trial in lines], promised)
+            trial.prepare(asked)
+        promised = [roofline_ms(trial.answer, rates) for trial in lines]
+        timed(lines, rounds, console)
+        rows += judged([trial.row() for trial in lines], promised)
     path = ROOT / "benchmarks" / "results" / "cpu" / "compression.json"
     about = {"flops_per_s": rates.flops, "bytes_per_s": rates.bytes, "budget": list(BUDGET)}
     write_text(path, json.dumps({"environment": environment(), **about, "rows": rows}, indent=1, default=str))
@@ -253,33 +270,39 @@ def main() -> None:
 def judged(rows: list[dict[str, Any]], promised: list[float]) -> list[dict[str, Any]]:
     """Add what a row keeps of the whole grid's accuracy, its tax, and realised and promised speed-up."""
 
-    def paired(a: dict[str, Any], b: dict[str, Any]) -> float:
-        return median(x / y for x, y in zip(a["total_rounds_ms"], b["total_rounds_ms"], strict=True))
+    def rounds(several: list[dict[str, Any]]) -> list[float]:
+        return [sum(times) / len(times) for times in zip(*(r["total_rounds_ms"] for r in several), strict=True)]
+
+    def ratio(a: list[float], b: list[float]) -> float:
+        return median(x / y for x, y in zip(a, b, strict=True))
 
     whole = rows[0]
-    randoms = {(r["at"], r["keep"]): n for n, r in enumerate(rows) if r["name"].startswith("random")}
+    randoms: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for n, row in enumerate(rows):
+        if row["name"].startswith("random"):
+            randoms[row["at"], row["keep"]].append(n)
     for row, ideal in zip(rows, promised, strict=True):
-        shares = [row["tasks"][task]["value"] / whole["tasks"][task]["value"] for task in TASKS]
-        beside = randoms.get((row["at"], row["keep"]))
-        left = (
-            ideal if beside is None else promised[beside]
-        )  # the work that is left, without what the selector computes
-        row["kept"] = sum(shares) / len(shares)
-        row["tax"] = None if beside is None else paired(row, rows[beside]) - 1
-        row["promised"], row["realised"] = promised[0] / left, paired(whole, row)
+        shares = [row["tasks"][task]["value"] / whole["tasks"][task]["value"] for task in row["tasks"]]
+        beside = randoms[row["at"], row["keep"]]
+        # the work that is left, without what the selector computes
+        left = promised[beside[0]] if beside else ideal
+        row["kept"] = sum(shares) / len(shares) if shares else None
+        row["tax"] = ratio(row["total_rounds_ms"], rounds([rows[n] for n in beside])) - 1 if beside else None
+        row["promised"], row["realised"] = promised[0] / left, ratio(whole["total_rounds_ms"], row["total_rounds_ms"])
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Return what a reader looks at first."""
-    out = Table(title="Compressors on DINOv2-small, 64 tokens; one picture, one question; ms")
-    for name in ("K", "method", *TASKS, "kept", "encode", "select", "assemble", "prefill", "total", "decode", "MiB",
-                 "tax", "realised/promised"):  # fmt: skip
+    out = Table(title="Compressors on DINOv2-small; one picture, one question; ms")
+    for name in ("of", "K", "method", *TASKS, "kept", "encode", "select", "assemble", "prefill", "total", "decode",
+                 "MiB", "tax", "realised/promised"):  # fmt: skip
         out.add_column(name, justify="left" if name == "method" else "right")
     for r in rows:
         out.add_row(
-            str(r["keep"]), r["name"], *(f"{100 * r['tasks'][task]['value']:.0f}" for task in TASKS),
-            f"{100 * r['kept']:.0f} %",
+            str(r["whole"]), str(r["keep"]), r["name"],
+            *(f"{100 * r['tasks'][task]['value']:.0f}" if r["tasks"] else "" for task in TASKS),
+            f"{100 * r['kept']:.0f} %" if r["tasks"] else "",
             *(f"{r[f'{part}_ms']:.1f}" for part in ("encode", "select", "assemble", "prefill", "total", "decode")),
             f"{r['peak_mib']:.0f}", "" if r["tax"] is None else f"{100 * r['tax']:+.1f} %",
             f"{r['realised']:.2f}/{r['promised']:.2f}",
