@@ -106,7 +106,13 @@ class TemporalDedup(Compressor):
         x = x.to(accumulator_dtype(x.dtype))
         norm = x.norm(dim=1).clamp(min=1e-8)
         # F.cosine_similarity would write both sides normalised first
-        cosine = (x * x.index_select(0, to)).sum(1) / (norm * norm.index_select(0, to))
+        areas = {h * w for _, h, w in tokens.grid or ()}
+        if self.compare == "previous" and len(areas) == 1:  # a frame's tokens lie one area behind: nothing is gathered
+            area = areas.pop()
+            cosine = torch.ones_like(norm)
+            cosine[area:] = (x[area:] * x[:-area]).sum(1) / (norm[area:] * norm[:-area])
+        else:
+            cosine = (x * x.index_select(0, to)).sum(1) / (norm * norm.index_select(0, to))
         change = 1 - cosine if self.compare == "previous" else -cosine
         return change.masked_fill(alone, torch.inf)
 

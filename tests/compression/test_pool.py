@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from device_work import assert_compiles, device_work
+from device_calls import assert_compiles, device_calls
 from visual_tokens import pictures
 
 from fastmllm.compression.pool import Pool
@@ -98,8 +98,8 @@ def test_gradients():
 
 
 def test_launches_as_many_kernels_as_published_and_never_waits():
-    assert len(device_work(Pool(4), Tokens.of(torch.randn(32, 16, 8)))) <= 2
-    assert len(device_work(Pool((6, 4, 2)), pictures()[0])) <= 2
+    assert len(device_calls(Pool(4), Tokens.of(torch.randn(32, 16, 8))).names) <= 2
+    assert len(device_calls(Pool((6, 4, 2)), pictures()[0]).names) <= 2
 
 
 def test_compiles():

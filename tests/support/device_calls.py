@@ -14,23 +14,31 @@ KERNELS = {"fastmllm::token_select": 1, "fastmllm::greedy_diverse": 2, "fastmllm
 
 
 class DeviceCalls(TorchDispatchMode):
-    """Count launches on the meta device: it holds no values, so who waits for one of them fails."""
+    """Record what computes on the meta device: it holds no values, so who waits for one of them fails.
+
+    `copies` are those from the host; none of them may block.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.copies: list[str] = []
 
     @property
     def launches(self) -> int:
-        return sum(KERNELS.get(name, 1) for name in self.names)
+        return sum(KERNELS.get(name, 1) for name in self.names + self.copies)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_flatten((args, kwargs, out))[0] if isinstance(t, Tensor)]
-        if any(t.is_meta for t in tensors) and not (
-            function.is_view or any(w in function.name() for w in ("empty", "view"))
-        ):
-            self.names.append(function.name())
+        name = function.name().removeprefix("aten::")
+        given = [t.is_meta for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        made = any(t.is_meta for t in tree_flatten(out)[0] if isinstance(t, Tensor))
+        if any(given) and not (function.is_view or "empty" in name or "view" in name or name == "detach"):
+            self.names.append(name)
+        elif made and not any(given) and "empty" not in name:
+            if given:
+                assert (kwargs or {}).get("non_blocking"), f"{name} makes the host wait for its copy"
+            self.copies.append(name)
         return out
 
 
@@ -45,9 +53,23 @@ def on_meta(thing):
     return thing
 
 
-def launches(compressor, tokens, evidence) -> int:
-    """Return what one call launches, and fail where it waits for the device."""
-    tokens, evidence = on_meta(tokens), on_meta(evidence)
+def device_calls(compressor, tokens, evidence=None) -> DeviceCalls:
+    """Return what one call asks of the device; it fails where it waits for it."""
+    compressor, tokens, evidence = compressor.to("meta"), on_meta(tokens), on_meta(evidence)
     with torch.no_grad(), DeviceCalls() as calls:
-        compressor(tokens, evidence)
-    return calls.launches
+        out, _ = compressor(tokens, evidence)
+    assert out.x.is_meta
+    return calls
+
+
+def launches(compressor, tokens, evidence) -> int:
+    """Return what one call launches."""
+    return device_calls(compressor, tokens, evidence).launches
+
+
+def assert_compiles(compressor, tokens) -> None:
+    """Check that it is one graph of `torch.compile`, with the same values."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: compressor(tokens.with_x(x))[0].x, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens.x), compressor(tokens)[0].x)
