@@ -60,6 +60,7 @@ def fused_class(original: type, fusions: tuple[type[Fusion], ...]) -> type:
         namespace: dict[str, Any] = {
             "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
             ORIGINAL: original, "_fastmllm_fusions": fusions, "__reduce_ex__": _reduce,
+            "__init__": _init,
         }  # fmt: skip
         for fusion in fusions:
             for name in fusion.overrides:
@@ -73,6 +74,8 @@ def _guarded(fusion: type[Fusion], name: str, original: Callable[..., Any]) -> C
     compute = getattr(fusion, name)
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(type(self), ORIGINAL):  # unpatched since somebody kept this method
+            return original(self, *args, **kwargs)
         why = fusion.unsupported(self, *args, **kwargs)
         if why is None:
             return compute(self, original, *args, **kwargs)
@@ -83,6 +86,12 @@ def _guarded(fusion: type[Fusion], name: str, original: Callable[..., Any]) -> C
     method.__name__, method.__qualname__ = name, f"{fusion.__name__}.{name}"
     method.__wrapped__ = original  # type: ignore[attr-defined]  # what inspects signatures sees transformers'
     return method
+
+
+def _init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Make what is built from `type(model)`, as from_pretrained does, an instance of transformers' class."""
+    self.__class__ = getattr(type(self), ORIGINAL)
+    self.__init__(*args, **kwargs)  # type: ignore[misc]
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
