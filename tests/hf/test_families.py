@@ -7,12 +7,11 @@ from functools import cache
 import pytest
 import torch
 from hf_checks import allowed, cast, distance, gradients, in_dtype, outputs, training
-from tiny_hf_llava import FAMILIES as LLAVA
+from tiny_hf_families import FAMILIES
 
 from fastmllm.hf import patch, unpatch
 from fastmllm.hf.rules import OPS
 
-FAMILIES = [*LLAVA]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
