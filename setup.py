@@ -53,6 +53,8 @@ EXTRAS = {
         "pybind11>=2.13",
         "types-PyYAML",
         "accelerate",  # transformers' GGUF reader, an oracle of the tests
+        "peft",  # the drop-in survives these
+        "trl",
         "torch-abi-audit",
         "pycxxfilt",  # undeclared needs of torch-abi-audit
         "abi3info",

@@ -27,7 +27,7 @@ OWNERS = {
     "flash_attn": {"kernels/_flash_attn.py"},
     "flash_attn_interface": {"kernels/_flash_attn.py"},
     "deepspeed": {"fastmllm/train/engine.py"},
-    "transformers": set(),
+    "transformers": {"fastmllm/hf/trainer.py"},
     "peft": set(),
     "trl": set(),
     "liger_kernel": {"fastmllm/hf/fused/liger.py"},

@@ -1,0 +1,37 @@
+"""`patch` in transformers' Trainer and in TRL's trainers: `Trainer(..., callbacks=[FastMLLMCallback])`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from fastmllm.hf.fusion import is_fused
+from fastmllm.hf.patch import patch, unpatch
+from fastmllm.hf.report import Report
+
+
+class FastMLLMCallback(TrainerCallback):
+    """Patch the model when training begins and give it back when it ends, so that what is saved then is plain.
+
+    A model that is patched already is left as it is, and stays patched.
+
+    Args:
+        options: of `patch`; none are needed, so the class itself may be given to a Trainer.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.report: Report | None = None  # of the last training
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if any(is_fused(module) for module in model.modules()):
+            return
+        self.report = patch(model, **self.options)
+        if state.is_world_process_zero:
+            Console().print(self.report)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.report is not None:
+            unpatch(model)
