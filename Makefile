@@ -4,6 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 TRITON_OLD := 3.6.0
+TRANSFORMERS_OLD := 5.17.0
 READY := .venv/.ready-$(shell cat constraints.txt setup.py csrc/*.* csrc/ops/* Makefile 2>/dev/null | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 # how long a waiting thread spins: none wastes a third of each step on waking up, the default starves a busy machine
@@ -16,7 +17,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 8000000
 demo: $(READY)
 	$(PY) -m fastmllm demo recipes/emoji.yaml --out out/demo
 
-test: $(READY) build/triton-$(TRITON_OLD)
+test: $(READY) build/triton-$(TRITON_OLD) build/transformers-$(TRANSFORMERS_OLD)
 	$(PY) -m pytest tests
 
 lint: $(READY)
@@ -61,6 +62,10 @@ $(READY):
 build/triton-$(TRITON_OLD):
 	@echo "Fetching triton $(TRITON_OLD), the second compiler that the kernels are checked with (once)"
 	@$(PIP) install --retries 0 --no-deps --target $@.tmp triton==$(TRITON_OLD) && mv $@.tmp $@ || { rm -rf $@.tmp; echo "triton $(TRITON_OLD) is not to be had: that check is skipped"; }
+
+build/transformers-$(TRANSFORMERS_OLD):
+	@echo "Fetching transformers $(TRANSFORMERS_OLD), the oldest that the drop-in is tested with (once)"
+	@$(PIP) install --retries 0 --target $@.tmp "transformers==$(TRANSFORMERS_OLD)" && rm -rf $@.tmp/numpy* && mv $@.tmp $@ || { rm -rf $@.tmp; echo "transformers $(TRANSFORMERS_OLD) is not to be had: that check is skipped"; }
 
 # FA4 compiles for a GPU that is not here: its own test, 106 MB to fetch, so not part of `make test`.
 FLASH4 := flash-attn-4==4.0.0b36 nvidia-cutlass-dsl==4.8.1 nvidia-cutlass-dsl-libs-base==4.8.1 \
