@@ -62,26 +62,36 @@ def linear_cross_entropy_reference(
     num_targets: int | None,
     reduce: bool,
     hidden_grad: bool,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, log-sum-exps, and what backward wants: with `hidden_grad` the gradient of the hidden states, with
+    `keep` the gradient of the logits of the n scored rows where they are few, else nothing.
+    """
     acc = accumulator_dtype(hidden.dtype)
     rows, valid = _kept_rows(labels, weight.shape[0], ignore_index, num_targets)
     loss = hidden.new_zeros(labels.shape, dtype=acc)
     lse = torch.zeros_like(loss)
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
-    for part in rows.split(max(1, CHUNK // weight.shape[0])):
+    early = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
+    if keep:
+        early = hidden.new_empty((0, weight.shape[0]))
+    parts = rows.split(max(1, CHUNK // weight.shape[0]))
+    for part in parts:
         target, wrong = _targets(labels, part, weight.shape[0], valid)
         logits = (hidden[part] @ weight.t()).to(acc)  # (R, V)
         picked = logits.gather(1, target) + wrong
         logits = logits.log_softmax(1)
         part_loss = wrong - logits.gather(1, target)
         loss[part], lse[part] = part_loss.squeeze(1).to(acc), (picked + part_loss).squeeze(1).to(acc)
-        if hidden_grad:  # of the sum of the losses: a frozen head needs no second look at the logits
+        if hidden_grad or (keep and len(parts) == 1):  # of the sum of the losses: backward needs no second look
             logits.exp_().scatter_add_(1, target, (wrong - 1).to(acc))
-            d_hidden[part] = logits.to(hidden.dtype) @ weight
+            if hidden_grad:
+                early[part] = logits.to(hidden.dtype) @ weight
+            else:
+                early = logits.to(hidden.dtype)
     if not rows.numel():
-        d_hidden.mul_(valid)
+        early.mul_(valid)
     loss = loss * valid.to(acc)
-    return loss.sum() if reduce else loss, lse * valid.to(acc), d_hidden
+    return loss.sum() if reduce else loss, lse * valid.to(acc), early
 
 
 def linear_cross_entropy_bwd_reference(
@@ -94,7 +104,9 @@ def linear_cross_entropy_bwd_reference(
     num_targets: int | None,
     hidden_grad: bool,
     weight_grad: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Return both gradients; `kept` is what forward kept of the logits, or empty."""
     acc = accumulator_dtype(hidden.dtype)
     rows, valid = _kept_rows(labels, weight.shape[0], ignore_index, num_targets)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
@@ -104,11 +116,16 @@ def linear_cross_entropy_bwd_reference(
     for part in parts:
         target, wrong = _targets(labels, part, weight.shape[0], valid)
         h = hidden[part]
-        p = (h @ weight.t()).to(acc).sub_(lse[part].unsqueeze(1)).exp_()
-        p.scatter_add_(1, target, (wrong - 1).to(acc))
-        p = p.mul_((grad[part] if grad.dim() else grad.expand(part.shape)).to(acc).unsqueeze(1)).to(hidden.dtype)
+        if kept is not None and len(kept):
+            p = kept
+        else:
+            p = (h @ weight.t()).to(acc).sub_(lse[part].unsqueeze(1)).exp_()
+            p = p.scatter_add_(1, target, (wrong - 1).to(acc)).to(hidden.dtype)
+        # the D columns of a row are scaled, not the V logits
+        scale = (grad[part] if grad.dim() else grad.expand(part.shape)).to(acc).unsqueeze(1)
         if hidden_grad:
-            d_hidden[part] = p @ weight
+            d_hidden[part] = ((p @ weight) * scale).to(hidden.dtype)
+        h = (h * scale).to(hidden.dtype)
         if total is not None:
             total = total.addmm_(p.t(), h) if acc == p.dtype else total.add_(p.t() @ h)
         elif weight_grad:
@@ -250,7 +267,9 @@ def linear_cross_entropy_triton(
     num_targets: int | None,
     reduce: bool,
     hidden_grad: bool,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    assert not keep, "on a GPU nothing of the logits is kept"
     if hidden.dtype == torch.float64:  # the kernels accumulate in fp32
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, num_targets, reduce, hidden_grad)
     (vocabulary, d), weight = weight.shape, weight.contiguous()
@@ -293,7 +312,9 @@ def linear_cross_entropy_bwd_triton(
     num_targets: int | None,
     hidden_grad: bool,
     weight_grad: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    assert kept is None
     if hidden.dtype == torch.float64:
         return linear_cross_entropy_bwd_reference(
             grad, hidden, weight, labels, lse, ignore_index, num_targets, hidden_grad, weight_grad
@@ -332,7 +353,7 @@ _linear_cross_entropy = torch.library.custom_op(
     linear_cross_entropy_reference,
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, SymInt? num_targets, bool reduce,"
-    " bool hidden_grad) -> (Tensor, Tensor, Tensor)",
+    " bool hidden_grad, bool keep=False) -> (Tensor, Tensor, Tensor)",
 )
 _linear_cross_entropy.register_kernel("cuda")(linear_cross_entropy_triton)
 
@@ -341,21 +362,23 @@ _linear_cross_entropy_bwd = torch.library.custom_op(
     linear_cross_entropy_bwd_reference,
     mutates_args=(),
     schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, int ignore_index,"
-    " SymInt? num_targets, bool hidden_grad, bool weight_grad) -> (Tensor, Tensor)",
+    " SymInt? num_targets, bool hidden_grad, bool weight_grad, Tensor? kept=None) -> (Tensor, Tensor)",
 )
 _linear_cross_entropy_bwd.register_kernel("cuda")(linear_cross_entropy_bwd_triton)
 
 
 # 5. fake --------------------------------------------------------------------------------------------------------------
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, labels, ignore_index, num_targets, reduce, hidden_grad):
+def _(hidden, weight, labels, ignore_index, num_targets, reduce, hidden_grad, keep=False):
     lse = hidden.new_empty(labels.shape, dtype=accumulator_dtype(hidden.dtype))
-    d_hidden = hidden.new_empty(hidden.shape if hidden_grad else (0,))
-    return lse.new_empty(()) if reduce else torch.empty_like(lse), lse, d_hidden
+    early = hidden.new_empty(hidden.shape if hidden_grad else (0,))
+    if keep:  # of the scored rows, where they are few
+        early = hidden.new_empty((torch.library.get_ctx().new_dynamic_size(), weight.shape[0]))
+    return lse.new_empty(()) if reduce else torch.empty_like(lse), lse, early
 
 
 @_linear_cross_entropy_bwd.register_fake
-def _(grad, hidden, weight, labels, lse, ignore_index, num_targets, hidden_grad, weight_grad):
+def _(grad, hidden, weight, labels, lse, ignore_index, num_targets, hidden_grad, weight_grad, kept=None):
     return hidden.new_empty(hidden.shape if hidden_grad else (0,)), weight.new_empty(
         weight.shape if weight_grad else (0,)
     )
@@ -363,24 +386,27 @@ def _(grad, hidden, weight, labels, lse, ignore_index, num_targets, hidden_grad,
 
 # 6. autograd ----------------------------------------------------------------------------------------------------------
 def _setup_context(ctx, inputs, output):
-    hidden, weight, labels, ctx.ignore_index, ctx.num_targets, ctx.reduce, ctx.hidden_grad = inputs
-    _, lse, d_hidden = output
-    ctx.save_for_backward(*((d_hidden, labels) if ctx.hidden_grad else (hidden, weight, labels, lse)))
-    ctx.mark_non_differentiable(lse, d_hidden)
+    hidden, weight, labels, ctx.ignore_index, ctx.num_targets, ctx.reduce, ctx.hidden_grad, ctx.keep = inputs
+    _, lse, early = output
+    kept = (early,) if ctx.keep else ()
+    ctx.save_for_backward(*((early, labels) if ctx.hidden_grad else (hidden, weight, labels, lse, *kept)))
+    ctx.mark_non_differentiable(lse, early)
 
 
-def _backward(ctx, grad, _grad_lse, _grad_d_hidden):
+def _backward(ctx, grad, _grad_lse, _grad_early):
     d_hidden = d_weight = None
     if ctx.hidden_grad:
         d_hidden, labels = ctx.saved_tensors  # of a loss with gradient 1; ignored rows keep their zeros
         scale = grad.masked_fill(labels == ctx.ignore_index, 0).unsqueeze(1) if grad.dim() else grad
         d_hidden = (d_hidden * scale).to(d_hidden.dtype)
     else:
+        hidden, weight, labels, lse, *kept = ctx.saved_tensors
         d_hidden, d_weight = _linear_cross_entropy_bwd(
-            grad.contiguous(), *ctx.saved_tensors, ctx.ignore_index, ctx.num_targets, *ctx.needs_input_grad[:2]
-        )
+            grad.contiguous(), hidden, weight, labels, lse, ctx.ignore_index, ctx.num_targets,
+            *ctx.needs_input_grad[:2], *kept,
+        )  # fmt: skip
     need_hidden, need_weight = ctx.needs_input_grad[:2]
-    return d_hidden if need_hidden else None, d_weight if need_weight else None, None, None, None, None, None
+    return d_hidden if need_hidden else None, d_weight if need_weight else None, *(None,) * 6
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
@@ -440,11 +466,12 @@ def linear_cross_entropy(
             raise ValueError(f"fastmllm::linear_cross_entropy: divisor {divisor} must be one number >= 0, and is for "
                              f"reduction 'mean', not {reduction!r}")  # fmt: skip
     # a frozen head on the CPU: the gradient comes with the loss (2 products instead of 3)
-    early = hidden.device.type == "cpu" and hidden.requires_grad and not weight.requires_grad
+    on_cpu = hidden.device.type == "cpu" and torch.is_grad_enabled()
+    early = on_cpu and hidden.requires_grad and not weight.requires_grad
+    # a learning one: the logits of few rows are worth keeping; how many there are a compiler does not know
+    keep = on_cpu and weight.requires_grad and not torch.compiler.is_compiling()
     reduce = reduction != "none" and weights is None
-    loss, _, _ = _linear_cross_entropy(
-        hidden, weight, labels, ignore_index, num_targets, reduce, early and torch.is_grad_enabled()
-    )
+    loss, _, _ = _linear_cross_entropy(hidden, weight, labels, ignore_index, num_targets, reduce, early, keep)
     scored = labels != ignore_index
     if weights is not None:
         weights = torch.where(scored, weights.to(loss.dtype), 0.0)

@@ -39,7 +39,7 @@ def _patch_embed_bwd_flops(grad, pixels, weight, patch_size, pixel_grad, weight_
     return 2 * pixels.numel() * weight.shape[1] * (bool(pixel_grad) + bool(weight_grad))
 
 
-def _loss_flops(hidden, weight, labels, ignore_index, num_targets, reduce, hidden_grad, **kwargs) -> int:
+def _loss_flops(hidden, weight, labels, ignore_index, num_targets, reduce, hidden_grad, keep=False, **kwargs) -> int:
     kept = int((labels != ignore_index).sum()) if num_targets is None else num_targets
     return 2 * kept * weight.numel() * (2 if hidden_grad else 1)
 

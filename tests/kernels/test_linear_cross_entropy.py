@@ -519,3 +519,21 @@ def test_rejects_what_does_not_fit():
         labels[0] = bad
         with pytest.raises(ValueError, match=rf"label {bad} is outside of the vocabulary \[0, 16\)"):
             linear_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_few_rows_are_kept_and_more_are_computed_again(reduction, monkeypatch):
+    hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    labels = torch.randint(0, 20, (12,)).masked_fill(torch.arange(12) % 3 == 0, -100)
+    found = []
+    for chunk in (20 * 8, 20 * 7, 20):  # the 8 rows at once, in two parts, one by one
+        monkeypatch.setattr(op, "CHUNK", chunk)
+        kept = op._linear_cross_entropy(hidden, weight, labels, -100, None, True, False, True)[2]
+        assert kept.shape == (8 if chunk == 160 else 0, 20)
+        loss = op.linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+        found.append([loss, *torch.autograd.grad(loss, [hidden, weight])])
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction=reduction).sum()
+    found.append([expected, *torch.autograd.grad(expected, [hidden, weight])])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b)
