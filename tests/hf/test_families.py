@@ -8,11 +8,12 @@ import pytest
 import torch
 from hf_checks import allowed, cast, distance, gradients, in_dtype, outputs, training
 from tiny_hf_llava import FAMILIES as LLAVA
+from tiny_hf_qwen import FAMILIES as QWEN
 
 from fastmllm.hf import patch, unpatch
 from fastmllm.hf.rules import OPS
 
-FAMILIES = [*LLAVA]
+FAMILIES = [*LLAVA, *QWEN]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
