@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from tiny_hf import IMAGE, LLAMA, VIDEO, Family, draw, finish, labelled, rows, text
 from transformers import (
-    Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration,
-    Qwen3VLConfig, Qwen3VLForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )  # fmt: skip
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}  # heads of 12 turn 6 pairs
@@ -56,7 +60,7 @@ def batch_of(*texts: list[int], images: list[list[int]], videos: list[list[int]]
 
 def clip(frames: int, size: int, apart: bool) -> list[int]:
     """Write a video's placeholders; `apart` puts a time before every frame (Qwen3-VL)."""
-    return sum(([40 + n] * apart + [VIDEO] * size for n in range(frames)), [])
+    return [token for n in range(frames) for token in [40 + n] * apart + [VIDEO] * size]
 
 
 def train_batch(apart: bool):

@@ -41,7 +41,8 @@ class TowerGrids(Fusion):
     ) -> Any:
         given = {name for name, value in kwargs.items() if value is not None}  # by a caller who captures graphs
         if missing := [part for part in _parts(module) if not given.issuperset(part[0])]:
-            grids, made = grid_thw.cpu(), {}
+            grids = grid_thw.cpu()
+            made: dict[str, Tensor] = {}
             for names, function, arguments in missing:
                 values = getattr(sys.modules[_MODULE], function)(grids, *arguments)
                 made.update(zip(names, (values,) if len(names) == 1 else values, strict=True))
