@@ -8,6 +8,7 @@ from operators_seen import Names
 from tiny_hf_qwen import qwen3_vl
 
 from fastmllm.hf import patch, unpatch
+from fastmllm.hf.fused.deepstack import DeepStack
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,10 @@ def test_no_place_is_looked_for_twice(language):
             language._deepstack_process(hidden, mask, embeds)
     unpatch(language)
     assert [name for name in names.seen if "nonzero" in name] == ["aten::nonzero_static"]
+
+
+def test_a_mask_of_another_kind_is_left(language):
+    hidden, mask, embeds = inputs()
+    assert DeepStack.unsupported(language, hidden, mask, embeds) is None
+    for other in (mask.int(), mask[:, :4], mask[..., None].expand(-1, -1, 48)):
+        assert "its mask is" in DeepStack.unsupported(language, hidden, other, embeds)

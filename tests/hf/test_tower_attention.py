@@ -44,7 +44,9 @@ def formula(module, x, ends, tables):
     cos, sin = (t.to(x.dtype)[:, None] for t in tables)
     q, k = (t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k))
     parts = [
-        torch.nn.functional.scaled_dot_product_attention(*(t[a:b].transpose(0, 1) for t in (q, k, v)))
+        torch.nn.functional.scaled_dot_product_attention(
+            *(t[a:b].transpose(0, 1) for t in (q, k, v)), scale=module.scaling
+        )
         for a, b in pairwise(ends.tolist())
     ]
     return module.proj(torch.cat(parts, 1).transpose(0, 1).flatten(1))
@@ -63,7 +65,8 @@ def test_segments_are_those_of_sdpa_one_by_one(tower, dtype):
     def call(module, x):
         return module(x, cu_seqlens=ends, position_embeddings=tables)
 
-    module = tower.blocks[0].attn
+    module = copy.deepcopy(tower.blocks[0].attn)
+    module.scaling = 0.5  # not that of its width
     truth = run(module, torch.float64, lambda m, x: formula(m, x, ends, tables))
     theirs = run(module, dtype, call)
     patch(module, ops=["attention"])
@@ -133,6 +136,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(tower, reentrant):
     tower.eval()
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_compiles_whole(towers):
+    """Also without a maximum, for which a bound is taken: reading it would break the graph."""
+    x, ends, tables = packed()
+    module = towers["qwen2_5_vl"].blocks[0].attn
+    patch(module, ops=["attention"])
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = module(x, cu_seqlens=ends, position_embeddings=tables)
+        torch.testing.assert_close(compiled(x, cu_seqlens=ends, position_embeddings=tables), expected)
+    unpatch(module)
 
 
 def test_what_it_cannot_do_runs_transformers(towers):

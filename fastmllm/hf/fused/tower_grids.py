@@ -52,6 +52,10 @@ class TowerGrids(Fusion):
             kwargs.update({name: _upload(value, hidden_states.device) for name, value in made.items()})
         return original(module, hidden_states, grid_thw, **kwargs)
 
+    @staticmethod
+    def backend(device: torch.device) -> str:
+        return "host"
+
 
 def _parts(module: Any) -> list[_Part]:
     merge = module.spatial_merge_size
