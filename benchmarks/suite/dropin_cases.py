@@ -77,7 +77,9 @@ def pictures(count: int, side: int) -> Callable[[str, torch.dtype], Given]:
 
 
 def qwen(depth: int = 4) -> nn.Module:
-    config = Qwen2_5_VLConfig(vision_config={"depth": depth, "hidden_size": 1280, "fullatt_block_indexes": [depth - 1]}).vision_config
+    config = Qwen2_5_VLConfig(
+        vision_config={"depth": depth, "hidden_size": 1280, "fullatt_block_indexes": [depth - 1]}
+    ).vision_config
     return Qwen2_5_VisionTransformerPretrainedModel(config)
 
 

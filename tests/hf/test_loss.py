@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_hf_llava import llava, llava_batch
+from tiny_hf_qwen import FAMILIES as QWEN
 
 from fastmllm.hf import patch, unpatch
 from fastmllm.hf.fused.loss import HeadLoss
@@ -63,3 +64,16 @@ def test_a_capped_or_biased_head_is_left(model):
     model.config.text_config.final_logit_softcapping = 30.0
     assert "capped" in HeadLoss.refuses(model)
     del model.config.text_config.final_logit_softcapping
+
+
+@pytest.mark.parametrize("family", QWEN, ids=repr)
+def test_positions_of_qwen_are_those_of_transformers(family):
+    """Rope deltas are kept on the model for later turns, and returned by transformers before 5.20."""
+    model, batch = family.build().train(), family.batch()
+    expected = model(**batch)
+    deltas, model.model.rope_deltas = model.model.rope_deltas, None
+    patch(model, ops=["linear_cross_entropy", "insert_features"])
+    found = model(**batch)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert torch.equal(model.model.rope_deltas, deltas)
+    assert set(found) == set(expected) - {"logits"}

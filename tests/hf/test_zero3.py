@@ -10,7 +10,7 @@ from tiny_hf_families import NAMED
 pytest.importorskip("deepspeed")
 
 
-@pytest.mark.parametrize("name", ["llava"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_two_ranks_learn_the_same(name, tmp_path):
     runs = {}
     for when in ("never", "before", "after"):

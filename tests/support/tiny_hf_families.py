@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tiny_hf_llava import FAMILIES as LLAVA
+from tiny_hf_qwen import FAMILIES as QWEN
 
-FAMILIES = [*LLAVA]
+FAMILIES = [*LLAVA, *QWEN]
 NAMED = {family.name: family for family in FAMILIES}

@@ -11,13 +11,18 @@ from collections.abc import Mapping
 from torch import nn
 
 from fastmllm.hf.fusion import ORIGINAL, Fusion
-from fastmllm.hf.rules import llava
+from fastmllm.hf.rules import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
 from fastmllm.hf.rules.structure import by_structure
 
 Rules = Mapping[str, tuple[type[Fusion], ...]]
 
 # package under transformers.models -> class name -> what it computes with
-FAMILIES: Mapping[str, Rules] = {"llava": llava.RULES}
+FAMILIES: Mapping[str, Rules] = {
+    "llava": llava.RULES,
+    "qwen2_5_vl": qwen2_5_vl.RULES,
+    "qwen2_vl": qwen2_vl.RULES,
+    "qwen3_vl": qwen3_vl.RULES,
+}
 OPS = frozenset({"patch_embed", "layer_norm", "rms_norm"}) | {
     fusion.op for rules in FAMILIES.values() for fusions in rules.values() for fusion in fusions
 }
