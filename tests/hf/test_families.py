@@ -7,12 +7,13 @@ from functools import cache
 import pytest
 import torch
 from hf_checks import allowed, cast, distance, gradients, in_dtype, outputs, training
+from tiny_hf_fusion import FAMILIES as FUSION
 from tiny_hf_llava import FAMILIES as LLAVA
 
 from fastmllm.hf import patch, unpatch
 from fastmllm.hf.rules import OPS
 
-FAMILIES = [*LLAVA]
+FAMILIES = [*LLAVA, *FUSION]
 DTYPES = (torch.float32, torch.bfloat16)
 
 

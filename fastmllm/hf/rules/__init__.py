@@ -11,21 +11,32 @@ from collections.abc import Mapping
 from torch import nn
 
 from fastmllm.hf.fusion import ORIGINAL, Fusion
-from fastmllm.hf.rules import llava
+from fastmllm.hf.rules import blip_2, idefics2, idefics3, instructblip, llava, smolvlm
 from fastmllm.hf.rules.structure import by_structure
 
 Rules = Mapping[str, tuple[type[Fusion], ...]]
 
 # package under transformers.models -> class name -> what it computes with
-FAMILIES: Mapping[str, Rules] = {"llava": llava.RULES}
+FAMILIES: Mapping[str, Rules] = {
+    "blip_2": blip_2.RULES,
+    "idefics2": idefics2.RULES,
+    "idefics3": idefics3.RULES,
+    "instructblip": instructblip.RULES,
+    "llava": llava.RULES,
+    "smolvlm": smolvlm.RULES,
+}
 OPS = frozenset({"patch_embed", "layer_norm", "rms_norm"}) | {
     fusion.op for rules in FAMILIES.values() for fusions in rules.values() for fusion in fusions
 }
 
 
 def fusions_of(module: nn.Module) -> tuple[type[Fusion], ...]:
-    """Return what a module may compute with, by its class's place in transformers and by its structure."""
+    """Return what a module may compute with, by its class's place in transformers and by its structure.
+
+    A method that this version of transformers does not have is not replaced.
+    """
     cls = getattr(type(module), ORIGINAL, type(module))
     family = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\w+", cls.__module__)
     rules = FAMILIES.get(family[1], {}) if family else {}
-    return (*rules.get(cls.__name__, ()), *by_structure(module))
+    named = (f for f in rules.get(cls.__name__, ()) if all(hasattr(cls, name) for name in f.overrides))
+    return (*named, *by_structure(module))

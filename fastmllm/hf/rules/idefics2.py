@@ -1,0 +1,11 @@
+"""Idefics2 (arXiv 2405.02246)."""
+
+from __future__ import annotations
+
+from fastmllm.hf.fused.insertion import MergeFeatures
+from fastmllm.hf.fused.loss import HeadLoss
+
+RULES = {
+    "Idefics2Model": (MergeFeatures,),
+    "Idefics2ForConditionalGeneration": (HeadLoss,),
+}

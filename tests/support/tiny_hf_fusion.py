@@ -1,0 +1,137 @@
+"""Tiny models that fuse text and images by Q-Former, resampler, pixel shuffle or gated cross-attention."""
+
+from __future__ import annotations
+
+import torch
+from tiny_hf import IDS, IMAGE, LLAMA, PAD, VOCAB, Family, draw, finish, labelled, rows, text
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+    OPTConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+         "patch_size": 7}  # fmt: skip
+QFORMER = {
+    "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
+    "cross_attention_frequency": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 64, "encoder_hidden_size": 32,
+}  # fmt: skip
+OPT = {
+    "vocab_size": VOCAB, "hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "word_embed_proj_dim": 48, "dropout": 0.0, **IDS,
+}  # fmt: skip
+QUERIES = 8
+
+
+def blip2():
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(**TOWER), qformer_config=Blip2QFormerConfig(**QFORMER),
+        text_config=OPTConfig(**OPT), num_query_tokens=QUERIES, image_token_index=IMAGE, image_text_hidden_size=24,
+    )  # fmt: skip
+    return finish(Blip2ForConditionalGeneration(config))
+
+
+def blip2_batch():
+    batch = rows(text([20, 21], QUERIES, [22, 23, 24], QUERIES, [25, 26, 27, 28]), text(QUERIES, [30, 31, 32, 33, 34]))
+    return labelled({"pixel_values": draw(3, 3, 28, 28), **batch})
+
+
+def blip2_prompt():
+    texts = rows(text([20], QUERIES, [22]), text(QUERIES, [30, 31, 32]), side="left")
+    return {"pixel_values": draw(2, 3, 28, 28), **texts}
+
+
+def instructblip():
+    config = InstructBlipConfig(
+        vision_config=InstructBlipVisionConfig(**TOWER), qformer_config=InstructBlipQFormerConfig(**QFORMER),
+        text_config=OPTConfig(**OPT), num_query_tokens=QUERIES, image_token_index=IMAGE,
+    )  # fmt: skip
+    return finish(InstructBlipForConditionalGeneration(config))
+
+
+def _instructions(*texts):
+    """Return the Q-Former's text of each image, padded."""
+    return {f"qformer_{name}": t for name, t in rows(*texts).items()}
+
+
+def instructblip_batch():
+    return {**blip2_batch(), **_instructions([40, 41, 42, 43], [44], [45, 46])}
+
+
+def instructblip_prompt():
+    return {**blip2_prompt(), **_instructions([40, 41, 42], [44])}
+
+
+def _pictures():
+    """Return pixels of rows with two, one and no images; the second image is padded to the right and below."""
+    pixels, seen = draw(3, 2, 3, 28, 28), torch.ones(3, 2, 28, 28, dtype=torch.bool)
+    seen[0, 1, 20:], seen[0, 1, :, 24:] = False, False
+    seen[1, 1], seen[2] = False, False
+    return {"pixel_values": pixels * seen[:, :, None], "pixel_attention_mask": seen}
+
+
+def pictures_batch():
+    pairs = rows(text([20, 21], 4, [22, 23, 24], 4, [25, 26, 27, 28]), text(4, [30, 31, 32, 33, 34]), text([40] * 6))
+    return labelled({**_pictures(), **pairs})
+
+
+def pictures_prompt():
+    texts = rows(text([20], 4, [22], 4), text(4, [30, 31, 32]), text([40, 41, 42]), side="left")
+    return {**_pictures(), **texts}
+
+
+def idefics2():
+    config = Idefics2Config(
+        vision_config=TOWER, text_config={"model_type": "mistral", **LLAMA}, image_token_id=IMAGE,
+        perceiver_config={
+            "hidden_size": 48, "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 4,
+            "num_key_value_heads": 2, "resampler_head_dim": 12,
+        },
+    )  # fmt: skip
+    return finish(Idefics2ForConditionalGeneration(config))
+
+
+def idefics3():
+    config = Idefics3Config(
+        vision_config=TOWER, text_config={"model_type": "llama", **LLAMA}, scale_factor=2, image_token_id=IMAGE,
+        pad_token_id=PAD,
+    )  # fmt: skip
+    return finish(Idefics3ForConditionalGeneration(config))
+
+
+def smolvlm():
+    config = SmolVLMConfig(
+        vision_config=TOWER, text_config={"model_type": "llama", **LLAMA}, scale_factor=2, image_token_id=IMAGE,
+        pad_token_id=PAD,
+    )  # fmt: skip
+    return finish(SmolVLMForConditionalGeneration(config))
+
+
+MERGED = frozenset({"layer_norm", "insert_features", "linear_cross_entropy"})
+BLIP = MERGED | {"patch_embed"}
+FAMILIES = [
+    Family(name="blip_2", build=blip2, batch=blip2_batch, prompt=blip2_prompt, ops=BLIP),
+    Family(name="instructblip", build=instructblip, batch=instructblip_batch, prompt=instructblip_prompt, ops=BLIP),
+    Family(name="idefics2", build=idefics2, batch=pictures_batch, prompt=pictures_prompt, ops=MERGED | {"rms_norm"}),
+    Family(
+        name="idefics3", build=idefics3, batch=pictures_batch, prompt=pictures_prompt,
+        ops=MERGED | {"rms_norm", "pixel_shuffle"},
+    ),
+    Family(
+        name="smolvlm", build=smolvlm, batch=pictures_batch, prompt=pictures_prompt,
+        ops=MERGED | {"rms_norm", "pixel_shuffle"},
+    ),
+]  # fmt: skip
