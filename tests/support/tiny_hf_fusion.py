@@ -13,10 +13,14 @@ from transformers import (
     Idefics2ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     OPTConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -89,7 +93,7 @@ def pictures_batch():
 
 
 def pictures_prompt():
-    texts = rows(text([20], 4, [22], 4), text(4, [30, 31, 32]), text([40, 41, 42]), side="left")
+    texts = rows(text([55], 4, [45], 4), text(4, [56, 47, 32]), text([58, 49, 42]), side="left")
     return {**_pictures(), **texts}
 
 
@@ -120,15 +124,93 @@ def smolvlm():
     return finish(SmolVLMForConditionalGeneration(config))
 
 
+def idefics(**more):
+    config = IdeficsConfig(
+        vocab_size=VOCAB, additional_vocab_size=0, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, cross_layer_interval=2, freeze_text_layers=False, freeze_vision_layers=False,
+        max_position_embeddings=256, alpha_initializer="ones", **IDS,
+        vision_config={
+            "embed_dim": 32, "image_size": 28, "patch_size": 7, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "hidden_act": "gelu",
+        },
+        perceiver_config={
+            "use_resampler": True, "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 4,
+            "resampler_head_dim": 8, "qk_layer_norms_perceiver": True,
+        },
+        **{"use_resampler": True, "qk_layer_norms": True, "alpha_type": "vector", **more},
+    )  # fmt: skip
+    return finish(IdeficsForVisionText2Text(config))
+
+
+def idefics_batch():
+    """Rows that see two images in turn, one, and none; the first words of all see none."""
+    batch = rows([1, *range(20, 31)], [1, 40, 41, 42, 43, 44, 45], [1, 50, 51, 52, 53])
+    seen = torch.zeros(3, 12, 2, dtype=torch.long)
+    seen[0, 2:, 0], seen[0, 6:, 1], seen[1, 1:, 1] = 1, 1, 1
+    return labelled({"pixel_values": draw(3, 2, 3, 28, 28), "image_attention_mask": seen, **batch})
+
+
+def idefics_prompt():
+    texts = rows([1, 20, 21, 22, 23], [1, 40, 41], [1, 50], side="left")
+    seen = torch.zeros(3, 5, 2, dtype=torch.long)
+    seen[0, 1:, 0], seen[0, 3:, 1], seen[1, 3:, 1] = 1, 1, 1
+    return {"pixel_values": draw(3, 2, 3, 28, 28), "image_attention_mask": seen, **texts}
+
+
+def mllama(**more):
+    config = MllamaConfig(
+        vision_config={
+            "hidden_size": 32, "num_hidden_layers": 3, "num_global_layers": 2, "attention_heads": 4,
+            "intermediate_size": 64, "vision_output_dim": 32 * 3, "image_size": 28, "patch_size": 7,
+            "max_num_tiles": 4, "intermediate_layers_indices": [0, 2],
+        },
+        text_config={
+            "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1, 3],
+            "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **IDS,
+        },
+        image_token_index=IMAGE, **more,
+    )  # fmt: skip
+    return finish(MllamaForConditionalGeneration(config))
+
+
+def _tiles(length):
+    """Return pixels of rows with two images, of two tiles and one, and with one image of three; words see what stood."""
+    tiles = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 0], [1, 0, 0, 0]]])
+    seen = torch.zeros(2, length, 2, 4, dtype=torch.long)
+    seen[0, 2:, 0, :2], seen[0, 4:, 1, :1], seen[1, 1:, 0, :3] = 1, 1, 1
+    return {
+        "pixel_values": draw(2, 2, 4, 3, 28, 28) * tiles[..., None, None, None], "aspect_ratio_mask": tiles,
+        "aspect_ratio_ids": torch.tensor([[2, 1], [3, 0]]), "cross_attention_mask": seen,
+    }  # fmt: skip
+
+
+def mllama_batch():
+    texts = rows(text([20], 1, [22], 1, [25, 26, 27, 28]), text(1, [30, 31, 32, 33]))
+    return labelled({**_tiles(9), **texts})
+
+
+def mllama_prompt():
+    return {**_tiles(6), **rows(text([20], 1, [22], 1, [23]), text(1, [30, 31, 32, 34]))}
+
+
 MERGED = frozenset({"layer_norm", "insert_features", "linear_cross_entropy"})
 BLIP = MERGED | {"patch_embed"}
 FAMILIES = [
     Family(name="blip_2", build=blip2, batch=blip2_batch, prompt=blip2_prompt, ops=BLIP),
     Family(name="instructblip", build=instructblip, batch=instructblip_batch, prompt=instructblip_prompt, ops=BLIP),
+    Family(
+        name="idefics", build=idefics, batch=idefics_batch, prompt=idefics_prompt,
+        ops=frozenset({"patch_embed", "layer_norm", "rms_norm", "gated_residual", "image_kv_cache"}),
+    ),
     Family(name="idefics2", build=idefics2, batch=pictures_batch, prompt=pictures_prompt, ops=MERGED | {"rms_norm"}),
     Family(
         name="idefics3", build=idefics3, batch=pictures_batch, prompt=pictures_prompt,
         ops=MERGED | {"rms_norm", "pixel_shuffle"},
+    ),
+    Family(
+        name="mllama", build=mllama, batch=mllama_batch, prompt=mllama_prompt,
+        ops=frozenset({"layer_norm", "rms_norm", "gated_residual", "linear_cross_entropy"}),
     ),
     Family(
         name="smolvlm", build=smolvlm, batch=pictures_batch, prompt=pictures_prompt,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from fastmllm.hf.fusion import ORIGINAL, Fusion
-from fastmllm.hf.rules import blip_2, idefics2, idefics3, instructblip, llava, smolvlm
+from fastmllm.hf.rules import blip_2, idefics, idefics2, idefics3, instructblip, llava, mllama, smolvlm
 from fastmllm.hf.rules.structure import by_structure
 
 Rules = Mapping[str, tuple[type[Fusion], ...]]
@@ -19,10 +19,12 @@ Rules = Mapping[str, tuple[type[Fusion], ...]]
 # package under transformers.models -> class name -> what it computes with
 FAMILIES: Mapping[str, Rules] = {
     "blip_2": blip_2.RULES,
+    "idefics": idefics.RULES,
     "idefics2": idefics2.RULES,
     "idefics3": idefics3.RULES,
     "instructblip": instructblip.RULES,
     "llava": llava.RULES,
+    "mllama": mllama.RULES,
     "smolvlm": smolvlm.RULES,
 }
 OPS = frozenset({"patch_embed", "layer_norm", "rms_norm"}) | {
