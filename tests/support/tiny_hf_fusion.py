@@ -151,7 +151,7 @@ def idefics_batch():
 
 
 def idefics_prompt():
-    texts = rows([1, 20, 21, 22, 23], [1, 40, 41], [1, 50], side="left")
+    texts = rows([1, 10, 11, 12, 13], [1, 77, 14], [1, 15], side="left")
     seen = torch.zeros(3, 5, 2, dtype=torch.long)
     seen[0, 1:, 0], seen[0, 3:, 1], seen[1, 3:, 1] = 1, 1, 1
     return {"pixel_values": draw(3, 2, 3, 28, 28), "image_attention_mask": seen, **texts}
@@ -191,17 +191,17 @@ def mllama_batch():
 
 
 def mllama_prompt():
-    return {**_tiles(6), **rows(text([20], 1, [22], 1, [23]), text(1, [30, 31, 32, 34]))}
+    return {**_tiles(6), **rows(text([75], 1, [77], 1, [78]), text(1, [79, 33, 80, 81]))}
 
 
 MERGED = frozenset({"layer_norm", "insert_features", "linear_cross_entropy"})
-BLIP = MERGED | {"patch_embed"}
+BLIP = MERGED | {"patch_embed", "attention"}
 FAMILIES = [
     Family(name="blip_2", build=blip2, batch=blip2_batch, prompt=blip2_prompt, ops=BLIP),
     Family(name="instructblip", build=instructblip, batch=instructblip_batch, prompt=instructblip_prompt, ops=BLIP),
     Family(
         name="idefics", build=idefics, batch=idefics_batch, prompt=idefics_prompt,
-        ops=frozenset({"patch_embed", "layer_norm", "rms_norm", "gated_residual", "image_kv_cache"}),
+        ops=frozenset({"patch_embed", "layer_norm", "rms_norm", "gated_residual", "image_kv_cache", "attention"}),
     ),
     Family(name="idefics2", build=idefics2, batch=pictures_batch, prompt=pictures_prompt, ops=MERGED | {"rms_norm"}),
     Family(

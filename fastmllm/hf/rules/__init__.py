@@ -38,7 +38,7 @@ def fusions_of(module: nn.Module) -> tuple[type[Fusion], ...]:
     A method that this version of transformers does not have is not replaced.
     """
     cls = getattr(type(module), ORIGINAL, type(module))
-    family = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\w+", cls.__module__)
+    family = re.fullmatch(r"transformers\.models\.(\w+)\.\w+", cls.__module__)
     rules = FAMILIES.get(family[1], {}) if family else {}
     named = (f for f in rules.get(cls.__name__, ()) if all(hasattr(cls, name) for name in f.overrides))
     return (*named, *by_structure(module))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from fastmllm.hf.fused.gated_cross_attention import GatedLayer, ImageKeysOnce
+from fastmllm.hf.fused.latent_attention import PerceiverAttention
 from fastmllm.hf.fused.loss import HeadLoss
 
 RULES = {
     "IdeficsGatedCrossAttentionLayer": (GatedLayer, ImageKeysOnce),
+    "IdeficsPerceiverAttention": (PerceiverAttention,),
     "IdeficsForVisionText2Text": (HeadLoss,),
 }

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from fastmllm.hf.fused.inner_loss import InnerHeadLoss
 from fastmllm.hf.fused.insertion import InsertUncounted
+from fastmllm.hf.fused.latent_attention import AddNorm, QFormerCrossAttention
 
 RULES = {
+    "InstructBlipQFormerMultiHeadAttention": (QFormerCrossAttention,),
+    "InstructBlipQFormerSelfOutput": (AddNorm,),
+    "InstructBlipQFormerOutput": (AddNorm,),
     "InstructBlipModel": (InsertUncounted,),
     "InstructBlipForConditionalGeneration": (InsertUncounted, InnerHeadLoss),
 }
