@@ -126,7 +126,7 @@ def smolvlm():
 
 def idefics(**more):
     config = IdeficsConfig(
-        vocab_size=VOCAB, additional_vocab_size=0, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, cross_layer_interval=2, freeze_text_layers=False, freeze_vision_layers=False,
         max_position_embeddings=256, alpha_initializer="ones", **IDS,
         vision_config={
@@ -137,7 +137,9 @@ def idefics(**more):
             "use_resampler": True, "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 4,
             "resampler_head_dim": 8, "qk_layer_norms_perceiver": True,
         },
-        **{"use_resampler": True, "qk_layer_norms": True, "alpha_type": "vector", **more},
+        **{
+            "additional_vocab_size": 0, "use_resampler": True, "qk_layer_norms": True, "alpha_type": "vector", **more,
+        },
     )  # fmt: skip
     return finish(IdeficsForVisionText2Text(config))
 
@@ -175,7 +177,7 @@ def mllama(**more):
 
 
 def _tiles(length):
-    """Return pixels of rows with two images, of two tiles and one, and with one image of three; words see what stood."""
+    """Return pixels of two rows: images of two tiles and one, and one of three; words see what stood before them."""
     tiles = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 0], [1, 0, 0, 0]]])
     seen = torch.zeros(2, length, 2, 4, dtype=torch.long)
     seen[0, 2:, 0, :2], seen[0, 4:, 1, :1], seen[1, 1:, 0, :3] = 1, 1, 1

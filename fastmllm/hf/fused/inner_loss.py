@@ -19,10 +19,12 @@ class InnerHeadLoss(HeadLoss):
         return HeadLoss.refuses(module)
 
     @staticmethod
-    def unsupported(
-        module: Any, pixel_values: Any, *args: Any, input_ids: Tensor | None = None, labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> str | None:  # fmt: skip
-        if module.training and (args or input_ids is None or labels is None or labels.shape != input_ids.shape):
+    def unsupported(module: Any, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> str | None:
+        labels, input_ids = kwargs.get("labels"), kwargs.get("input_ids")
+        if module.training and (len(args) > 1 or (labels is not None and not _paired(labels, input_ids))):
             return "its labels are not those of input_ids, given by name"  # BLIP-2 scores the end of longer texts
-        return HeadLoss.unsupported(module, **kwargs)
+        return HeadLoss.unsupported(module, logits_to_keep=logits_to_keep, **kwargs)
+
+
+def _paired(labels: Tensor, input_ids: Tensor | None) -> bool:
+    return input_ids is not None and input_ids.shape == labels.shape

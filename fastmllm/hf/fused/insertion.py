@@ -78,10 +78,8 @@ class InsertUncounted(InsertFeatures):
         return None if device.type == "cpu" else "this model never counts placeholders, which the host would wait for"
 
     @staticmethod
-    def get_placeholder_mask(
-        module: Any, original: Callable[..., Any], input_ids: Tensor, inputs_embeds: Tensor
-    ) -> Any:
-        return original(module, input_ids, inputs_embeds).as_subclass(UncountedPlaces)
+    def get_placeholder_mask(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(module, *args, **kwargs).as_subclass(UncountedPlaces)
 
 
 class MergeFeatures(InsertFeatures):

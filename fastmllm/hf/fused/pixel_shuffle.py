@@ -6,7 +6,6 @@ from collections.abc import Callable
 from math import isqrt
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmllm.hf.fusion import Fusion
