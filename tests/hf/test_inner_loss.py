@@ -9,6 +9,7 @@ from tiny_hf_fusion import blip2, blip2_batch, instructblip, instructblip_batch
 from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config
 
 from fastmllm.hf import patch
+from fastmllm.hf.fused.inner_loss import InnerHeadLoss
 
 
 @pytest.mark.parametrize("build, batch", [(blip2, blip2_batch), (instructblip, instructblip_batch)])
@@ -38,5 +39,6 @@ def test_an_encoder_decoder_is_left():
     config = Blip2Config(
         vision_config=small.vision_config, qformer_config=small.qformer_config, text_config=text, num_query_tokens=2
     )
+    assert InnerHeadLoss.refuses(blip2()) is None
     report = patch(Blip2ForConditionalGeneration(config), ops=["linear_cross_entropy"])
     assert [row.reason for row in report.left] == ["its encoder-decoder computes the loss itself"]

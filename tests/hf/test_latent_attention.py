@@ -11,6 +11,7 @@ from tiny_hf import draw
 from tiny_hf_fusion import blip2, idefics, instructblip
 
 from fastmllm.hf import patch
+from fastmllm.hf.fused.latent_attention import AddNorm, PerceiverAttention, QFormerCrossAttention
 
 
 def judged(module, call, ops, dtype):
@@ -111,3 +112,20 @@ def test_a_hook_on_the_norm_is_called():
     output.LayerNorm.register_forward_hook(lambda module, args, result: result * 0)
     assert not output(x, y).any()
     assert list(report.fallbacks()[""].values()) == [1]
+
+
+def test_what_no_operator_takes_is_left():
+    perceiver, crossed = idefics().model.perceiver_resampler.blocks[0][0], crossing(blip2())
+    output = blip2().qformer.encoder.layer[0].attention.output
+    assert [f.refuses(m) for f, m in ((PerceiverAttention, perceiver), (QFormerCrossAttention, crossed))] == [None] * 2
+    perceiver.head_dim = crossed.attention_head_size = 320
+    assert "320 wide" in PerceiverAttention.refuses(perceiver)
+    assert "320 wide" in QFormerCrossAttention.refuses(crossed)
+    output.LayerNorm = torch.nn.LayerNorm(24, elementwise_affine=False)
+    assert "its norm is" in AddNorm.refuses(output)
+
+
+def test_what_is_slower_is_left_by_default():
+    assert not {row.op for row in patch(blip2()).replaced} & {"attention", "layer_norm"}
+    assert "attention" in {row.op for row in patch(idefics()).replaced}
+    assert "attention" not in {row.op for row in patch(idefics().bfloat16()).replaced}

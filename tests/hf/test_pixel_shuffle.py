@@ -8,6 +8,7 @@ from tiny_hf import draw
 from tiny_hf_fusion import idefics3, smolvlm
 
 from fastmllm.hf import patch
+from fastmllm.hf.fused.pixel_shuffle import PixelShuffle
 
 
 @pytest.mark.parametrize("build", [idefics3, smolvlm])
@@ -29,6 +30,7 @@ def test_equals_transformers(build, factor, side):
 @pytest.mark.parametrize("tokens, factor", [(12, 2), (25, 2)])
 def test_tokens_of_no_square_run_transformers(tokens, factor):
     connector = idefics3().model.connector
+    assert "no square" in PixelShuffle.unsupported(connector, draw(1, tokens, 8), factor)
     report = patch(connector, ops=["pixel_shuffle"])
     with pytest.raises(RuntimeError):
         connector.pixel_shuffle(draw(1, tokens, 8), factor)

@@ -29,7 +29,7 @@ from transformers import (
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
          "patch_size": 7}  # fmt: skip
 QFORMER = {
-    "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "cross_attention_frequency": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "max_position_embeddings": 64, "encoder_hidden_size": 32,
 }  # fmt: skip
@@ -126,8 +126,8 @@ def smolvlm():
 
 def idefics(**more):
     config = IdeficsConfig(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=4, cross_layer_interval=2, freeze_text_layers=False, freeze_vision_layers=False,
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, cross_layer_interval=1, freeze_text_layers=False, freeze_vision_layers=False,
         max_position_embeddings=256, alpha_initializer="ones", **IDS,
         vision_config={
             "embed_dim": 32, "image_size": 28, "patch_size": 7, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -153,7 +153,7 @@ def idefics_batch():
 
 
 def idefics_prompt():
-    texts = rows([1, 10, 11, 12, 13], [1, 77, 14], [1, 15], side="left")
+    texts = rows([1, 85, 86, 87, 88], [1, 33, 89], [1, 90], side="left")
     seen = torch.zeros(3, 5, 2, dtype=torch.long)
     seen[0, 1:, 0], seen[0, 3:, 1], seen[1, 3:, 1] = 1, 1, 1
     return {"pixel_values": draw(3, 2, 3, 28, 28), "image_attention_mask": seen, **texts}
@@ -162,13 +162,13 @@ def idefics_prompt():
 def mllama(**more):
     config = MllamaConfig(
         vision_config={
-            "hidden_size": 32, "num_hidden_layers": 3, "num_global_layers": 2, "attention_heads": 4,
-            "intermediate_size": 64, "vision_output_dim": 32 * 3, "image_size": 28, "patch_size": 7,
-            "max_num_tiles": 4, "intermediate_layers_indices": [0, 2],
+            "hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4,
+            "intermediate_size": 64, "vision_output_dim": 32 * 2, "image_size": 28, "patch_size": 7,
+            "max_num_tiles": 4, "intermediate_layers_indices": [1],
         },
         text_config={
-            "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1, 3],
+            "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1, 2],
             "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **IDS,
         },
         image_token_index=IMAGE, **more,
@@ -193,7 +193,7 @@ def mllama_batch():
 
 
 def mllama_prompt():
-    return {**_tiles(6), **rows(text([75], 1, [77], 1, [78]), text(1, [79, 33, 80, 81]))}
+    return {**_tiles(6), **rows(text([10], 1, [12], 1, [13]), text(1, [14, 77, 15, 16]))}
 
 
 MERGED = frozenset({"layer_norm", "insert_features", "linear_cross_entropy"})

@@ -106,6 +106,10 @@ class GatedLayer(Fusion):
     op = "gated_residual"
 
     @staticmethod
+    def slower(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        return _on_cpu(device)
+
+    @staticmethod
     def refuses(module: Any) -> str | None:
         if type(module.act_cross_attn) is not nn.Tanh or type(module.act_dense) is not nn.Tanh:
             return f"its gates are {type(module.act_cross_attn).__name__}, not Tanh"
@@ -145,6 +149,10 @@ class MllamaGatedLayer(Fusion):
     op = "gated_residual"
 
     @staticmethod
+    def slower(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        return _on_cpu(device)
+
+    @staticmethod
     def unsupported(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> str | None:
         return "its arguments come by place" if args else _one_dtype(hidden_states, module.cross_attn_attn_gate)
 
@@ -165,6 +173,11 @@ class MllamaGatedLayer(Fusion):
         if full_text_row_masked_out_mask is not None:
             branch = full_text_row_masked_out_mask[:, 0] * branch
         return gated_residual(hidden_states, branch, module.cross_attn_mlp_gate)
+
+
+def _on_cpu(device: torch.device) -> str | None:
+    # on a GPU two launches in place of six, and no gated branch is written and read again
+    return "its gates are too little of a layer to gain on a CPU" if device.type == "cpu" else None
 
 
 def _one_dtype(hidden_states: Tensor, gate: Tensor) -> str | None:
