@@ -25,10 +25,7 @@ class Kept:
     def __init__(self, marks: tuple[Any, ...] = (), source: Tensor | None = None, result: Tensor | None = None) -> None:
         self.marks, self.result, self.version = marks, result, None if result is None else result._version
         if source is not None:
-            weakref.finalize(source.untyped_storage(), self.clear).atexit = False
-
-    def clear(self) -> None:
-        self.marks, self.result = (), None
+            weakref.finalize(source.untyped_storage(), _clear, weakref.ref(self)).atexit = False
 
     def get(self, marks: tuple[Any, ...]) -> Tensor | None:
         """Return the result if it was made of just this, and nobody has written into it."""
@@ -37,6 +34,11 @@ class Kept:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Kept, ()
+
+
+def _clear(kept: weakref.ref[Kept]) -> None:
+    if (one := kept()) is not None:
+        one.marks, one.result = (), None
 
 
 def _mark(t: Tensor) -> tuple[Any, ...]:
@@ -52,6 +54,8 @@ class KeptProjection(Fusion):
 
     @staticmethod
     def forward(module: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return original(module, x)
         sources = [t for t in (x, module.weight, module.bias) if t is not None]
         if not _steady(module, *sources):
             module.__dict__.pop(KEPT, None)
@@ -67,7 +71,7 @@ class KeptProjection(Fusion):
 
 def _steady(module: Any, *sources: Tensor) -> bool:
     """Tell whether every write to the sources of a result would be seen, and the result carries no gradient."""
-    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if module.training or torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
     x = sources[0]
     if torch.is_autocast_enabled(x.device.type) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -90,7 +94,8 @@ class ImageKeysOnce(Fusion):
 
     @staticmethod
     def forward(module: Any, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden_states.shape[1] > 1:  # a new prompt, maybe behind writes through `.data`, which nothing counts
+        # a new prompt, maybe behind writes through `.data`, which nothing counts
+        if hidden_states.shape[1] > 1 and not torch.compiler.is_compiling():
             for part in (p for projection in _projections(module) for p in projection.modules()):
                 part.__dict__.pop(KEPT, None)
         return original(module, hidden_states, *args, **kwargs)
