@@ -1,4 +1,7 @@
-"""Idefics2 (arXiv 2405.02246)."""
+"""Idefics2 (arXiv 2405.02246).
+
+Its resampler's attention stays transformers': one call already, with a mask where an image is padded.
+"""
 
 from __future__ import annotations
 
