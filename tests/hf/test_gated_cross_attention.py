@@ -170,6 +170,27 @@ def test_another_image_at_the_same_address_is_another_image(model):
     assert torch.equal(step(second), expected)
 
 
+def test_parts_of_one_tensor_are_other_images(model):
+    _, _, step = decoding(model)
+    images = draw(4, 8, 32, seed=3)
+    parts = [images[:2], images[2:], images[::2], images[:2].flip(1), images[:2].mT.reshape(2, 8, 32)]
+    expected = [step(part) for part in parts]
+    patch(model, ops=["image_kv_cache"])
+    for _ in range(2):
+        assert all(torch.equal(step(part), tokens) for part, tokens in zip(parts, expected, strict=True))
+
+
+def test_a_gradient_behind_a_step_reaches_the_projections(model):
+    """In eval mode too, as for a saliency map."""
+    patch(model, ops=["image_kv_cache"])
+    layer, image, step = decoding(model)
+    step(image)
+    with torch.enable_grad():
+        layer.cross_attn.k_proj(image).sum().backward()
+    assert layer.cross_attn.k_proj.weight.grad.abs().max() > 0
+    assert not step(image).requires_grad
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_modes_without_counted_writes_keep_nothing(model, mode):
     plain = copy.deepcopy(model)
