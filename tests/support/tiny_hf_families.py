@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tiny_hf_fusion import FAMILIES as FUSION
 from tiny_hf_llava import FAMILIES as LLAVA
 from tiny_hf_qwen import FAMILIES as QWEN
 
-FAMILIES = [*LLAVA, *QWEN]
+FAMILIES = [*LLAVA, *QWEN, *FUSION]
 NAMED = {family.name: family for family in FAMILIES}

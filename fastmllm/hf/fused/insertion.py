@@ -28,9 +28,23 @@ class Places(Tensor):
             return func(*plain, **(kwargs or {}))
 
 
+class UncountedPlaces(Places):
+    """Places whose number nobody has compared with that of the features yet."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.masked_scatter and isinstance(args[1], UncountedPlaces):
+            embeddings, places, features = args
+            with torch._C.DisableTorchFunctionSubclass():
+                mask = places.as_subclass(Tensor)
+                if int(mask.sum()) * embeddings.shape[-1] != features.numel():  # too many features are ignored
+                    return embeddings.masked_scatter(mask, features)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def _insert(embeddings: Tensor, mask: Tensor, features: Tensor) -> Tensor:
     features = features.reshape(-1, embeddings.shape[-1])
-    # the count is the features', which the host knows; placeholders were counted when the mask was made
+    # the count is the features', which the host knows; placeholders were compared with it before
     index = mask[..., :1].reshape(-1).nonzero_static(size=len(features))[:, 0]
     return insert_features(embeddings.flatten(0, 1), features, index).view_as(embeddings)
 
@@ -54,6 +68,35 @@ class InsertFeatures(Fusion):
     ) -> Any:  # fmt: skip
         places = _places(input_ids, module.config.image_token_id, inputs_embeds, image_features)
         return original(module, input_ids, inputs_embeds, image_features) if places is None else places
+
+
+class InsertUncounted(InsertFeatures):
+    """The same of models whose method does not see the features, and that do not count placeholders."""
+
+    @staticmethod
+    def slower(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None if device.type == "cpu" else "this model never counts placeholders, which the host would wait for"
+
+    @staticmethod
+    def get_placeholder_mask(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(module, *args, **kwargs).as_subclass(UncountedPlaces)
+
+
+class MergeFeatures(InsertFeatures):
+    """`inputs_merger` of models that merge in a method of their own."""
+
+    overrides = ("inputs_merger",)
+
+    @staticmethod
+    def inputs_merger(
+        module: Any, original: Callable[..., Any], input_ids: Tensor, inputs_embeds: Tensor,
+        image_hidden_states: Tensor,
+    ) -> Any:  # fmt: skip
+        features = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
+        places = _places(input_ids, module.config.image_token_id, inputs_embeds, features)
+        if places is None:
+            return original(module, input_ids, inputs_embeds, image_hidden_states)
+        return inputs_embeds.masked_scatter(places, features)
 
 
 class InsertImagesAndVideos(InsertFeatures):

@@ -1,0 +1,13 @@
+"""Idefics (arXiv 2306.16527), an open Flamingo (arXiv 2204.14198)."""
+
+from __future__ import annotations
+
+from fastmllm.hf.fused.gated_cross_attention import GatedLayer, ImageKeysOnce
+from fastmllm.hf.fused.latent_attention import PerceiverAttention
+from fastmllm.hf.fused.loss import HeadLoss
+
+RULES = {
+    "IdeficsGatedCrossAttentionLayer": (GatedLayer, ImageKeysOnce),
+    "IdeficsPerceiverAttention": (PerceiverAttention,),
+    "IdeficsForVisionText2Text": (HeadLoss,),
+}

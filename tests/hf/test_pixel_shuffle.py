@@ -1,0 +1,37 @@
+"""Pixel shuffle of Idefics3 and SmolVLM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_hf import draw
+from tiny_hf_fusion import idefics3, smolvlm
+
+from fastmllm.hf import patch
+from fastmllm.hf.fused.pixel_shuffle import PixelShuffle
+
+
+@pytest.mark.parametrize("build", [idefics3, smolvlm])
+@pytest.mark.parametrize("factor, side", [(2, 4), (3, 6), (4, 8), (1, 3)])
+def test_equals_transformers(build, factor, side):
+    connector = build().model.connector
+    x = draw(3, 8, side * side).transpose(1, 2).requires_grad_()  # not contiguous
+    dense = x.detach().contiguous().requires_grad_()  # transformers' own takes views
+    expected = connector.pixel_shuffle(dense, factor)
+    report = patch(connector, ops=["pixel_shuffle"])
+    found = connector.pixel_shuffle(x, scale_factor=factor)
+    assert torch.equal(found, expected)
+    up = draw(*expected.shape, seed=3)
+    assert torch.equal(torch.autograd.grad(found, x, up)[0], torch.autograd.grad(expected, dense, up)[0])
+    assert report.replaced
+    assert not report.fallbacks()
+
+
+@pytest.mark.parametrize("tokens, factor", [(12, 2), (25, 2)])
+def test_tokens_of_no_square_run_transformers(tokens, factor):
+    connector = idefics3().model.connector
+    assert "no square" in PixelShuffle.unsupported(connector, draw(1, tokens, 8), factor)
+    report = patch(connector, ops=["pixel_shuffle"])
+    with pytest.raises(RuntimeError):
+        connector.pixel_shuffle(draw(1, tokens, 8), factor)
+    assert len(report.fallbacks()[""]) == 1
