@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 ORIGINAL, STATE = "_fastmllm_original", "_fastmllm_"
+LOWERED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: neither fp64 nor integers
 _FUSED: dict[tuple[type, tuple[type[Fusion], ...]], type] = {}
 
 
@@ -148,6 +149,20 @@ def plain(*modules: nn.Module | None) -> str | None:
         if any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
             return "ZeRO-3 holds its weights"
     return None
+
+
+def outside_autocast(compute: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
+    """Call an operator without autocast, its tensors in the dtype in which autocast would run a linear layer.
+
+    Inside of an operator autocast would go on to choose the dtype of each of its steps.
+    """
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return compute(*tensors, **options)
+    dtype = torch.get_autocast_dtype(device)
+    cast = [t if t is None or t.dtype not in LOWERED else t.to(dtype) for t in tensors]
+    with torch.autocast(device, enabled=False):
+        return compute(*cast, **options)
 
 
 def agrees(ours: Tensor, theirs: Tensor) -> bool:

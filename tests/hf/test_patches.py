@@ -15,6 +15,8 @@ from fastmllm.hf.fused.patches import PatchConv
     [
         (nn.Conv2d(3, 8, 7, 7), (2, 3, 28, 35)),
         (nn.Conv2d(3, 8, 2, 2, bias=False), (1, 3, 2, 2)),
+        (nn.Conv2d(3, 8, 7, 7, padding="valid"), (2, 3, 30, 27)),  # SigLIP 384 with patches of 14 leaves a rest
+        (nn.Conv2d(3, 8, 7, 7, padding_mode="reflect"), (1, 3, 14, 7)),
         (nn.Conv3d(3, 8, (2, 4, 4), (2, 4, 4), bias=False), (5, 3, 2, 4, 4)),
     ],
 )
@@ -35,6 +37,7 @@ def test_equals_the_convolution(conv, shape):
     "conv, reason",
     [
         (nn.Conv2d(3, 8, 7, 7, padding=1), "padding"),
+        (nn.Conv2d(3, 8, 7, 1, padding="same"), "padding"),
         (nn.Conv2d(4, 8, 7, 7, groups=2), "groups"),
         (nn.Conv2d(3, 8, (7, 14), (7, 14)), "not square"),
     ],
@@ -44,7 +47,7 @@ def test_another_convolution_is_left(conv, reason):
 
 
 @pytest.mark.parametrize(
-    "conv, shape", [(nn.Conv2d(3, 8, 7, 7), (1, 3, 30, 28)), (nn.Conv3d(3, 8, 2, 2), (1, 3, 4, 4, 4))]
+    "conv, shape", [(nn.Conv2d(3, 8, 7, 7), (3, 28, 28)), (nn.Conv3d(3, 8, 2, 2), (1, 3, 4, 4, 4))]
 )
 def test_pixels_that_are_no_patches_run_torch(conv, shape):
     x = torch.randn(shape)

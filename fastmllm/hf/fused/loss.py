@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fastmllm.hf.fusion import STATE, Fusion
+from fastmllm.hf.fusion import STATE, Fusion, outside_autocast
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 
 REQUEST = STATE + "labels"
@@ -29,9 +29,10 @@ class LossHead(Fusion):
         if request is None:
             return original(module, hidden)
         labels, divisor, ignored = request
-        loss = linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), module.weight, labels.to(hidden.device).reshape(-1),
-            ignore_index=ignored, divisor=divisor if not isinstance(divisor, Tensor) else divisor.to(hidden.device),
+        loss = outside_autocast(
+            linear_cross_entropy, hidden.reshape(-1, hidden.shape[-1]), module.weight,
+            labels.to(hidden.device).reshape(-1), ignore_index=ignored,
+            divisor=divisor if not isinstance(divisor, Tensor) else divisor.to(hidden.device),
         )  # fmt: skip
         return loss.view(1, 1, 1)  # the rank of logits
 

@@ -32,7 +32,11 @@ class FusedLayerNorm(Fusion):
 
     @staticmethod
     def unsupported(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
-        return None if x.dtype == module.weight.dtype else f"x is {x.dtype}, its weight {module.weight.dtype}"
+        if x.dtype != module.weight.dtype:
+            return f"x is {x.dtype}, its weight {module.weight.dtype}"
+        if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+            return "autocast lets torch return fp32"
+        return None
 
     @staticmethod
     def forward(module: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -86,4 +90,4 @@ def _offset(module: Any) -> float:
 def _agrees(module: Any, weight: Tensor) -> bool:
     rows = torch.arange(3 * weight.numel(), device=weight.device).sin().view(3, -1)  # no random number is drawn
     x = (rows * rows.new_tensor([[1.0], [1e-3], [30.0]])).to(weight.dtype)  # of which one is near the epsilon
-    return agrees(rms_norm(x, weight, eps=_eps(module), offset=_offset(module)), module(x))  # type: ignore[arg-type]
+    return agrees(rms_norm(x, weight, eps=_eps(module), offset=_offset(module)), type(module).forward(module, x))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastmllm.hf.fusion import Fusion
+from fastmllm.hf.fusion import Fusion, outside_autocast
 from fastmllm.kernels.patch_embed import patch_embed, patch_weight
 
 
@@ -21,7 +21,8 @@ class PatchConv(Fusion):
     @staticmethod
     def refuses(module: Any) -> str | None:
         assert isinstance(module, (nn.Conv2d, nn.Conv3d))
-        if any(module.padding) or set(module.dilation) != {1} or module.groups != 1 or module.transposed:
+        padded = module.padding != "valid" and (isinstance(module.padding, str) or any(module.padding))
+        if padded or set(module.dilation) != {1} or module.groups != 1 or module.transposed:
             return "it has padding, dilation or groups"
         if isinstance(module, nn.Conv2d) and len(set(module.kernel_size)) != 1:
             return f"its patches are {module.kernel_size}, not square"
@@ -37,18 +38,25 @@ class PatchConv(Fusion):
     @staticmethod
     def unsupported(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         kernel = module.kernel_size
-        if x.dim() != len(kernel) + 2 or any(n % k for n, k in zip(x.shape[2:], kernel, strict=True)):
-            return f"pixels {tuple(x.shape)} are no whole number of {kernel} patches"
+        if x.dim() != len(kernel) + 2 or any(n < k for n, k in zip(x.shape[2:], kernel, strict=True)):
+            return f"pixels {tuple(x.shape)} hold no {kernel} patch"
         if len(kernel) == 3 and x.shape[2:] != torch.Size(kernel):
             return f"pixels {tuple(x.shape)} are frames, not patches that a processor has cut"
+        if x.dtype != module.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return f"pixels are {x.dtype}, its weight {module.weight.dtype}"
         return None
 
     @staticmethod
     def forward(module: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
-        weight, bias, kernel = module.weight, module.bias, module.kernel_size
-        if x.shape[2:] == torch.Size(kernel):  # Qwen's processor cuts the patches
-            y = linear(x.reshape(len(x), -1), weight.flatten(1), bias)
-            return y.view(*y.shape, *(1,) * len(kernel))
-        grid = [n // k for n, k in zip(x.shape[2:], kernel, strict=True)]
-        y = patch_embed(x, patch_weight(weight), bias, patch_size=kernel[0], layout="chw")  # (B, N, D)
-        return y.transpose(1, 2).unflatten(2, grid)
+        kernel = module.kernel_size
+        return outside_autocast(_patches, x, module.weight, module.bias, kernel=kernel)
+
+
+def _patches(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: tuple[int, ...]) -> Tensor:
+    if x.shape[2:] == torch.Size(kernel):  # Qwen's processor cuts the patches
+        y = linear(x.reshape(len(x), -1), weight.flatten(1), bias)
+        return y.view(*y.shape, *(1,) * len(kernel))
+    grid = [n // k for n, k in zip(x.shape[2:], kernel, strict=True)]
+    x = x[:, :, : grid[0] * kernel[0], : grid[1] * kernel[1]]  # SigLIP 384 with patches of 14 leaves a rest
+    y = patch_embed(x, patch_weight(weight), bias, patch_size=kernel[0], layout="chw")  # (B, N, D)
+    return y.transpose(1, 2).unflatten(2, grid)

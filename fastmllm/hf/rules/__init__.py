@@ -11,13 +11,39 @@ from collections.abc import Mapping
 from torch import nn
 
 from fastmllm.hf.fusion import ORIGINAL, Fusion
-from fastmllm.hf.rules import llava
+from fastmllm.hf.rules import (
+    clip,
+    dinov2,
+    dinov2_with_registers,
+    gemma3,
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    paligemma,
+    siglip,
+    siglip2,
+    vipllava,
+)
 from fastmllm.hf.rules.structure import by_structure
 
 Rules = Mapping[str, tuple[type[Fusion], ...]]
 
 # package under transformers.models -> class name -> what it computes with
-FAMILIES: Mapping[str, Rules] = {"llava": llava.RULES}
+FAMILIES: Mapping[str, Rules] = {
+    "clip": clip.RULES,
+    "dinov2": dinov2.RULES,
+    "dinov2_with_registers": dinov2_with_registers.RULES,
+    "gemma3": gemma3.RULES,
+    "internvl": internvl.RULES,
+    "llava": llava.RULES,
+    "llava_next": llava_next.RULES,
+    "llava_onevision": llava_onevision.RULES,
+    "paligemma": paligemma.RULES,
+    "siglip": siglip.RULES,
+    "siglip2": siglip2.RULES,
+    "vipllava": vipllava.RULES,
+}
 OPS = frozenset({"patch_embed", "layer_norm", "rms_norm"}) | {
     fusion.op for rules in FAMILIES.values() for fusions in rules.values() for fusion in fusions
 }

@@ -1,0 +1,11 @@
+"""Gemma 3 (arXiv 2503.19786)."""
+
+from __future__ import annotations
+
+from fastmllm.hf.fused.insertion import InsertFeatures
+from fastmllm.hf.fused.loss import HeadLoss
+
+RULES = {
+    "Gemma3Model": (InsertFeatures,),
+    "Gemma3ForConditionalGeneration": (HeadLoss,),
+}
