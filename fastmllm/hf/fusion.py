@@ -30,6 +30,11 @@ class Fusion:
     overrides: ClassVar[tuple[str, ...]] = ("forward",)
 
     @staticmethod
+    def absent(device: torch.device) -> str | None:
+        """Say why no module can compute so on this machine or device, or None: that fails only who asks by name."""
+        return None
+
+    @staticmethod
     def refuses(module: nn.Module) -> str | None:
         """Say why this module can never compute so, or None; asked once, when it is patched."""
         return None

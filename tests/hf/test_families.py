@@ -8,11 +8,12 @@ import pytest
 import torch
 from hf_checks import allowed, cast, distance, gradients, in_dtype, outputs, training
 from tiny_hf_llava import FAMILIES as LLAVA
+from tiny_hf_towers import FAMILIES as TOWERS
 
 from fastmllm.hf import patch, unpatch
 from fastmllm.hf.rules import OPS
 
-FAMILIES = [*LLAVA]
+FAMILIES = [*LLAVA, *TOWERS]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -77,5 +78,5 @@ def test_what_is_faster_here_is_as_right(family):
     model, batch = in_dtype(built(family), torch.float32), family.batch()
     before, expected = outputs(model, batch), truth(family, outputs)
     report = patch(model)
-    assert report.replaced
+    assert report.replaced or family.prompt is None, "of a tower, nothing may be faster on a CPU"
     assert distance(outputs(model, batch), expected) <= allowed(distance(before, expected), torch.float32)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -13,6 +14,7 @@ from fastmllm.hf.fusion import STATE, Fusion, outside_autocast
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
 
 REQUEST = STATE + "labels"
+MOST_SCORED = 2 / 3  # share of rows; measured break-even on a CPU: 0.68 to 0.76
 
 
 class LossHead(Fusion):
@@ -74,16 +76,28 @@ class HeadLoss(Fusion):
         ignored, shifted = kwargs.get("ignore_index", -100), kwargs.get("shift_labels")
         shifted = pad(labels, (0, 1), value=ignored)[..., 1:] if shifted is None else shifted
         head = module.get_output_embeddings()
+        if not _worth_it(head, shifted, ignored):
+            return _without_logits(original(module, *args, **kwargs))
         head.__dict__[REQUEST] = (shifted, kwargs.get("num_items_in_batch"), ignored)
         module.loss_function = _loss_of
         try:
-            out = original(module, *args, **kwargs)
+            return _without_logits(original(module, *args, **kwargs))
         finally:
             head.__dict__.pop(REQUEST, None)
             del module._loss_function
-        if isinstance(out, tuple):
-            return out[:1] + out[2:]
-        return type(out)(**{name: value for name, value in out.items() if name != "logits"})
+
+
+def _worth_it(head: Any, labels: Tensor, ignored: int) -> bool:
+    """Tell whether the operator is as fast: on a CPU, a head that learns pays a product again for each scored row."""
+    if head.weight.device.type != "cpu" or not head.weight.requires_grad or torch.compiler.is_compiling():
+        return True
+    return int((labels != ignored).sum()) <= MOST_SCORED * labels.numel()
+
+
+def _without_logits(out: Any) -> Any:
+    if isinstance(out, tuple):
+        return out[:1] + out[2:]
+    return type(out)(**{name: value for name, value in out.items() if name != "logits"})
 
 
 def _loss_of(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:

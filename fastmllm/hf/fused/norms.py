@@ -79,7 +79,8 @@ class FusedRMSNorm(Fusion):
 
 
 def _eps(module: Any) -> float | None:
-    return next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    kept = module.__dict__  # a name that a module lacks is slow to ask for
+    return kept["variance_epsilon"] if "variance_epsilon" in kept else kept.get("eps")
 
 
 def _offset(module: Any) -> float:

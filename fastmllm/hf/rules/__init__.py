@@ -13,6 +13,7 @@ from torch import nn
 from fastmllm.hf.fusion import ORIGINAL, Fusion
 from fastmllm.hf.rules import (
     clip,
+    decoders,
     dinov2,
     dinov2_with_registers,
     gemma3,
@@ -31,6 +32,7 @@ Rules = Mapping[str, tuple[type[Fusion], ...]]
 
 # package under transformers.models -> class name -> what it computes with
 FAMILIES: Mapping[str, Rules] = {
+    **decoders.PACKAGES,
     "clip": clip.RULES,
     "dinov2": dinov2.RULES,
     "dinov2_with_registers": dinov2_with_registers.RULES,
