@@ -55,3 +55,22 @@ def test_pixels_that_are_no_patches_run_torch(conv, shape):
     report = patch(conv, ops=["patch_embed"])
     assert torch.equal(conv(x), expected)
     assert sum(report.fallbacks()[""].values()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_has_torchs_dtype_and_numbers(dtype):
+    conv, x = nn.Conv2d(3, 8, 7, 7), torch.randn(2, 3, 14, 21).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = conv(x)
+        report = patch(conv, ops=["patch_embed"])
+        found = conv(x)
+    assert not report.fallbacks()
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
+def test_another_dtype_is_torchs_to_refuse():
+    conv = nn.Conv2d(3, 8, 7, 7)
+    patch(conv, ops=["patch_embed"])
+    with pytest.raises(RuntimeError, match="type"):
+        conv(torch.zeros(1, 3, 7, 7, dtype=torch.bfloat16))
