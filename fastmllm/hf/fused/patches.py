@@ -58,5 +58,8 @@ def _patches(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: tuple[int, 
         return y.view(*y.shape, *(1,) * len(kernel))
     grid = [n // k for n, k in zip(x.shape[2:], kernel, strict=True)]
     x = x[:, :, : grid[0] * kernel[0], : grid[1] * kernel[1]]  # SigLIP 384 with patches of 14 leaves a rest
+    if x.device.type == "cpu":  # one product with the weight as it lies: turning it costs more than one image's product
+        cut = x.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1)).permute(0, 2, 4, 1, 3, 5)  # (B, H, W, C, k, k)
+        return linear(cut.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
     y = patch_embed(x, patch_weight(weight), bias, patch_size=kernel[0], layout="chw")  # (B, N, D)
     return y.transpose(1, 2).unflatten(2, grid)
