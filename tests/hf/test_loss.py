@@ -116,3 +116,12 @@ def test_autocast_has_the_same_loss_and_gradients(model):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, atol=0.02 * theirs.detach().abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype, ours", [(torch.float32, True), (torch.bfloat16, False)], ids=str)
+def test_in_half_precision_parts_of_the_rows_count(monkeypatch, dtype, ours):
+    head = torch.nn.Linear(8, 64, dtype=dtype)
+    labels = torch.arange(100).masked_fill(torch.arange(100) < 60, -100)
+    assert fused_loss._worth_it(head, labels, -100)
+    monkeypatch.setattr(fused_loss, "CHUNK", 20 * 64)
+    assert fused_loss._worth_it(head, labels, -100) == ours

@@ -26,6 +26,7 @@ def test_equals_the_convolution(conv, shape):
     up = torch.randn_like(expected)
     grads = torch.autograd.grad(expected, [x, *conv.parameters()], up)
     report = patch(conv, ops=["patch_embed"])
+    assert report.replaced
     found = conv(x)
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found, [x, *conv.parameters()], up), grads, strict=True):
