@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 ORIGINAL, STATE = "_fastmllm_original", "_fastmllm_"
+LOWERED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: neither fp64 nor integers
 _FUSED: dict[tuple[type, tuple[type[Fusion], ...]], type] = {}
 
 
@@ -27,6 +28,11 @@ class Fusion:
 
     op: ClassVar[str]  # what is asked for in `patch(ops=…)` and shown in the report
     overrides: ClassVar[tuple[str, ...]] = ("forward",)
+
+    @staticmethod
+    def absent(device: torch.device) -> str | None:
+        """Say why no module can compute so on this machine or device, or None: that fails only who asks by name."""
+        return None
 
     @staticmethod
     def refuses(module: nn.Module) -> str | None:
@@ -157,6 +163,20 @@ def plain(*modules: nn.Module | None) -> str | None:
         if any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
             return "ZeRO-3 holds its weights"
     return None
+
+
+def outside_autocast(compute: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
+    """Call an operator without autocast, its tensors in the dtype in which autocast would run a linear layer.
+
+    Inside of an operator autocast would go on to choose the dtype of each of its steps.
+    """
+    device = next(t.device.type for t in tensors if t is not None)
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return compute(*tensors, **options)
+    dtype = torch.get_autocast_dtype(device)
+    cast = [t if t is None or t.dtype not in LOWERED else t.to(dtype) for t in tensors]
+    with torch.autocast(device, enabled=False):
+        return compute(*cast, **options)
 
 
 def agrees(ours: Tensor, theirs: Tensor) -> bool:

@@ -56,12 +56,14 @@ def patch(
         if asked is not None and fusion.op not in asked:
             continue
         device, dtype = _place(module)
-        refused = bound_forward(module) or _refused(module, fusion, device)
+        absent = fusion.absent(device)
+        refused = bound_forward(module) or absent or _refused(module, fusion, device)
         slower = None if refused or asked is not None else fusion.slower(module, device, dtype)
         done = not (refused or slower)
         rows.append(
             Row(
-                module=names[module], kind=type(module).__name__, op=fusion.op, refused=refused is not None,
+                module=names[module], kind=type(module).__name__, op=fusion.op,
+                refused=refused is not None and (refused != absent or asked is not None),
                 backend=fusion.backend(device) if done else None, reason=refused or slower or "",
             )
         )  # fmt: skip

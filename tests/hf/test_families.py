@@ -76,5 +76,5 @@ def test_what_is_faster_here_is_as_right(family):
     model, batch = in_dtype(built(family), torch.float32), family.batch()
     before, expected = outputs(model, batch), truth(family, outputs)
     report = patch(model)
-    assert report.replaced
+    assert report.replaced or family.prompt is None, "of a tower, nothing may be faster on a CPU"
     assert distance(outputs(model, batch), expected) <= allowed(distance(before, expected), torch.float32)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_hf_llava import llava, llava_batch
+from tiny_hf import BOS
+from tiny_hf_llava import gemma3, gemma3_batch, llava, llava_batch, paligemma, paligemma_batch
 from tiny_hf_qwen import FAMILIES as QWEN
 
 from fastmllm.hf import patch, unpatch
+from fastmllm.hf.fused import loss as fused_loss
 from fastmllm.hf.fused.loss import HeadLoss
 
 
@@ -77,3 +79,63 @@ def test_positions_of_qwen_are_those_of_transformers(family):
     torch.testing.assert_close(found.loss, expected.loss)
     assert torch.equal(model.model.rope_deltas, deltas)
     assert set(found) == set(expected) - {"logits"}
+
+
+@pytest.mark.parametrize("build, batch", [(paligemma, paligemma_batch), (gemma3, gemma3_batch)])
+def test_masks_and_token_types_do_not_move_the_labels(build, batch):
+    model, batch = build().train(), batch()
+    batch["labels"][:, 2:4] = BOS  # of tokens that a mask of image blocks is about
+    batch["attention_mask"][0, 0] = 0
+    expected = model(**batch).loss
+    patch(model, ops=["linear_cross_entropy"], strict=True)
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+@pytest.mark.parametrize("share, learns, ours", [(0.6, True, True), (0.75, True, False), (1.0, False, True)])
+def test_a_cpu_leaves_a_loss_of_many_rows_to_transformers(model, monkeypatch, share, learns, ours):
+    batch = llava_batch()
+    ids = batch["input_ids"]
+    batch["labels"] = torch.where(torch.arange(ids.shape[1]) < share * ids.shape[1], ids, -100)
+    expected = model.train()(**batch).loss
+    calls = []
+    monkeypatch.setattr(
+        fused_loss,
+        "linear_cross_entropy",
+        lambda *a, f=fused_loss.linear_cross_entropy, **k: calls.append(a) or f(*a, **k),
+    )
+    model.lm_head.weight.requires_grad_(learns)
+    report = patch(model, ops=["linear_cross_entropy"])
+    found = model(**batch)
+    unpatch(model)
+    model.lm_head.weight.requires_grad_(True)
+    assert len(calls) == ours
+    assert found.logits is None
+    torch.testing.assert_close(found.loss, expected)
+    assert not report.fallbacks()
+
+
+def test_autocast_has_the_same_loss_and_gradients(model):
+    batch, head = llava_batch(), model.lm_head.weight
+    model.train()
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+        return loss, torch.autograd.grad(loss, head)[0]
+
+    expected = step()
+    patch(model, ops=["linear_cross_entropy"])
+    found = step()
+    unpatch(model)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=0.02 * theirs.detach().abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype, ours", [(torch.float32, True), (torch.bfloat16, False)], ids=str)
+def test_in_half_precision_parts_of_the_rows_count(monkeypatch, dtype, ours):
+    head = torch.nn.Linear(8, 64, dtype=dtype)
+    labels = torch.arange(100).masked_fill(torch.arange(100) < 60, -100)
+    assert fused_loss._worth_it(head, labels, -100)
+    monkeypatch.setattr(fused_loss, "CHUNK", 20 * 64)
+    assert fused_loss._worth_it(head, labels, -100) == ours

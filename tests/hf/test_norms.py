@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_hf import SIGLIP
 from torch import nn
+from transformers import SiglipVisionConfig
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.internvl.modeling_internvl import InternVLVisionRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
-from fastmllm.hf import patch
+from fastmllm.hf import patch, unpatch
 from fastmllm.hf.fused.norms import FusedLayerNorm, FusedRMSNorm
 
 
@@ -71,3 +80,44 @@ def test_another_dtype_runs_torch_and_is_counted():
     report = patch(norm, ops=["layer_norm"])
     assert norm(torch.zeros(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert report.fallbacks() == {"": {"layer_norm: x is torch.bfloat16, its weight torch.float32": 1}}
+
+
+def test_under_autocast_torch_chooses_the_dtype():
+    norm, x = nn.LayerNorm(16).bfloat16(), torch.randn(2, 16)
+    report = patch(norm, ops=["layer_norm"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        norm(x.bfloat16())
+    assert "autocast" in next(iter(report.fallbacks()[""]))
+    exact = nn.LayerNorm(16)
+    report = patch(exact, ops=["layer_norm"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert exact(x).dtype == torch.float32
+    assert not report.fallbacks()
+
+
+def test_hooks_are_not_called_by_asking():
+    norm, seen = PlainRMSNorm(), []
+    norm.register_forward_hook(lambda *a: seen.append(a))
+    patch(norm)
+    assert not seen
+
+
+@pytest.mark.parametrize("case", [LlamaRMSNorm(16), Qwen2RMSNorm(16), MistralRMSNorm(16), InternVLVisionRMSNorm(16),
+                                  GemmaRMSNorm(16), Gemma3RMSNorm(16)], ids=lambda n: type(n).__name__)  # fmt: skip
+def test_families_norms_are_replaced(case):
+    nn.init.normal_(case.weight)
+    case.requires_grad_(True)
+    x = torch.randn(4, 16)
+    expected = case(x)
+    assert patch(case).replaced, "the C++ one is at least as fast on a CPU"
+    torch.testing.assert_close(case(x), expected)
+    unpatch(case)
+
+
+def test_the_norm_behind_a_pooling_head_is_replaced_and_the_head_is_not():
+    head = SiglipMultiheadAttentionPoolingHead(SiglipVisionConfig(**SIGLIP)).eval()
+    x = torch.randn(2, 5, 32)
+    expected = head(x)
+    report = patch(head, ops=["layer_norm"])
+    assert [row.module for row in report.rows] == ["layernorm"]
+    torch.testing.assert_close(head(x), expected)

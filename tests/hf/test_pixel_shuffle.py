@@ -1,4 +1,4 @@
-"""Pixel shuffle of Idefics3 and SmolVLM."""
+"""Pixel shuffle of Idefics3, SmolVLM and InternVL."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_hf import draw
 from tiny_hf_fusion import idefics3, smolvlm
+from tiny_hf_llava import internvl
 
 from fastmllm.hf import patch
 from fastmllm.hf.fused.pixel_shuffle import PixelShuffle
@@ -35,3 +36,28 @@ def test_tokens_of_no_square_run_transformers(tokens, factor):
     with pytest.raises(RuntimeError):
         connector.pixel_shuffle(draw(1, tokens, 8), factor)
     assert len(report.fallbacks()[""]) == 1
+
+
+@pytest.mark.parametrize("factor, grid", [(2, (4, 6)), (3, (6, 3))])
+def test_a_grid_equals_internvls(factor, grid):
+    model = internvl().model
+    x = draw(2, *grid, 8).requires_grad_()
+    expected = model.pixel_shuffle(x, scale_factor=1 / factor) if factor == 2 else None
+    report = patch(model, ops=["pixel_shuffle"])
+    found = model.pixel_shuffle(x, scale_factor=1 / factor)
+    assert report.replaced
+    if expected is None:  # 1 / 3 is no number of transformers' arithmetic
+        assert found.shape == (2, grid[0] // factor, grid[1] // factor, 8 * factor**2)
+        return
+    assert not report.fallbacks()
+    assert torch.equal(found, expected)
+    up = draw(*expected.shape, seed=3)
+    assert torch.equal(torch.autograd.grad(found, x, up)[0], torch.autograd.grad(expected, x, up)[0])
+
+
+def test_an_odd_grid_runs_transformers():
+    model = internvl().model
+    report = patch(model, ops=["pixel_shuffle"])
+    with pytest.raises(RuntimeError):
+        model.pixel_shuffle(draw(1, 3, 4, 8))
+    assert "whole blocks" in next(iter(report.fallbacks()[""]))

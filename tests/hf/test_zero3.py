@@ -21,4 +21,6 @@ def test_two_ranks_learn_the_same(name, tmp_path):
         torch.testing.assert_close(runs[when]["losses"], plain["losses"])
         for weight, value in plain["weights"].items():
             torch.testing.assert_close(runs[when]["weights"][weight], value, msg=weight)
-        assert set(runs[when]["replaced"]) >= NAMED[name].ops
+        # weights that ZeRO-3 already holds cannot be read, so the one that reads its parts' is left
+        assert set(runs[when]["replaced"]) >= NAMED[name].ops - ({"gelu_mlp"} if when == "after" else set())
+        assert all("gelu_mlp" in why for why in runs[when]["fallbacks"])

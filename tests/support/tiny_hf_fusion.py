@@ -196,14 +196,16 @@ def mllama_prompt():
     return {**_tiles(6), **rows(text([10], 1, [12], 1, [13]), text(1, [14, 77, 15, 16]))}
 
 
-MERGED = frozenset({"layer_norm", "insert_features", "linear_cross_entropy"})
-BLIP = MERGED | {"patch_embed", "attention"}
+MERGED = frozenset({"patch_embed", "layer_norm", "gelu_mlp", "insert_features", "linear_cross_entropy"})
+BLIP = MERGED | {"attention"}
 FAMILIES = [
     Family(name="blip_2", build=blip2, batch=blip2_batch, prompt=blip2_prompt, ops=BLIP),
     Family(name="instructblip", build=instructblip, batch=instructblip_batch, prompt=instructblip_prompt, ops=BLIP),
     Family(
         name="idefics", build=idefics, batch=idefics_batch, prompt=idefics_prompt,
-        ops=frozenset({"patch_embed", "layer_norm", "rms_norm", "gated_residual", "image_kv_cache", "attention"}),
+        ops=frozenset(
+            {"patch_embed", "layer_norm", "rms_norm", "gelu_mlp", "gated_residual", "image_kv_cache", "attention"}
+        ),
     ),
     Family(name="idefics2", build=idefics2, batch=pictures_batch, prompt=pictures_prompt, ops=MERGED | {"rms_norm"}),
     Family(
@@ -212,7 +214,7 @@ FAMILIES = [
     ),
     Family(
         name="mllama", build=mllama, batch=mllama_batch, prompt=mllama_prompt,
-        ops=frozenset({"layer_norm", "rms_norm", "gated_residual", "linear_cross_entropy"}),
+        ops=frozenset({"patch_embed", "layer_norm", "rms_norm", "gelu_mlp", "gated_residual", "linear_cross_entropy"}),
     ),
     Family(
         name="smolvlm", build=smolvlm, batch=pictures_batch, prompt=pictures_prompt,

@@ -84,7 +84,7 @@ OPS = frozenset({"patch_embed", "rms_norm", "attention", "insert_features", "lin
 FAMILIES = [
     Family(
         name="qwen2_vl", build=qwen2_vl, batch=lambda: train_batch(False), prompt=lambda: prompt(False, 37),
-        ops=OPS | {"layer_norm"},
+        ops=OPS | {"layer_norm", "gelu_mlp"},
     ),
     Family(
         name="qwen2_5_vl", build=qwen2_5_vl,
@@ -93,6 +93,6 @@ FAMILIES = [
     ),
     Family(
         name="qwen3_vl", build=qwen3_vl, batch=lambda: train_batch(True), prompt=lambda: prompt(True, 56),
-        ops=OPS | {"layer_norm"},
+        ops=OPS | {"layer_norm", "gelu_mlp"},
     ),
 ]  # fmt: skip

@@ -32,7 +32,11 @@ class FusedLayerNorm(Fusion):
 
     @staticmethod
     def unsupported(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
-        return None if x.dtype == module.weight.dtype else f"x is {x.dtype}, its weight {module.weight.dtype}"
+        if x.dtype != module.weight.dtype:
+            return f"x is {x.dtype}, its weight {module.weight.dtype}"
+        if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+            return "autocast lets torch return fp32"
+        return None
 
     @staticmethod
     def forward(module: Any, original: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -73,7 +77,8 @@ class FusedRMSNorm(Fusion):
 
 
 def _eps(module: Any) -> float | None:
-    return next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    kept = module.__dict__  # a name that a module lacks is slow to ask for
+    return kept["variance_epsilon"] if "variance_epsilon" in kept else kept.get("eps")
 
 
 def _offset(module: Any) -> float:

@@ -28,3 +28,28 @@ class PixelShuffle(Fusion):
     @staticmethod
     def pixel_shuffle(module: Any, original: Callable[..., Tensor], x: Tensor, scale_factor: int = 2) -> Tensor:
         return pixel_shuffle(x, factor=scale_factor)
+
+
+class GridPixelShuffle(Fusion):
+    """InternVL's: `pixel_shuffle(x, scale_factor)` of (I, W, H, D) with a factor below 1."""
+
+    op = "pixel_shuffle"
+    overrides = ("pixel_shuffle",)
+
+    @staticmethod
+    def unsupported(
+        module: Any, vision_features: Tensor, scale_factor: float = 0.5, *args: Any, **kwargs: Any
+    ) -> str | None:
+        factor = round(1 / scale_factor)
+        if factor * scale_factor != 1 or any(n % factor for n in vision_features.shape[1:3]):
+            return f"{tuple(vision_features.shape[1:3])} tokens are not scaled by {scale_factor} in whole blocks"
+        return None
+
+    @staticmethod
+    def pixel_shuffle(
+        module: Any, original: Callable[..., Tensor], vision_features: Tensor, scale_factor: float = 0.5
+    ) -> Tensor:
+        images, width, height, _ = vision_features.shape
+        factor = round(1 / scale_factor)
+        y = pixel_shuffle(vision_features.flatten(1, 2), [(width, height)], factor)
+        return y.view(images, width // factor, height // factor, -1)

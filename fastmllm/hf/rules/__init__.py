@@ -13,16 +13,28 @@ from torch import nn
 from fastmllm.hf.fusion import ORIGINAL, Fusion
 from fastmllm.hf.rules import (
     blip_2,
+    clip,
+    decoders,
+    dinov2,
+    dinov2_with_registers,
+    gemma3,
     idefics,
     idefics2,
     idefics3,
     instructblip,
+    internvl,
     llava,
+    llava_next,
+    llava_onevision,
     mllama,
+    paligemma,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
+    siglip,
+    siglip2,
     smolvlm,
+    vipllava,
 )
 from fastmllm.hf.rules.structure import by_structure
 
@@ -30,17 +42,29 @@ Rules = Mapping[str, tuple[type[Fusion], ...]]
 
 # package under transformers.models -> class name -> what it computes with
 FAMILIES: Mapping[str, Rules] = {
+    **decoders.PACKAGES,
     "blip_2": blip_2.RULES,
+    "clip": clip.RULES,
+    "dinov2": dinov2.RULES,
+    "dinov2_with_registers": dinov2_with_registers.RULES,
+    "gemma3": gemma3.RULES,
     "idefics": idefics.RULES,
     "idefics2": idefics2.RULES,
     "idefics3": idefics3.RULES,
     "instructblip": instructblip.RULES,
+    "internvl": internvl.RULES,
     "llava": llava.RULES,
+    "llava_next": llava_next.RULES,
+    "llava_onevision": llava_onevision.RULES,
     "mllama": mllama.RULES,
+    "paligemma": paligemma.RULES,
     "qwen2_5_vl": qwen2_5_vl.RULES,
     "qwen2_vl": qwen2_vl.RULES,
     "qwen3_vl": qwen3_vl.RULES,
+    "siglip": siglip.RULES,
+    "siglip2": siglip2.RULES,
     "smolvlm": smolvlm.RULES,
+    "vipllava": vipllava.RULES,
 }
 OPS = frozenset({"patch_embed", "layer_norm", "rms_norm"}) | {
     fusion.op for rules in FAMILIES.values() for fusions in rules.values() for fusion in fusions

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from fastmllm.hf.fused.gated_cross_attention import GatedLayer, ImageKeysOnce
 from fastmllm.hf.fused.latent_attention import PerceiverAttention
+from fastmllm.hf.fused.liger import GatedMLP
 from fastmllm.hf.fused.loss import HeadLoss
+from fastmllm.hf.fused.mlp import GeluMLP
 
 RULES = {
+    "IdeficsVisionMLP": (GeluMLP,),
+    "IdeficsMLP": (GatedMLP,),
     "IdeficsGatedCrossAttentionLayer": (GatedLayer, ImageKeysOnce),
     "IdeficsPerceiverAttention": (PerceiverAttention,),
     "IdeficsForVisionText2Text": (HeadLoss,),
