@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastmllm.compression import Placement
+from fastmllm.compression import Compressor, Placement
 from fastmllm.hf.compress import compress_fusions
 from fastmllm.hf.fusion import Fusion, bound_forward, fuse, is_fused, restore
 from fastmllm.hf.report import Report, Row
@@ -19,8 +20,9 @@ class PatchError(ValueError):
 
 
 def patch(
-    model: nn.Module, compress: Placement | str | None = None, *, ops: Iterable[str] | None = None, strict: bool = False
-) -> Report:
+    model: nn.Module, compress: Placement | Compressor | str | None = None, *, ops: Iterable[str] | None = None,
+    strict: bool = False,
+) -> Report:  # fmt: skip
     """Let the modules of a model compute with fastmllm's operators, in place and until `unpatch`.
 
     Weights, their names, hooks and every class's name stay; other models and torch itself are not touched. A call that
@@ -31,7 +33,12 @@ def patch(
 
     Args:
         model: of transformers, or one that contains such (PEFT, DDP, …).
-        compress: compress visual tokens: a `fastmllm.compression.Placement`, or a published method's name.
+        compress: compress visual tokens at the connector, in training, inference and `generate`: a published method's
+            name, with its own budget or another ("VisionZip", "visionzip:64", "divprune:0.25"), a
+            `fastmllm.compression.Placement`, or a compressor. One with weights learns as the caller trains it: it is
+            moved to the model's device and dtype, and stays outside of its state_dict. The text is shortened with its
+            images: outputs of `forward` have as many tokens as are left, `generate` returns the prompt as it was given.
+            Merging inside of the encoder and stages inside of the language model are for fastmllm's own models.
         ops: operators to use wherever a module's structure allows, even where they are slower; None uses all of them,
             but only where they are measured to be at least as fast.
         strict: raise if something asked for does not apply.
@@ -71,10 +78,12 @@ def patch(
             plan.setdefault(module, []).append(fusion)
             for part, beside in fusion.companions(module):
                 plan.setdefault(part, []).append(beside)
-    for name, module, fusion, state in compress_fusions(model, compress):
-        rows.append(Row(module=name, kind=type(module).__name__, op="compress", backend=str(compress)))
-        plan.setdefault(module, []).append(fusion)
-        module.__dict__.update(state)
+    kept: list[tuple[nn.Module, dict[str, Any]]] = []
+    for name, module, fusion, state, said in compress_fusions(model, compress):
+        if said is not None:
+            rows.append(Row(module=name, kind=type(module).__name__, op="compress", backend=said))
+        plan.setdefault(module, []).append(fusion)  # the outermost: what others read is short already
+        kept.append((module, state))
     failed = [row for row in rows if row.refused]
     missing = sorted((asked or frozenset()) - {row.op for row in rows})
     if strict and (failed or missing):
@@ -83,6 +92,8 @@ def patch(
         raise PatchError("patch: asked for, but does not apply; the model is unchanged:\n" + "\n".join(lines))
     for module, fusions in plan.items():
         fuse(module, tuple(dict.fromkeys(fusions)))
+    for module, state in kept:
+        module.__dict__.update(state)
     return Report(model, rows)
 
 

@@ -1,0 +1,165 @@
+"""What the parts of a model do while its visual tokens are compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmllm.compression import Tokens
+from fastmllm.hf.compress.generation import generate
+from fastmllm.hf.compress.rows import Images
+from fastmllm.hf.compress.state import KEY, Compression, arguments
+from fastmllm.hf.compress.text import encode, refuse_other_inputs, remember, shorten_text
+from fastmllm.hf.fusion import Fusion
+
+
+class Watched(Fusion):
+    """The projection to queries of the tower's layer whose attention is read; attention itself stays as it is."""
+
+    op = "compress"
+    what = "queries"
+
+    @classmethod
+    def leave(cls, module: Any, y: Tensor) -> Tensor:
+        state: Compression = module.__dict__[KEY]
+        if state.listening:
+            state.watched[cls.what] = y.detach().unflatten(-1, (-1, module.__dict__[KEY + "_width"]))
+        return y
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return Watched.leave(module, original(module, *args, **kwargs))
+
+
+class WatchedKeys(Watched):
+    """The same of keys."""
+
+    what = "keys"
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return WatchedKeys.leave(module, original(module, *args, **kwargs))
+
+
+class Connector(Fusion):
+    """What stands between tower and language model: it takes K tokens of an image, or gives K."""
+
+    op = "compress"
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state: Compression = module.__dict__[KEY]
+        if state.seam.side == "in front of":
+            return original(module, state.dense(x), *args, **kwargs)
+        return state.dense(original(module, x, *args, **kwargs))
+
+
+class Owner(Fusion):
+    """The model without head, which makes image features and puts them into the text."""
+
+    op = "compress"
+    overrides: ClassVar[tuple[str, ...]] = ("forward", "get_image_features")
+
+    @staticmethod
+    @torch.compiler.disable(recursive=False)
+    def get_image_features(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state: Compression = module.__dict__[KEY]
+        call = arguments(original, args, kwargs)
+        if state.held is not None:
+            return state.again(call["pixel_values"])
+        if state.seam.prefix == "Llava" and call.get("image_sizes") is not None:
+            raise ValueError("compress: image_sizes: images packed into one row are not compressed")
+        state.images, state.listening = None, state.compressor.layer is not None
+        try:
+            out = original(module, **{**call, "return_dict": True})
+        finally:
+            state.listening = False
+            state.watched.clear()
+        return out if state.seam.connector is not None else _merged(state, module, out, call["image_grid_thw"])
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return shortened(module, module, original, args, kwargs)
+
+
+class TiledOwner(Owner):
+    """The same of models that lay the tiles of an image out as one grid, with a token behind each of its lines."""
+
+    overrides: ClassVar[tuple[str, ...]] = ("forward", "get_image_features", "pack_image_features")
+
+    @staticmethod
+    def pack_image_features(
+        module: Any, original: Callable[..., Any], image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Put the tokens that are left of each tile behind each other: they are no lines any more."""
+        state: Compression = module.__dict__[KEY]
+        assert state.images is not None
+        whole = state.images.before[0]
+        if state.images.before == state.images.after:
+            packed, lengths = original(module, image_features, image_sizes, *args, **kwargs)
+            state.images = Images(tuple(map(len, packed)), tuple(map(len, packed)))
+            return packed, lengths
+        blank = {**kwargs, "image_newline": torch.zeros(1)}  # how many tokens there would have been
+        would, _ = original(
+            module, [torch.zeros(len(f), whole, 1) for f in image_features], image_sizes, *args, **blank
+        )
+        packed = [features.flatten(0, 1) for features in image_features]
+        state.images = Images(tuple(map(len, would)), tuple(map(len, packed)))
+        return packed, torch.tensor(state.images.after, device=packed[0].device)
+
+
+class Head(Fusion):
+    """The model with a head: text and labels lose the tokens before anything reads them."""
+
+    op = "compress"
+    overrides = ("forward", "generate")
+
+    @staticmethod
+    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return shortened(module, module.model, original, args, kwargs)
+
+    @staticmethod
+    def generate(
+        module: Any, original: Callable[..., Any], inputs: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        return generate(module, original, inputs, args, kwargs)
+
+
+@torch.compiler.disable(recursive=False)  # the text is rewritten on the host; what is called from here is compiled
+def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a model's forward on a text without the tokens that its images lose."""
+    state: Compression = owner.__dict__[KEY]
+    if state.busy:
+        return original(module, *args, **kwargs)
+    call = arguments(original, args, kwargs)
+    refuse_other_inputs(call)
+    if call.get("input_ids") is None:
+        return original(module, **call)
+    with state.call():
+        images = encode(state, owner, call)
+        rows = shorten_text(state, owner, call, images, left=call.get("labels") is None and not module.training)
+        out = original(module, **call)
+    if rows is not None:
+        cache = out.get("past_key_values") if isinstance(out, dict) else call.get("past_key_values")
+        remember(cache, owner, rows)
+    return out
+
+
+def _merged(state: Compression, module: Any, out: Any, grid_thw: Tensor) -> Any:
+    """Compress what a tower that projects by itself gives: a list of images, and of DeepStack's layers too."""
+    side = module.visual.spatial_merge_size
+    deep: Any = getattr(out, "deepstack_features", None) or ()
+    split = bool(deep) and not isinstance(deep[0], Tensor)  # a list of images, or in transformers < 5.23 one tensor
+    layers = [torch.cat(tuple(features)) if split else features for features in deep]
+    grids = [(t, h // side, w // side) for t, h, w in grid_thw.tolist()]
+    tokens = Tokens.of(torch.cat(tuple(out.pooler_output)), grids, planes=layers)
+    kept = state.reduce(tokens)
+    if kept is not tokens:
+        each = list(kept.seqlens)
+        out.pooler_output = kept.x.split(each)
+        if layers:
+            out.deepstack_features = [plane.split(each) if split else plane for plane in kept.planes]
+    return out

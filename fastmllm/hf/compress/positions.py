@@ -1,0 +1,62 @@
+"""Where tokens stand for the language model when others in front of them are gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmllm.hf.compress.rows import PAD, Rows
+from fastmllm.hf.compress.state import Compression
+
+SEEN = "_fastmllm_rows"  # on a cache: what is left of the text that it holds, its columns, and its M-RoPE's lead
+
+
+def positions(
+    state: Compression, owner: Any, call: dict[str, Any], rows: Rows, ids: Tensor, mask: Tensor | None,
+    left: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return the positions of what is left, or nothing where the model counts them itself."""
+    given = call.get("position_ids")
+    if given is None:
+        with_images = call.get("image_grid_thw") is not None and call.get("mm_token_type_ids") is not None
+        if not state.seam.mrope or not (with_images or rows.past):
+            return {}
+        before = rows.index.new_zeros(len(ids), 1)  # tokens of each row in the cache
+        if rows.cached is not None:
+            held = rows.cached != PAD if left is None else left[:, : rows.cached.shape[1]]
+            before = held.sum(1, keepdim=True)
+        return {"position_ids": _multimodal(state, owner, call, rows, ids, mask, before, with_images)}
+    if rows.past:
+        raise ValueError("compress: position_ids behind a cache: leave them out, they follow from the attention mask")
+    if not state.seam.mrope:
+        return {"position_ids": rows.renumbered(given)}
+    if state.compressor.position != "keep" or given.dim() != 3:
+        raise ValueError(f"compress: position_ids {tuple(given.shape)}: leave them out, the model computes them")
+    vision = rows.standing(given[-3:])
+    if len(given) == 3:
+        return {"position_ids": vision}
+    return {"position_ids": torch.cat([rows.renumbered(given[0])[None], vision])}
+
+
+def _multimodal(
+    state: Compression, owner: Any, call: dict[str, Any], rows: Rows, ids: Tensor, mask: Tensor | None,
+    before: Tensor, images: bool,
+) -> Tensor:  # fmt: skip
+    """Return (4, B, T') positions: of the text that is left, and where its tokens stood in time, row and column."""
+    valid = (rows.index != PAD).long()
+    text = (valid.cumsum(1) - 1).clamp(min=0)
+    lead = getattr(call.get("past_key_values"), SEEN, (None, 0, owner.rope_deltas))[2] if rows.past else None
+    if images and state.compressor.position == "keep":
+        positions, _ = owner.get_rope_index(
+            ids, mm_token_type_ids=call["mm_token_type_ids"][:, -ids.shape[1] :],
+            image_grid_thw=call["image_grid_thw"], attention_mask=mask,
+        )  # fmt: skip
+        positions = rows.standing(positions)
+    else:
+        positions = text.expand(3, -1, -1)
+    positions = positions + before + (0 if lead is None else lead)
+    length = valid.sum(1, keepdim=True) + before
+    owner.rope_deltas = positions.amax((0, 2))[:, None] + 1 - length
+    return torch.cat([(text + before)[None], positions])

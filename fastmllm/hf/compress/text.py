@@ -1,0 +1,117 @@
+"""Shorten what a call says about its text, by what is left of its images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmllm.hf.compress.positions import SEEN, positions
+from fastmllm.hf.compress.rows import Images, Rows, shorten
+from fastmllm.hf.compress.state import Compression
+
+FILL = {"labels": -100, "shift_labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def encode(state: Compression, owner: Any, call: dict[str, Any]) -> Images:
+    """Encode and compress a call's images, and hold what comes out until the model asks for it."""
+    if call.get("pixel_values") is None:
+        return Images((), ())
+    state.held, state.pixels = state.encode(owner, call), len(call["pixel_values"])
+    assert state.images is not None
+    return state.images
+
+
+def refuse_other_inputs(call: dict[str, Any]) -> None:
+    """Refuse what brings visual tokens in past the compressor."""
+    if call.get("pixel_values_videos") is not None:
+        raise ValueError("compress: videos are not compressed in a model of transformers: unpatch it for them")
+    for name in ("mm_encoder_outputs", "image_hidden_states"):
+        if call.get(name) not in (None, {}):
+            raise ValueError(f"compress: {name}: image features that are there already; give pixel_values")
+    if call.get("pixel_values") is not None and call.get("input_ids") is None:
+        raise ValueError("compress: placeholders are looked for among input_ids, not among inputs_embeds")
+
+
+def cached_columns(cache: Any, batch: int, device: torch.device) -> tuple[int, Tensor | None, bool]:
+    """Return how many columns of the text a cache holds, which are left of them, and whether any was lost."""
+    length = 0 if cache is None else int(cache.get_seq_length())
+    if not length:
+        return 0, None, False
+    seen = getattr(cache, SEEN, None)
+    if seen is None:
+        return length, torch.arange(length, device=device).expand(batch, -1), False
+    index, columns, _ = seen
+    grown = torch.arange(columns, columns + length - index.shape[1], device=device).expand(len(index), -1)
+    if len(index) != batch:
+        raise ValueError(f"compress: the cache is of {len(index)} rows, the text of {batch}")
+    return columns + grown.shape[1], torch.cat([index.to(device), grown], 1), True
+
+
+def remember(cache: Any, owner: Any, rows: Rows, times: int = 1) -> None:
+    """Leave on a cache what it holds of the text, and how far its positions are ahead of its tokens."""
+    if cache is not None:
+        lead = getattr(owner, "rope_deltas", None)
+        kept = (rows.whole, None if lead is None else lead.expand(len(rows.index), -1))
+        index, lead = (None if t is None else t.repeat_interleave(times, 0) for t in kept)
+        setattr(cache, SEEN, (index, rows.past + rows.columns, lead))
+
+
+@torch.compiler.disable
+def shorten_text(
+    state: Compression, owner: Any, call: dict[str, Any], images: Images, *, left: bool, whole: bool = False
+) -> Rows | None:
+    """Rewrite the arguments of a call in place.
+
+    Args:
+        state: of the model.
+        owner: the module that makes image features, which knows its placeholder and its positions.
+        call: arguments by name.
+        images: what the call's images have lost.
+        left: where rows of different lengths are padded, if the call's mask does not say.
+        whole: `input_ids` may hold the cache's text too, as `generate` takes it; they do if the mask is as long.
+
+    Returns:
+        What is left; None where nothing is to be rewritten.
+
+    Raises:
+        ValueError: something in the call that does not go along.
+    """
+    ids, cache = call["input_ids"], call.get("past_key_values")
+    past, cached, lost = cached_columns(cache, len(ids), ids.device)
+    if images.before == images.after and not lost:
+        return None
+    _refuse(call, images)
+    mask = call.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise ValueError("compress: attention_mask must be (rows, tokens), of which tokens can be taken out")
+    whole = whole and ids.shape[1] > past and (mask is None or mask.shape[1] == ids.shape[1])
+    new = ids[:, past:] if whole else ids
+    seen = None if mask is None else mask[:, mask.shape[1] - new.shape[1] :]
+    host = None if seen is None else seen.cpu()
+    if host is not None:
+        left = bool((host[:, 0] == 0).any()) or (left and not bool((host[:, -1] == 0).any()))
+    rows = shorten(
+        new, owner.config.image_token_id, images, mask=host, left=left, past=past, cached=cached
+    )  # fmt: skip
+    shortened = {"input_ids": rows.take(ids, _pad_id(owner)), "attention_mask": rows.mask(mask)}
+    shortened |= positions(state, owner, call, rows, new, seen, shortened["attention_mask"])
+    for name, fill in FILL.items():
+        if call.get(name) is not None:
+            shortened[name] = rows.take(call[name], fill)
+    call.update(shortened)
+    return rows
+
+
+def _refuse(call: dict[str, Any], images: Images) -> None:
+    for name in PACKED:
+        if call.get(name) is not None:
+            raise ValueError(f"compress: {name}: texts packed into one row keep their boundaries beside the text")
+    if isinstance(call.get("logits_to_keep"), Tensor) and images.before != images.after:
+        raise ValueError("compress: logits_to_keep counts tokens of the text, and some of them are gone: give a number")
+
+
+def _pad_id(owner: Any) -> int:
+    return getattr(owner.config.get_text_config(), "pad_token_id", None) or 0
