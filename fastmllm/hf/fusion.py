@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _all
 
 ORIGINAL, STATE = "_fastmllm_original", "_fastmllm_"
 LOWERED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: neither fp64 nor integers
@@ -28,6 +30,7 @@ class Fusion:
 
     op: ClassVar[str]  # what is asked for in `patch(ops=…)` and shown in the report
     overrides: ClassVar[tuple[str, ...]] = ("forward",)
+    one_tensor: ClassVar[bool] = False  # its methods take one tensor, by place; other calls run what they replace
 
     @staticmethod
     def absent(device: torch.device) -> str | None:
@@ -82,7 +85,10 @@ def _guarded(fusion: type[Fusion], name: str, original: Callable[..., Any]) -> C
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(type(self), ORIGINAL):  # unpatched since somebody kept this method
             return original(self, *args, **kwargs)
-        why = fusion.unsupported(self, *args, **kwargs)
+        if fusion.one_tensor and (kwargs or len(args) != 1 or not isinstance(args[0], Tensor)):
+            why: str | None = "it is called with other arguments than one tensor"
+        else:
+            why = _transformed() or fusion.unsupported(self, *args, **kwargs)
         if why is None:
             return compute(self, original, *args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -92,6 +98,15 @@ def _guarded(fusion: type[Fusion], name: str, original: Callable[..., Any]) -> C
     method.__name__, method.__qualname__ = name, f"{fusion.__name__}.{name}"
     method.__wrapped__ = original  # type: ignore[attr-defined]  # what inspects signatures sees transformers'
     return method
+
+
+def _transformed() -> str | None:
+    """Name what our operators have no formula for: forward-mode derivatives and the transforms of torch.func."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "torch.func or forward-mode derivatives"
+    return None
 
 
 def _init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -118,34 +133,51 @@ def is_fused(module: nn.Module) -> bool:
 def bound_forward(module: nn.Module) -> str | None:
     """Say who has put a forward on the instance, which hides its class's: Liger, `kernels`; None for nobody.
 
-    accelerate's hooks do so too, but keep the class's forward and call it: `rebind` follows them.
+    accelerate's hooks do so too, but keep the class's forward and call it, and leave it behind: `_rebind` follows them.
     """
     bound = module.__dict__.get("forward")
-    if bound is None or "_old_forward" in module.__dict__:
+    if bound is None or "_old_forward" in module.__dict__ or _is_own(module, bound, type(module)):
         return None
-    return f"its forward is already replaced by {getattr(bound, '__module__', None) or type(bound).__module__}"
+    function = getattr(bound, "__func__", bound)
+    said = function.__code__.co_filename if isinstance(function, FunctionType) else type(bound).__module__
+    return f"its forward is already replaced, by {said}"
 
 
 def fuse(module: nn.Module, fusions: tuple[type[Fusion], ...]) -> None:
     """Swap the class of a module."""
     assert not is_fused(module)
-    module.__class__ = fused_class(type(module), fusions)
-    _rebind(module)
+    before = type(module)
+    module.__class__ = fused_class(before, fusions)
+    _rebind(module, before)
 
 
 def restore(module: nn.Module) -> None:
     """Put the class of a module back, and drop what its fusions kept on it."""
-    module.__class__ = type(module).__dict__[ORIGINAL]
+    before = type(module)
+    module.__class__ = before.__dict__[ORIGINAL]
     for name in [n for n in module.__dict__ if n.startswith(STATE)]:
         del module.__dict__[name]
-    _rebind(module)
+    _rebind(module, before)
 
 
-def _rebind(module: nn.Module) -> None:
-    """Point a forward that accelerate kept at the class that the module now has."""
-    kept = module.__dict__.get("_old_forward")
-    if isinstance(kept, MethodType) and kept.__self__ is module and isinstance(kept.__func__, FunctionType):
-        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+def _is_own(module: nn.Module, bound: Any, cls: type) -> bool:
+    return (
+        isinstance(bound, MethodType) and bound.__self__ is module and bound.__func__ is getattr(cls, "forward", None)
+    )
+
+
+def _rebind(module: nn.Module, before: type) -> None:
+    """Point a forward that accelerate kept, or left behind, at the class that the module now has."""
+    for name in ("_old_forward", "forward"):
+        if _is_own(module, module.__dict__.get(name), before):
+            module.__dict__[name] = MethodType(type(module).forward, module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Tell whether somebody wants to see the calls of a module, or of all modules."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    everywhere = (_all._global_forward_hooks, _all._global_forward_pre_hooks, _all._global_backward_hooks)
+    return any(own) or any(everywhere) or "forward" in module.__dict__
 
 
 def plain(*modules: nn.Module | None) -> str | None:
@@ -158,7 +190,7 @@ def plain(*modules: nn.Module | None) -> str | None:
             continue
         if type(module) not in (nn.Linear, nn.LayerNorm) and getattr(type(module), ORIGINAL, None) is not nn.LayerNorm:
             return f"a part of it is {type(module).__name__}, which has to be called"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        if hooked(module):
             return f"its {type(module).__name__} carries hooks"
         if any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
             return "ZeRO-3 holds its weights"

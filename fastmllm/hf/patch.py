@@ -12,7 +12,7 @@ from fastmllm.compression import Compressor, Placement
 from fastmllm.hf.compress import compress_fusions
 from fastmllm.hf.fusion import Fusion, bound_forward, fuse, is_fused, restore
 from fastmllm.hf.report import Report, Row
-from fastmllm.hf.rules import OPS, fusions_of
+from fastmllm.hf.rules import OPS, fusions_of, known_class, unknown_families
 
 
 class PatchError(ValueError):
@@ -29,7 +29,8 @@ def patch(
     a fused module cannot compute (`output_attentions`, an unknown mask …) runs transformers' own code, and is counted
     in `report.fallbacks()`. In training, a patched model that is given `labels` returns the loss without `logits`
     (None), as Liger does; in `eval()` mode it returns both. What is worth replacing depends on the device and dtype
-    that the model has now: patch again after moving it.
+    that the model has now: patch again after moving it. A batch without a scored label has loss 0, where transformers
+    has NaN. Operators have first derivatives; what runs under `torch.func` or in forward mode is transformers' code.
 
     Args:
         model: of transformers, or one that contains such (PEFT, DDP, …).
@@ -41,7 +42,8 @@ def patch(
             Merging inside of the encoder and stages inside of the language model are for fastmllm's own models.
         ops: operators to use wherever a module's structure allows, even where they are slower; None uses all of them,
             but only where they are measured to be at least as fast.
-        strict: raise if something asked for does not apply.
+        strict: raise if a module that one of `ops` is for cannot have it, if none is there, or, without `ops`, if
+            nothing at all can be replaced.
 
     Returns:
         What was replaced, and what was left for which reason; print it.
@@ -78,14 +80,19 @@ def patch(
             plan.setdefault(module, []).append(fusion)
             for part, beside in fusion.companions(module):
                 plan.setdefault(part, []).append(beside)
+    for name, module, family in unknown_families(model):
+        why = f"no rules for {family}: of its modules norms and patch convolutions alone are looked at"
+        rows.append(Row(module=name, kind=type(module).__name__, op="–", backend=None, reason=why))
     kept: list[tuple[nn.Module, dict[str, Any]]] = []
     for name, module, fusion, state, said in compress_fusions(model, compress):
         if said is not None:
             rows.append(Row(module=name, kind=type(module).__name__, op="compress", backend=said))
         plan.setdefault(module, []).append(fusion)  # the outermost: what others read is short already
         kept.append((module, state))
-    failed = [row for row in rows if row.refused]
+    failed = [row for row in rows if row.refused] if asked is not None else []
     missing = sorted((asked or frozenset()) - {row.op for row in rows})
+    if asked is None and not any(row.backend for row in rows):
+        missing = ["anything"]
     if strict and (failed or missing):
         lines = [f"  {row.module or '(model)'} ({row.kind}), {row.op}: {row.reason}" for row in failed]
         lines += [f"  {op}: no module of this model computes it" for op in missing]
@@ -117,7 +124,12 @@ def unpatch(model: nn.Module) -> nn.Module:
 def _refused(module: nn.Module, fusion: type[Fusion], device: torch.device) -> str | None:
     if device.type == "meta":
         return "its weights are on the meta device: load them first"
-    return fusion.refuses(module)
+    if (known := known_class(module)) is not type(module):
+        return f"{type(module).__name__} is derived from {known.__name__} and may compute otherwise"
+    try:
+        return fusion.refuses(module)
+    except Exception as error:  # weights that are no plain tensors: FSDP2's, quantised ones
+        return f"it cannot be looked into ({type(error).__name__}: {str(error)[:80]})"
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, type[Fusion]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,9 @@ from fastmllm.hf.report import Report
 class FastMLLMCallback(TrainerCallback):
     """Patch the model when training begins and give it back when it ends, so that what is saved then is plain.
 
-    A model that is patched already is left as it is, and stays patched.
+    A model that is patched already is left as it is, and stays patched; so does one whose training ends by an error.
+    In training the model returns its loss without logits: a Trainer that reads `outputs.logits` there needs
+    `ops=` without "linear_cross_entropy".
 
     Args:
         options: of `patch`; none are needed, so the class itself may be given to a Trainer.
@@ -30,7 +33,7 @@ class FastMLLMCallback(TrainerCallback):
             return
         self.report = patch(model, **self.options)
         if state.is_world_process_zero:
-            Console().print(self.report)
+            Console(width=None if sys.stdout.isatty() else 160).print(self.report)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.report is not None:

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from hf_checks import allowed, cast, distance, gradients, in_dtype, outputs, training
+from hf_checks import allowed, cast, distance, gradients, in_dtype, outputs, training, worst_parameter
 from tiny_hf_families import FAMILIES
 
 from fastmllm.hf import patch, unpatch
@@ -46,6 +46,8 @@ def test_as_near_to_fp64_as_unpatched(family, what, dtype):
             assert distance(after[n], expected[n]) <= allowed(distance(before[n], expected[n]), dtype)
     else:
         assert distance(after, expected) <= allowed(distance(before, expected), dtype)
+    if what is gradients:
+        assert worst_parameter(after, expected) <= allowed(worst_parameter(before, expected), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

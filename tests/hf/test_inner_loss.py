@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_hf import IDS, VOCAB
+from tiny_hf import IDS, VOCAB, finish
 from tiny_hf_fusion import blip2, blip2_batch, instructblip, instructblip_batch
-from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config
+from transformers import Blip2Config, Blip2ForConditionalGeneration, GraniteConfig, T5Config
 
 from fastmllm.hf import patch
 from fastmllm.hf.fused.inner_loss import InnerHeadLoss
@@ -41,4 +41,21 @@ def test_an_encoder_decoder_is_left():
     )
     assert InnerHeadLoss.refuses(blip2()) is None
     report = patch(Blip2ForConditionalGeneration(config), ops=["linear_cross_entropy"])
-    assert [row.reason for row in report.left] == ["its encoder-decoder computes the loss itself"]
+    assert "its encoder-decoder computes the loss itself" in [row.reason for row in report.left]
+
+
+def test_a_decoder_that_scales_its_logits_is_left():
+    small = blip2().config
+    text = GraniteConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, logits_scaling=8.0, **IDS,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=small.vision_config, qformer_config=small.qformer_config, text_config=text, num_query_tokens=8,
+        image_token_index=small.image_token_index,
+    )  # fmt: skip
+    model, batch = finish(Blip2ForConditionalGeneration(config)).train(), blip2_batch()
+    expected = model(**batch).loss
+    report = patch(model, ops=["linear_cross_entropy"])
+    assert any("GraniteForCausalLM" in row.reason for row in report.left)
+    assert torch.equal(model(**batch).loss, expected)

@@ -57,8 +57,18 @@ def test_what_the_operator_cannot_do_runs_transformers(model):
     model.loss_function = lambda logits, **_: logits.sum()
     assert model(**batch).logits is not None
     del model._loss_function
-    assert list(report.fallbacks()[""].values()) == [1, 1]
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: out / 8)
+    soft = model(**batch)
+    hook.remove()
+    model.loss_type, before = "ForMaskedLM", model.loss_type
+    masked = model(**batch)
     unpatch(model)
+    torch.testing.assert_close(masked.loss, model(**batch).loss)
+    model.loss_type = before
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: out / 8)
+    torch.testing.assert_close(soft.loss, model(**batch).loss)
+    hook.remove()
+    assert len(report.fallbacks()) == 0  # unpatched: gone with the rest
 
 
 def test_a_capped_or_biased_head_is_left(model):

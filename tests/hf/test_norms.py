@@ -16,7 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 from fastmllm.hf import patch, unpatch
-from fastmllm.hf.fused.norms import FusedLayerNorm, FusedRMSNorm
+from fastmllm.hf.fused.norms import FusedLayerNorm
 
 
 class PlainRMSNorm(nn.Module):
@@ -38,6 +38,12 @@ class DoubledEpsRMSNorm(PlainRMSNorm):
         return self.weight * x * x.square().mean(-1, keepdim=True).add(2 * self.eps).rsqrt()
 
 
+class ChannelsFirstRMSNorm(PlainRMSNorm):
+    def forward(self, x):
+        shape = (-1, *[1] * (x.dim() - 2))
+        return self.weight.view(shape) * x * x.square().mean(1, keepdim=True).add(self.eps).rsqrt()
+
+
 class GatedRMSNorm(PlainRMSNorm):
     def __init__(self):
         super().__init__()
@@ -57,11 +63,14 @@ def test_a_norm_of_the_same_numbers_is_replaced(dtype):
     [
         (ShiftedRMSNorm(), "not those of rms_norm"),
         (DoubledEpsRMSNorm(eps=1e-4), "not those of rms_norm"),
+        (ChannelsFirstRMSNorm(), "cannot be looked into"),
+        (ChannelsFirstRMSNorm(3), "not those of rms_norm"),
         (GatedRMSNorm(), "other parameters"),
     ],
 )
 def test_a_norm_of_other_numbers_is_left(norm, reason):
-    assert reason in FusedRMSNorm.refuses(norm)
+    (row,) = patch(norm, ops=["rms_norm"]).left
+    assert reason in row.reason
 
 
 def test_asking_draws_no_random_number():

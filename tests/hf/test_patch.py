@@ -65,7 +65,9 @@ def test_strict_raises_for_what_does_not_apply_and_changes_nothing(model):
     with pytest.raises(
         PatchError, match=r"LlavaForConditionalGeneration\), linear_cross_entropy: its logits are capped"
     ):
-        patch(model, strict=True)
+        patch(model, ops=["linear_cross_entropy"], strict=True)
+    with pytest.raises(PatchError, match="anything: no module"):
+        patch(nn.Linear(3, 3), strict=True)
     with pytest.raises(PatchError, match="patch_embed: no module of this model computes it"):
         patch(nn.Sequential(nn.LayerNorm(4)), ops=["patch_embed", "layer_norm"], strict=True)
     assert not any(is_fused(m) for m in model.modules())
@@ -316,3 +318,71 @@ def test_generating_is_the_same_twice_over(model):
         assert torch.equal(model.generate(**llava_prompt(), max_new_tokens=6, do_sample=False), said)
         unpatch(model)
     assert torch.equal(model.generate(**llava_prompt(), max_new_tokens=6, do_sample=False), said)
+
+
+def test_keywords_and_more_arguments_run_transformers(model):
+    report = patch(model, ops=["layer_norm", "rms_norm", "patch_embed"])
+    norm, conv = model.model.language_model.norm, model.model.vision_tower.embeddings.patch_embedding
+    x, pixels = torch.randn(2, 3, 48), torch.randn(2, 3, 28, 28)
+    assert near([norm(hidden_states=x)], [norm(x)])
+    assert near([conv(input=pixels)], [conv(pixels)])
+    assert conv(pixels[:0]).shape == (0, 32, 4, 4)
+    assert len(report.fallbacks()) == 2
+
+
+def test_forward_mode_and_functional_transforms_run_transformers(model):
+    norm, x = model.model.language_model.norm, torch.randn(3, 48)
+    expected = torch.func.jvp(norm, (x,), (torch.ones_like(x),))
+    each = torch.func.vmap(torch.func.grad(lambda row: norm(row).square().sum()))(x)
+    patch(model, ops=["rms_norm"])
+    found = torch.func.jvp(norm, (x,), (torch.ones_like(x),))
+    assert torch.equal(found[1], expected[1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = norm(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected[1])
+    assert torch.equal(torch.func.vmap(torch.func.grad(lambda row: norm(row).square().sum()))(x), each)
+
+
+def test_a_class_that_somebody_derived_from_transformers_is_left_and_said():
+    class Mine(type(llava())):
+        pass
+
+    model = llava()
+    model.__class__ = Mine
+    report = patch(model, ops=OPS)
+    row = next(row for row in report.left if row.module == "")
+    assert "Mine is derived from LlavaForConditionalGeneration" in row.reason
+    assert {row.op for row in report.replaced} >= {"rms_norm", "insert_features"}
+
+
+def test_a_family_without_rules_is_said():
+    from transformers import ViTConfig, ViTModel
+
+    model = ViTModel(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    report = patch(model)
+    assert any("no rules for vit" in row.reason for row in report.left)
+
+
+def test_what_cannot_be_looked_into_is_left(model, monkeypatch):
+    from fastmllm.hf.fused.norms import FusedRMSNorm
+
+    def fails(module):
+        raise RuntimeError("got mixed torch.Tensor and DTensor")
+
+    monkeypatch.setattr(FusedRMSNorm, "refuses", staticmethod(fails))
+    report = patch(model, ops=["rms_norm"])
+    assert all("cannot be looked into (RuntimeError: got mixed" in row.reason for row in report.rows)
+
+
+def test_what_accelerates_hooks_leave_behind_does_not_matter(model, expected):
+    hooks = pytest.importorskip("accelerate.hooks")
+    norm = model.model.language_model.norm
+    hooks.add_hook_to_module(norm, hooks.ModelHook())
+    hooks.remove_hook_from_module(norm)
+    assert "forward" in norm.__dict__
+    report = patch(model, ops=["rms_norm"])
+    assert not report.left
+    assert norm.__dict__["forward"].__func__ is type(norm).forward
+    unpatch(model)
+    assert norm.__dict__["forward"].__func__ is type(norm).forward
+    assert near(outputs(model, llava_batch()), expected[0])

@@ -70,6 +70,18 @@ def distance(found: Any, truth: Any) -> float:
     )
 
 
+def worst_parameter(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of a gradient over its own largest number.
+
+    A hundredth of the largest of all is added to that: keys' biases have none in exact arithmetic.
+    """
+    assert found.keys() == truth.keys(), found.keys() ^ truth.keys()
+    floor = max(float(t.abs().max()) for t in truth.values() if t.numel()) / 100
+    return max(
+        float((found[n] - t).abs().max()) / (float(t.abs().max()) + floor) for n, t in truth.items() if t.numel()
+    )
+
+
 def allowed(unpatched: float, dtype: torch.dtype) -> float:
     """Return the error that a patched model may have where the unpatched one has this one."""
     return 2 * unpatched + 8 * torch.finfo(dtype).eps

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fastmllm.hf.fused.loss import HeadLoss
 
+# their forward hands on what the head says
+PLAIN = frozenset({"OPTForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+
 
 class InnerHeadLoss(HeadLoss):
     """BLIP-2 and InstructBLIP: their forward takes the loss of the logits of a decoder's head."""
@@ -16,6 +19,9 @@ class InnerHeadLoss(HeadLoss):
     def refuses(module: Any) -> str | None:
         if not module.config.use_decoder_only_language_model:
             return "its encoder-decoder computes the loss itself"  # T5
+        inner = type(module.language_model).__name__
+        if inner not in PLAIN:
+            return f"what {inner} does to its logits is not known"  # Granite and Cohere scale them
         return HeadLoss.refuses(module)
 
     @staticmethod

@@ -27,6 +27,7 @@ class GatedMLP(Fusion):
     """`down_proj(act(gate_proj(x)) * up_proj(x))` with SiLU or tanh-GELU; all projections are called."""
 
     op = "gated_mlp"
+    one_tensor = True
 
     @staticmethod
     def absent(device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fastmllm.hf.fusion import STATE, Fusion, outside_autocast
+from fastmllm.hf.fusion import STATE, Fusion, hooked, outside_autocast
 from fastmllm.kernels.linear_cross_entropy import CHUNK, linear_cross_entropy
 
 REQUEST = STATE + "labels"
@@ -63,10 +63,13 @@ class HeadLoss(Fusion):
     def unsupported(module: Any, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> str | None:
         if not module.training:
             return None  # runs transformers' own code as a matter of course
-        if LossHead not in getattr(type(module.get_output_embeddings()), "_fastmllm_fusions", ()):
+        head = module.get_output_embeddings()
+        if LossHead not in getattr(type(head), "_fastmllm_fusions", ()):
             return "its head has been replaced since"  # LoRA
-        if "_loss_function" in module.__dict__:
-            return "it has a loss_function of its own"
+        if hooked(head) and not hasattr(head.weight, "ds_id") and "_old_forward" not in head.__dict__:
+            return "its head carries hooks, which would see a loss"  # ZeRO-3's and accelerate's hand on what they get
+        if (named := getattr(module.loss_function, "__name__", "")) != "ForCausalLMLoss":
+            return f"its loss is {named or 'its own'}"
         return None if isinstance(logits_to_keep, int) and not logits_to_keep else "logits_to_keep asks for logits"
 
     @staticmethod
@@ -109,6 +112,7 @@ def _without_logits(out: Any) -> Any:
 
 
 def _loss_of(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+    assert logits.numel() == 1, "the head did not answer with the loss"
     return logits.view(())
 
 

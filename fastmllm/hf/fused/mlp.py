@@ -29,6 +29,7 @@ class GeluMLP(Fusion):
     """Two linear layers around a GELU, perhaps behind a norm, by the names that the tables above have."""
 
     op = "gelu_mlp"
+    one_tensor = True
 
     @staticmethod
     def refuses(module: Any) -> str | None:

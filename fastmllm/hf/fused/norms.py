@@ -18,6 +18,7 @@ class FusedLayerNorm(Fusion):
     """nn.LayerNorm over the last dimension."""
 
     op = "layer_norm"
+    one_tensor = True
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -47,6 +48,7 @@ class FusedRMSNorm(Fusion):
     """A class whose name ends in RMSNorm, whose numbers are found to be those of `rms_norm` with offset 0 or 1."""
 
     op = "rms_norm"
+    one_tensor = True
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -55,7 +57,11 @@ class FusedRMSNorm(Fusion):
             return "it has other parameters than one weight"
         if _eps(module) is None:
             return "it has no epsilon that we know the name of"
-        return None if _agrees(module, weight) else "its numbers are not those of rms_norm"
+        if _agrees(module, weight):
+            return None
+        return "its numbers are not those of rms_norm" + (
+            ", fp32 inside of fp64" if weight.dtype == torch.float64 else ""
+        )
 
     @staticmethod
     def slower(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -87,11 +93,16 @@ def _offset(module: Any) -> float:
 
 @torch.no_grad()
 def _agrees(module: Any, weight: Tensor) -> bool:
-    """Compare on a twin with weights of its own: ZeRO-3 may hold the module's."""
+    """Compare on a twin with weights of its own (ZeRO-3 may hold the module's), in 2, 3 and 4 dimensions."""
     (width,) = getattr(weight, "ds_shape", weight.shape)
-    rows = torch.arange(3 * width).sin().view(3, -1)  # no random number is drawn
-    x = (rows * rows.new_tensor([[1.0], [1e-3], [30.0]])).to(weight.dtype)  # of which one is near the epsilon
     twin = object.__new__(type(module))
     scale = torch.arange(width).cos().add(1.5).to(weight.dtype)
     twin.__dict__.update({**module.__dict__, "_parameters": {"weight": scale}})
-    return agrees(rms_norm(x, scale, eps=_eps(module), offset=_offset(module)), type(module).forward(twin, x))  # type: ignore
+    sizes = torch.tensor([[1.0], [1e-3], [30.0]])  # of which one is near the epsilon
+    for shape in ((3,), (2, 3), (2, 2, 3)):
+        rows = torch.arange(width * 3 * 2 ** (len(shape) - 1)).sin().view(*shape, width)  # no random number is drawn
+        x = (rows * sizes).to(weight.dtype)
+        ours = rms_norm(x, scale, eps=_eps(module), offset=_offset(module))  # type: ignore[arg-type]
+        if not agrees(ours, type(module).forward(twin, x)):  # type: ignore[arg-type]
+            return False
+    return True

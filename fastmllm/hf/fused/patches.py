@@ -17,6 +17,7 @@ class PatchConv(Fusion):
     """nn.Conv2d and nn.Conv3d with stride = kernel; the parameter keeps its shape, so checkpoints do too."""
 
     op = "patch_embed"
+    one_tensor = True
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -40,6 +41,8 @@ class PatchConv(Fusion):
         kernel = module.kernel_size
         if x.dim() != len(kernel) + 2 or any(n < k for n, k in zip(x.shape[2:], kernel, strict=True)):
             return f"pixels {tuple(x.shape)} hold no {kernel} patch"
+        if not len(x):
+            return "there is no image"
         if len(kernel) == 3 and x.shape[2:] != torch.Size(kernel):
             return f"pixels {tuple(x.shape)} are frames, not patches that a processor has cut"
         if x.dtype != module.weight.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -76,8 +76,30 @@ def fusions_of(module: nn.Module) -> tuple[type[Fusion], ...]:
 
     A method that this version of transformers does not have is not replaced.
     """
-    cls = getattr(type(module), ORIGINAL, type(module))
-    family = re.fullmatch(r"transformers\.models\.(\w+)\.\w+", cls.__module__)
-    rules = FAMILIES.get(family[1], {}) if family else {}
+    cls = known_class(module)
+    rules = FAMILIES.get(family_of(cls) or "", {})
     named = (f for f in rules.get(cls.__name__, ()) if all(hasattr(cls, name) for name in f.overrides))
     return (*named, *by_structure(module))
+
+
+def known_class(module: nn.Module) -> type:
+    """Return a module's class; of a class that somebody derived from one of transformers, that one."""
+    cls: type = getattr(type(module), ORIGINAL, type(module))
+    return next((base for base in cls.__mro__ if family_of(base) is not None), cls)
+
+
+def family_of(cls: type) -> str | None:
+    """Return the package of transformers' models that a class stands in."""
+    found = re.fullmatch(r"transformers\.models\.(\w+)\.\w+", cls.__module__)
+    return found[1] if found else None
+
+
+def unknown_families(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Return the whole models of transformers in a model whose family has no rules: name, module, family."""
+    found, seen = [], set()
+    for name, module in model.named_modules():
+        family = family_of(known_class(module))
+        if family and family not in FAMILIES and family not in seen and hasattr(module, "config_class"):
+            found.append((name, module, family))
+            seen.add(family)
+    return found
