@@ -158,6 +158,45 @@ def compression() -> str:
     return "\n".join(lines)
 
 
+def dropin() -> str:
+    """What `fastmllm.patch` gives on models of transformers."""
+    stored = json.loads((RESULTS / "dropin.json").read_text(encoding="utf-8"))
+    lines = [
+        "## Drop-in",
+        "",
+        "`python benchmarks/suite/dropin.py` → `dropin.json`: models of transformers at published widths, unpatched, "
+        "under `torch.compile` and patched, in turns in one process; CPU ms on one thread, medians. Ratio: unpatched / "
+        "patched, the median of pairs; goal: what was wanted. What a CPU does not gain from is left as it is: ratio 1.",
+        "",
+        "| case | dtype | unpatched | torch.compile | patched | ratio | goal | MiB | replaced |",
+        "|---" * 9 + "|",
+    ]
+    for r in stored["rows"]:
+        ms, peak = r["ms"], r["peak_mib"]
+        compiled = f"{ms['torch.compile']:.1f}" if "torch.compile" in ms else ""
+        goal = "" if r["goal"] is None else f"{r['goal']:.1f}"
+        times = f"{ms['unpatched']:.1f} | {compiled} | {ms['patched']:.1f} | {r['ratio']['unpatched']:.2f} | {goal}"
+        memory = f"{peak['unpatched']:.0f} → {peak['patched']:.0f}"
+        lines.append(f"| {r['case']}: {r['what']} | {r['dtype']} | {times} | {memory} | {', '.join(r['replaced'])} |")
+    if (RESULTS / "dropin_compress.json").is_file():
+        kept = json.loads((RESULTS / "dropin_compress.json").read_text(encoding="utf-8"))
+        lines += [
+            "",
+            "`python benchmarks/suite/dropin_compress.py` → `dropin_compress.json`: `patch(model, compress=…)` over "
+            "`patch(model)` at LLaVA-OneVision-0.5B's widths, 729 visual tokens and 64 of text. Promised: if "
+            "compressing itself cost nothing.",
+            "",
+            "| compress | what | dtype | layers | whole ms | compressed ms | realised | promised | share |",
+            "|---" * 9 + "|",
+        ]
+        lines += [
+            f"| {r['method']} | {r['what']} | {r['dtype']} | {r['layers']} | {r['ms']['whole']:.0f} | "
+            f"{r['ms']['compressed']:.0f} | {r['realised']:.2f} | {r['promised']:.2f} | {r['share']:.2f} |"
+            for r in kept["rows"]
+        ]
+    return "\n".join(lines)
+
+
 def _score(row: Mapping[str, Any]) -> str:
     e = row["estimate"]
     return f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
@@ -172,6 +211,8 @@ def page() -> str:
         parts.append(encoders())
     if (RESULTS / "expert.json").is_file():
         parts.append(expert())
+    if (RESULTS / "dropin.json").is_file():
+        parts.append(dropin())
     if (RESULTS / "compression.json").is_file():
         parts.append(compression())
     if (RESULTS / "clothing.json").is_file():
