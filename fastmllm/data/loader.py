@@ -22,9 +22,7 @@ class _Batches(Dataset[Any], Generic[T, B]):
     def __getitem__(self, index: int) -> tuple[Drawn[None], B]:
         drawn = self.stream(index)
         # what a worker sends twice, the parent holds twice: the items go inside of the batch alone
-        left: Drawn[None] = Drawn(
-            index=index, items=[], skipped=drawn.skipped, stand_in=drawn.stand_in, work=drawn.work
-        )
+        left: Drawn[None] = Drawn(index=index, items=[], skipped=drawn.skipped, scored=drawn.scored, work=drawn.work)
         return left, self.join(drawn)
 
 

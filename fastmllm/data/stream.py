@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
-from fastmllm.data.balance import BatchPlan, balance
+from fastmllm.data.balance import BatchPlan, balance, spread
 from fastmllm.data.images import ImageError
 from fastmllm.data.mixture import Schedule
 from fastmllm.data.sample import Conversation
@@ -30,14 +30,15 @@ class Drawn(Generic[T]):
         index: its number.
         items: what `load` made of its samples.
         skipped: samples of it that were left out.
-        stand_in: nothing of it could be used; the one item is another micro-batch's, and must not be scored.
+        scored: False where nothing of it could be used: its one item is another micro-batch's, from which nothing must
+            be learned.
         work: visual tokens of the items, by the indexes' image sizes; 0 without `cost`.
     """
 
     index: int
     items: list[T]
     skipped: list[Skipped]
-    stand_in: bool = False
+    scored: bool = True
     work: int = 0
 
 
@@ -47,11 +48,13 @@ class Stream(Generic[T]):
     Micro-batch n is (step * accumulation + micro-batch) * ranks + rank, as the trainer counts. Every source goes
     through all of its samples before any comes again, over the ranks together, and its next epoch follows without a
     gap: there is no remainder. A sample that turns out to be unusable leaves its place empty, so that all others stay
-    where they are; a micro-batch of which nothing is left holds a stand-in, so that its rank computes along.
+    where they are. A micro-batch of which nothing is left holds the next usable sample, so that its rank computes
+    along; it is not scored, unless nothing is left of the whole step, which must have something to learn from.
 
     Args:
         sources: by name; all with a weight, or none, which weighs them by their samples.
-        load: makes of a sample what is collated (`packing.prepare`); its TextError or ImageError skips the sample.
+        load: (sample, number of its micro-batch) -> what is collated (`rows.prepare`); its TextError or ImageError
+            skips the sample.
         plan: sizes and seed.
         cost: visual tokens of a sample by its images' sizes; needed for `plan.window`.
 
@@ -62,7 +65,7 @@ class Stream(Generic[T]):
     def __init__(
         self,
         sources: Sequence[ShardSource],
-        load: Callable[[Conversation], T],
+        load: Callable[[Conversation, int], T],
         plan: BatchPlan,
         *,
         cost: Callable[[Sizes], int] | None = None,
@@ -89,18 +92,30 @@ class Stream(Generic[T]):
         Raises:
             ValueError: `PATIENCE` samples in a row are unusable.
         """
-        items, skipped, work = self._take(self._draws(index))
+        items, skipped, work = self._take(self._draws(index), index)
         if items:
             return Drawn(index=index, items=items, skipped=skipped, work=work)
         first = (index + 1) * self.plan.batch_size
         for draw in range(first, first + PATIENCE):
-            items, others, work = self._take([draw])
+            items, others, work = self._take([draw], index)
             if items:
-                return Drawn(index=index, items=items, skipped=skipped, stand_in=True, work=work)
+                return Drawn(index=index, items=items, skipped=skipped, scored=self._is_empty(index), work=work)
         raise ValueError(
             f"stream: micro-batch {index} and {PATIENCE} samples behind it are unusable; the last: {others[0].shard} "
             f"{others[0].key}: {others[0].reason} ({others[0].detail}); mend the source or leave it out"
         )
+
+    def spread(self, step: int) -> float:
+        """Return by how much the busiest rank's vision work of a step is above the mean; no rank need be asked.
+
+        Args:
+            step: from 0.
+        """
+        work = [0] * self.plan.ranks
+        for number in range(self.plan.micro_batches):
+            draws = self._draws(step * self.plan.micro_batches + number)
+            work[number % self.plan.ranks] += sum(self._cost(draw) for draw in draws)
+        return spread(work)
 
     def state(self, index: int) -> dict[str, Any]:
         """Describe where the sources stand before micro-batch `index`, JSON-able.
@@ -137,6 +152,11 @@ class Stream(Generic[T]):
         window, at = divmod(index, self.plan.window * self.plan.micro_batches)
         return self._arranged(window)[at * size : (at + 1) * size]
 
+    def _is_empty(self, index: int) -> bool:
+        first = index - index % self.plan.micro_batches
+        step = range(first, first + self.plan.micro_batches)
+        return not any(self._take(self._draws(number), number)[0] for number in step)
+
     def _arrange(self, window: int) -> list[int]:
         plan = self.plan
         num = plan.window * plan.micro_batches * plan.batch_size
@@ -149,7 +169,7 @@ class Stream(Generic[T]):
         number, seen = self.schedule(draw)
         return self.cost(self.sources[number].image_sizes(seen))
 
-    def _take(self, draws: Sequence[int]) -> tuple[list[T], list[Skipped], int]:
+    def _take(self, draws: Sequence[int], index: int) -> tuple[list[T], list[Skipped], int]:
         """Read and load samples; return those, what was left out, and the work."""
         items: list[T] = []
         skipped: list[Skipped] = []
@@ -161,7 +181,7 @@ class Stream(Generic[T]):
                 skipped.append(sample)
                 continue
             try:
-                items.append(self.load(sample))
+                items.append(self.load(sample, index))
                 work += self._cost(draw)
             except (ImageError, TextError) as error:
                 shard, key = source.where(seen)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,11 @@ from tiny_shards import captions, talk, write_tar
 from fastmllm.data.balance import BatchPlan
 from fastmllm.data.loader import Loader
 from fastmllm.data.packing import Batch, join
-from fastmllm.data.rows import Row, prepare, unscored
+from fastmllm.data.rows import Row, prepare
 from fastmllm.data.sample import Conversation
 from fastmllm.data.shards import ShardSource, SourceConfig
 from fastmllm.data.stream import Drawn, Stream
+from fastmllm.data.text import TextError
 
 MODES = {"drawn": 0, "arranged": 2}
 
@@ -25,14 +27,18 @@ def tokens(sizes: tuple[tuple[int, int], ...]) -> int:
 
 
 def batch_of(drawn: Drawn[Row]) -> Batch:
-    return join([unscored(row) for row in drawn.items] if drawn.stand_in else drawn.items)
+    return join(drawn.items)
+
+
+def row_of(sample: Conversation, index: int, tokenizer) -> Row:
+    return prepare(sample, tokenizer, num_visual_tokens=2 + index % 2, image_size=4, image_token_id=299)
 
 
 def names(drawn: Drawn[Conversation]) -> list[str]:
     return [sample.id for sample in drawn.items]
 
 
-def identical(sample: Conversation) -> Conversation:
+def identical(sample: Conversation, index: int) -> Conversation:
     return sample
 
 
@@ -120,25 +126,23 @@ def test_what_was_skipped_reaches_the_process_that_logs(tmp_path: Path) -> None:
     assert all(d.items == [] for d in seen)
 
 
-def refuse(sample: Conversation) -> Conversation:
-    from fastmllm.data.text import TextError
-
+def refuse(sample: Conversation, index: int) -> Conversation:
     if "<|" in sample.turns[0].answer:
         raise TextError("a special token")
     return sample
 
 
 def test_batches_of_tokens_and_pixels_come_from_workers(tokenizer, tmp_path: Path) -> None:
-    load = partial(prepare, tokenizer=tokenizer, num_visual_tokens=2, image_size=4, image_token_id=299)
+    load = partial(row_of, tokenizer=tokenizer)
     plan = BatchPlan(batch_size=3, seed=4)
     made = Loader(Stream(sources(tmp_path), load, plan, cost=tokens), batch_of, workers=2)
     batches = [next(made) for _ in range(6)]
     made.close()
     wanted = take(Loader(Stream(sources(tmp_path), identical, plan), names), 6)
     assert [batch.ids for batch in batches] == wanted
-    for batch in batches:
+    for index, batch in enumerate(batches):
         pictures = [name for name in batch.ids if name.startswith("pictures")]
-        assert len(batch.image_index) == 2 * len(pictures)
+        assert len(batch.image_index) == (2 + index % 2) * len(pictures)
         assert (0 if batch.pixels is None else len(batch.pixels)) == len(pictures)
         talks = len(batch.ids) - len(pictures)
         end = tokenizer.token_to_id("<|im_end|>")
@@ -146,8 +150,6 @@ def test_batches_of_tokens_and_pixels_come_from_workers(tokenizer, tmp_path: Pat
 
 
 def test_what_a_worker_gets_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    import pickle
-
     sizes = []
     for each in (5, 500):
         made = ShardSource(

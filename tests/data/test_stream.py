@@ -16,7 +16,7 @@ from fastmllm.data.stream import Stream
 from fastmllm.data.text import TextError
 
 
-def load(sample: Conversation) -> str:
+def load(sample: Conversation, index: int) -> str:
     for image in sample.images:
         open_image(image)
     if "unreadable" in sample.turns[0].answer:
@@ -92,7 +92,7 @@ def test_a_corrupt_sample_leaves_its_place_empty(tmp_path: Path) -> None:
     for index in range(8):
         wanted, found = whole(index), torn(index)
         assert found.items == [item for item in wanted.items if item not in ("a:3", "a:8")]
-        assert not found.stand_in
+        assert found.scored
         skipped += found.skipped
     shard = str(tmp_path / "torn" / "a.tar")
     assert {(s.shard, s.key, s.reason) for s in skipped} == {
@@ -114,12 +114,16 @@ def test_what_was_left_out_while_indexing_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_micro_batch_of_nothing_has_a_stand_in(tmp_path: Path) -> None:
-    made = Stream([damaged(tmp_path / "torn", {3, 8})], load, BatchPlan(batch_size=1))
+    made = Stream([damaged(tmp_path / "torn", {3, 8})], load, BatchPlan(batch_size=1, micro_batches=4))
     drawn = [made(index) for index in range(12)]
-    empty = [d for d in drawn if d.skipped]
-    assert [d.stand_in for d in empty] == [True, True]
+    assert [d.scored for d in drawn] == [not d.skipped for d in drawn]
+    assert [d.scored for d in drawn].count(False) == 2
     assert all(len(d.items) == 1 for d in drawn)
-    assert len({d.items[0] for d in drawn if not d.stand_in}) == 10
+    assert len({d.items[0] for d in drawn if d.scored}) == 10
+    step = Stream(made.sources, load, BatchPlan(batch_size=1))
+    alone = [step(index) for index in range(12)]
+    assert [d.items for d in alone] == [d.items for d in drawn]
+    assert all(d.scored for d in alone)  # a step needs something to learn from
     hopeless = Stream([damaged(tmp_path / "hopeless", set(range(12)))], load, BatchPlan(batch_size=1))
     with pytest.raises(ValueError, match=r"micro-batch 0 and 256 samples behind it are unusable; the last: .*a\.tar"):
         hopeless(0)
@@ -138,6 +142,7 @@ def test_a_window_of_one_step_keeps_its_samples_and_evens_the_ranks_out(tmp_path
         made = Stream([source], load, plan, cost=tokens)
         drawn = [[made(step * 4 + rank) for rank in range(4)] for step in range(12)]
         assert all(d.work == sum(int(sides[int(i[2:])]) ** 2 for i in d.items) for step in drawn for d in step)
+        assert [made.spread(i) for i in range(12)] == [spread([d.work for d in step]) for step in drawn]
         spreads[window] = np.mean([spread([d.work for d in step]) for step in drawn])
         steps[window] = [sorted(item for d in step for item in d.items) for step in drawn]
         again = Stream([source], load, plan, cost=tokens)
