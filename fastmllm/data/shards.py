@@ -101,12 +101,15 @@ class ShardSource:
         self.shards = expand(config.path)
         self._open: OrderedDict[int, ShardIndex] = OrderedDict()
         self._owner = os.getpid()
-        sizes = [self._index(shard).num_samples for shard in range(len(self.shards))]
+        sizes = [0] * len(self.shards)
+        first = os.getpid() % len(sizes)  # ranks that start together begin apart, and find what others have indexed
+        for shard in (*range(first, len(sizes)), *range(first)):
+            sizes[shard] = self._index(shard).num_samples
         if not sum(sizes):
-            first = next(self.skipped(), None)
+            bad = next(self.skipped(), None)
             raise ValueError(
                 f"source {config.name!r}: no usable sample in {len(sizes)} shards of {config.path}"
-                + (f"; the first: {first.key or first.shard}: {first.reason} ({first.detail})" if first else "")
+                + (f"; the first: {bad.key or bad.shard}: {bad.reason} ({bad.detail})" if bad else "")
             )
         self.order = BlockShuffle(sizes, seed=seed, name=config.name, block_shards=config.block_shards)
 

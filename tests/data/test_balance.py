@@ -49,6 +49,11 @@ def test_ranks_get_nearly_equal_work() -> None:
     assert mean_spread(works(costs, balance(costs, single, 0), single)) < 0.3 * drawn
 
 
+def test_micro_batches_of_like_work_make_a_step() -> None:
+    plan, costs = BatchPlan(batch_size=2, micro_batches=2, ranks=2, window=2), [10, 9, 9, 9, 9, 9, 0, 0]
+    assert sorted(sorted(step[0]) for step in works(costs, balance(costs, plan, 0), plan)) == [[9, 10], [18, 18]]
+
+
 def test_over_accumulation_the_ranks_even_out() -> None:
     plan = BatchPlan(batch_size=1, micro_batches=4, ranks=2, window=1)
     work = works([9, 7, 4, 1], balance([9, 7, 4, 1], plan, 0), plan)[0]

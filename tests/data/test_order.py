@@ -34,6 +34,11 @@ def test_a_block_touches_few_shards_and_mixes_them() -> None:
     assert [order[d] for d in range(9)] != [BlockShuffle([10] * 12, seed=1, name="b")[d] for d in range(9)]
 
 
+def test_one_block_is_shuffled_anew_each_epoch() -> None:
+    order = BlockShuffle([20], seed=1, name="a")
+    assert len({tuple(order[e * 20 + d] for d in range(20)) for e in range(5)}) == 5
+
+
 def test_nothing_to_order() -> None:
     for sizes, block in (([0, 0], 1), ([1], 0)):
         with pytest.raises(ValueError, match="order of 'a'"):

@@ -14,6 +14,7 @@ from fastmllm.data.byte_range import ByteRange
 from fastmllm.data.conversation import RecordError
 from fastmllm.data.shard_index import open_index
 from fastmllm.data.shard_reader import ShardReader
+from fastmllm.data.shard_scan import scan
 
 
 def index_of(shard: Path, **more: object) -> shard_index.ShardIndex:
@@ -78,6 +79,14 @@ def test_an_index_is_streamed(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_a_tar_of_many_members_is_streamed(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", [(f"{i}.txt", b"x") for i in range(3000)])
+    tracemalloc.start()
+    assert sum(1 for _ in scan(shard)) == 3000
+    assert tracemalloc.get_traced_memory()[1] < 10**6  # tarfile alone keeps all headers
+    tracemalloc.stop()
+
+
 def test_a_full_disk_says_so(tmp_path: Path, monkeypatch) -> None:
     captions(tmp_path, shards=1, each=200)
     monkeypatch.setattr(shard_index, "_TABLES", shard_index._TABLES + "PRAGMA max_page_count = 6;")  # SQLITE_FULL
@@ -104,14 +113,17 @@ def test_bad_members_are_listed_and_the_others_stay(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("cut", ["in a header", "in the last data", "at a boundary", "header damaged", "no tar"])
+@pytest.mark.parametrize(
+    "cut", ["in a header", "in an image", "in a text", "at a boundary", "header damaged", "no tar"]
+)
 def test_a_truncated_tar_keeps_what_came_before(tmp_path: Path, cut: str) -> None:
     members = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("png", png(i, (90, 90))), ("txt", b"x"))]
     shard = write_tar(tmp_path / "a.tar", members)
     with tarfile.open(shard) as tar:
-        last = tar.getmembers()[4]  # 2.png
+        last, text = tar.getmembers()[4:]  # 2.png, 2.txt
     data = shard.read_bytes()
-    end = {"in a header": last.offset + 100, "in the last data": last.offset_data + 9, "at a boundary": last.offset}
+    end = {"in a header": last.offset + 100, "in an image": last.offset_data + 9, "at a boundary": last.offset}
+    end["in a text"] = text.offset_data
     if cut == "no tar":
         data = b"\0\1" * 700
     elif cut == "header damaged":
@@ -120,7 +132,7 @@ def test_a_truncated_tar_keeps_what_came_before(tmp_path: Path, cut: str) -> Non
         data = data[: end[cut]]
     shard.write_bytes(data)
     assert keys(shard) == ([] if cut == "no tar" else ["0", "1"])
-    assert reasons(shard) == [("2" if cut == "in the last data" else "", "truncated shard")]
+    assert reasons(shard) == [("2" if cut in ("in an image", "in a text") else "", "truncated shard")]
 
 
 def test_wrong_json_files(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_shards import captions, png, talk, write_tar
 
+from fastmllm.data import shards
 from fastmllm.data.images import open_image
 from fastmllm.data.sample import Conversation, Turn
 from fastmllm.data.shards import ShardSource, SourceConfig, expand
@@ -91,6 +92,14 @@ def test_an_epoch_has_every_sample_once_and_workers_hold_few_indexes(tmp_path: P
     assert [copy.read(d).turns[0].answer for d in range(45, 90)] == epochs[1]
     assert len(made._open) <= 4
     assert made.where(3)[1] == made.read(3).id.rpartition("/")[2]
+
+
+def test_a_forked_process_opens_its_own_indexes(tmp_path: Path, monkeypatch) -> None:
+    made = source(captions(tmp_path, shards=1, each=3), tmp_path)
+    first, sample = made._open[0], made.read(0)
+    monkeypatch.setattr(shards.os, "getpid", lambda: -1)
+    assert made.read(0) == sample
+    assert made._open[0] is not first
 
 
 def test_patterns(tmp_path: Path) -> None:
