@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from fastmllm.data.text import screen
 from fastmllm.infer.respond import collate_for, template_of
 from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
+from fastmllm.streamed import StreamedBatches, tokens_an_image
 from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.stages import StageConfig
@@ -97,14 +97,13 @@ def batches_of(model: VLM, samples: Mapping[str, Sequence[Sample]], stage: Stage
 
     def batch(index: int) -> Batch:
         chosen = sampler.batch_samples(index)
-        digest = hashlib.sha256(f"{stage.seed}/{index}".encode()).digest()
         cached = model.feature_cache is not None and all(
             s.image is None or s.image in model.feature_cache.features for s in chosen
         )
         return collate_for(
             model,
             chosen,
-            keep=counts[digest[0] % len(counts)],
+            keep=tokens_an_image(counts, stage.seed, index),
             image_size=model.config.image_size,
             load_pixels=not cached,
             with_answers=True,
@@ -136,17 +135,21 @@ def train_stage(
         on_mismatch: what to do when out_dir holds another recipe's run: "error" or "fresh".
         console: where progress goes.
     """
+    engine = engine_for(model.config, engine)
+    recipe = {"model": asdict(model.config), "version": fastmllm.__version__}
+    batches: Callable[[int], Batch]
+    if stage.sources:
+        streamed = StreamedBatches(model, stage, engine, Path(out_dir) / stage.name, console)
+        batches, recipe["stream"] = streamed, streamed.loader.stream.identity()
+    else:
+        batches, recipe["questions"] = batches_of(model, splits.train, stage), fingerprint(questions_of(splits.train))
     trainer = Trainer(
         model,
         stage,
-        engine_for(model.config, engine),
-        batches_of(model, splits.train, stage),
+        engine,
+        batches,
         Path(out_dir) / stage.name,
-        recipe={
-            "model": asdict(model.config),
-            "questions": fingerprint(questions_of(splits.train)),
-            "version": fastmllm.__version__,
-        },
+        recipe=recipe,
         on_mismatch=on_mismatch,
         save_every=save_every,
         console=console,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastmllm.data.byte_range import openable
 from fastmllm.data.cache import atomic_path
 
 MAX_PIXELS = 64 * 1024 * 1024  # 64 MP: above any camera here, and 192 MiB once decoded
@@ -22,7 +23,8 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
     """Decode an image file with the camera's orientation applied.
 
     Args:
-        path: PNG, JPEG or any other format that Pillow reads; the first frame of an animation.
+        path: PNG, JPEG or any other format that Pillow reads, the first frame of an animation; or `str` of a
+            `ByteRange` that holds one.
         alpha: keep transparency instead of laying it over white.
 
     Returns:
@@ -34,7 +36,7 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(openable(path)) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(

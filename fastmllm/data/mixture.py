@@ -10,14 +10,81 @@ import numpy as np
 from fastmllm.data.augment import rng_of
 from fastmllm.data.sample import Sample
 
-BLOCK = 1000  # draws after which the weights are met exactly
+BLOCK = 1000  # draws that are shared out together
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly
+CHUNK = 256  # blocks whose shares are counted at a time
+
+
+class Schedule:
+    """Tell which part of a mixture draw d is, and how often that part was drawn before, without any state.
+
+    In each block of `BLOCK` draws a part has its share, rounded up or down; which of the two is drawn so that over all
+    seeds, and over the blocks of one, the mean is the exact share. The order within a block is seeded.
+
+    Args:
+        weights: of the parts, above 0.
+        seed: of the orders and roundings.
+    """
+
+    def __init__(self, weights: Sequence[float], *, seed: int) -> None:
+        self.weights, self.seed = list(weights), seed
+        exact = np.cumsum(np.asarray(weights, dtype=np.float64) / sum(weights)) * BLOCK
+        self._edges = np.concatenate([[0.0], np.round(exact[:-1], 9), [BLOCK]])
+        self._phase = float(rng_of("rounding", seed).random())
+        # Per instance: a cache on the method would keep every schedule alive.
+        self._block = lru_cache(maxsize=4)(self._make_block)
+        self._counted = lru_cache(maxsize=2)(self._count_chunk)
+        self._before = [np.zeros(len(weights), dtype=np.int64)]  # draws of each part before chunk i
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _schedule, (self.weights, self.seed)
+
+    def __call__(self, draw: int) -> tuple[int, int]:
+        """Return (part, times that it was drawn before) of a draw, from 0."""
+        block, at = divmod(draw, BLOCK)
+        part_of, before = self._block(block)
+        return int(part_of[at]), int(before[at])
+
+    def taken(self, draws: int) -> list[int]:
+        """Return how often each part is among the first draws."""
+        block, at = divmod(draws, BLOCK)
+        part_of, taken = self._block(block)[0], self._first(block)
+        return [int(n) + int((part_of[:at] == part).sum()) for part, n in enumerate(taken)]
+
+    def _counts(self, first: int, last: int) -> np.ndarray:
+        phase = (self._phase + np.arange(first, last) * GOLDEN) % 1.0
+        return np.diff(np.floor(self._edges + phase[:, None]), axis=1).astype(np.int64)  # (blocks, parts)
+
+    def _count_chunk(self, chunk: int) -> np.ndarray:
+        return self._counts(chunk * CHUNK, (chunk + 1) * CHUNK)
+
+    def _first(self, block: int) -> np.ndarray:
+        """Return the draws of each part before a block."""
+        chunk, at = divmod(block, CHUNK)
+        while len(self._before) <= chunk:
+            self._before.append(self._before[-1] + self._count_chunk(len(self._before) - 1).sum(axis=0))
+        return self._before[chunk] + self._counted(chunk)[:at].sum(axis=0)
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        counts, first = self._counted(block // CHUNK)[block % CHUNK], self._first(block)
+        part_of = rng_of("schedule", self.seed, block).permutation(
+            np.repeat(np.arange(len(counts)), counts)
+        )  # (BLOCK,)
+        before = np.zeros(BLOCK, dtype=np.int64)
+        for part, number in enumerate(counts):
+            before[part_of == part] = first[part] + np.arange(number)
+        return part_of, before
+
+
+def _schedule(weights: Sequence[float], seed: int) -> Schedule:
+    return Schedule(weights, seed=seed)
 
 
 class MixtureSampler:
     """Draw batches from several tasks by weight, without any state.
 
-    In each block of `BLOCK` draws every task has its exact share, in a seeded order; each task goes through its
-    samples in a seeded order, all of them once before any comes again.
+    Tasks are drawn by a `Schedule`; each goes through its samples in a seeded order, all of them once before any comes
+    again.
 
     Args:
         samples: task -> samples.
@@ -50,14 +117,10 @@ class MixtureSampler:
         self.tasks = tuple(sorted(task for task, weight in weights.items() if weight > 0.0))
         if not self.tasks:
             raise ValueError("mixture: no task has a weight above 0; nothing to train on")
-        if len(self.tasks) > BLOCK:
-            raise ValueError(f"mixture: {len(self.tasks)} tasks, at most {BLOCK}")
         self.samples = {task: tuple(samples[task]) for task in self.tasks}
-        self.counts = _shares([weights[task] for task in self.tasks])
+        self.schedule = Schedule([weights[task] for task in self.tasks], seed=seed)
         self.batch_size = batch_size
         self.seed = seed
-        # Per instance: a cache on the method would keep every sampler alive.
-        self._schedule = lru_cache(maxsize=4)(self._make_schedule)
         self._order = lru_cache(maxsize=4 * len(self.tasks))(self._make_order)
 
     def batch_samples(self, step: int) -> list[Sample]:
@@ -71,35 +134,11 @@ class MixtureSampler:
         return [self._draw(step * self.batch_size + i) for i in range(self.batch_size)]
 
     def _draw(self, index: int) -> Sample:
-        block, at = divmod(index, BLOCK)
-        task_of, rank = self._schedule(block)
-        number = int(task_of[at])
-        # How often the task was drawn before: whole blocks, and this one so far.
-        seen = block * self.counts[number] + int(rank[at])
+        number, seen = self.schedule(index)
         task = self.tasks[number]
         epoch, position = divmod(seen, len(self.samples[task]))
         return self.samples[task][int(self._order(number, epoch)[position])]
 
-    def _make_schedule(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        plain = np.repeat(np.arange(len(self.tasks)), self.counts)
-        task_of = rng_of("schedule", self.seed, block).permutation(plain)  # (BLOCK,)
-        rank = np.zeros(BLOCK, dtype=np.int64)
-        for number, count in enumerate(self.counts):
-            rank[task_of == number] = np.arange(count)
-        return task_of, rank
-
     def _make_order(self, number: int, epoch: int) -> np.ndarray:
         task = self.tasks[number]
         return rng_of("order", self.seed, task, epoch).permutation(len(self.samples[task]))
-
-
-def _shares(weights: Sequence[float]) -> list[int]:
-    # Largest remainders, and at least one draw for every task.
-    exact = [weight / sum(weights) * BLOCK for weight in weights]
-    counts = [max(1, int(share)) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
-    for i in range(max(0, BLOCK - sum(counts))):
-        counts[by_remainder[i % len(counts)]] += 1
-    while sum(counts) > BLOCK:
-        counts[counts.index(max(counts))] -= 1
-    return counts

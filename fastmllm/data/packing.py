@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
-from fastmllm.data.images import load_image
-from fastmllm.data.sample import Sample
-from fastmllm.data.text import CHAT, ChatTemplate, Tokens, tokenise
+from fastmllm.data.rows import IGNORE, Row, prepare
+from fastmllm.data.sample import Conversation, Sample
+from fastmllm.data.text import CHAT, ChatTemplate, Tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-IGNORE = -100
 
 
 @dataclass(slots=True)
@@ -55,8 +53,35 @@ def sequence_length(tokens: Tokens, num_visual_tokens: int, with_answer: bool = 
     return len(tokens.prefix) + num_visual_tokens + len(tokens.prompt) + answer
 
 
+def join(rows: Sequence[Row]) -> Batch:
+    """Pack rows one after the other, all of them with pixels or none.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("collate: no samples; give at least one")
+    bounds = [0, *accumulate(len(row.input_ids) for row in rows)]
+    labels = [label for row in rows for label in row.labels]
+    pixels = [image for row in rows for image in row.pixels or ()]
+    return Batch(
+        input_ids=torch.tensor([token for row in rows for token in row.input_ids], dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        position_ids=torch.tensor([t for row in rows for t in range(len(row.input_ids))], dtype=torch.int64),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(end - start for start, end in pairwise(bounds)),
+        image_index=torch.tensor(
+            [start + at for start, row in zip(bounds, rows, strict=False) for at in row.image_index], dtype=torch.int64
+        ),
+        pixels=torch.stack(pixels) if pixels else None,  # (I, H, W, 3)
+        num_targets=sum(label != IGNORE for label in labels),
+        ids=[row.id for row in rows],
+        image_paths=[path for row in rows for path in row.images],
+    )
+
+
 def collate(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample | Conversation],
     tokenizer: Tokenizer,
     *,
     num_visual_tokens: int,
@@ -67,9 +92,9 @@ def collate(
     with_answers: bool = True,
     vocab_size: int | None = None,
 ) -> Batch:
-    """Pack samples: [prefix] [K image tokens] [prompt] [answer] [end].
+    """Pack samples: [prefix] [K image tokens] [prompt] [answer] [end], and so on for each turn of a conversation.
 
-    The image's tokens are always there in full; a sample without an image has none.
+    An image's tokens are always there in full; a sample without an image has none.
 
     Args:
         samples: at least one.
@@ -79,7 +104,7 @@ def collate(
         image_token_id: placeholder in `input_ids`; its embedding is replaced.
         template: text around prompt and answer.
         load_pixels: False leaves `pixels` None, for features cached by `image_paths`.
-        with_answers: False ends each sample at its prompt, for generation; nothing is scored then.
+        with_answers: False ends each sample at its last prompt, for generation; nothing is scored then.
         vocab_size: as `tokenise`.
 
     Raises:
@@ -87,49 +112,21 @@ def collate(
         TextError: a prompt or an answer that cannot be tokenised.
         ImageError: an image that cannot be read.
     """
-    if not samples:
-        raise ValueError("collate: no samples; give at least one")
-    if num_visual_tokens < 1:
-        raise ValueError(f"collate: num_visual_tokens must be at least 1, got {num_visual_tokens}")
-    input_ids: list[int] = []
-    labels: list[int] = []
-    positions: list[int] = []
-    bounds = [0]
-    image_index: list[int] = []
-    paths: list[str] = []
-    for sample in samples:
-        tokens = tokenise(sample, tokenizer, template, vocab_size=vocab_size)
-        start = bounds[-1]
-        row = list(tokens.prefix)
-        if sample.image is not None:
-            image_index += range(start + len(row), start + len(row) + num_visual_tokens)
-            row += [image_token_id] * num_visual_tokens
-            paths.append(sample.image)
-        row += tokens.prompt
-        target = [IGNORE] * len(row)
-        if with_answers:
-            # The prompt's last position predicts the answer's first token, the end token predicts nothing.
-            target = [*target[:-1], *tokens.answer, IGNORE]
-            row += tokens.answer
-        input_ids += row
-        labels += target
-        positions += range(len(row))
-        bounds.append(start + len(row))
-    pixels = None
-    if load_pixels and paths:
-        pixels = torch.stack([load_image(path, image_size) for path in paths])  # (I, H, W, 3)
-    return Batch(
-        input_ids=torch.tensor(input_ids, dtype=torch.int64),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        position_ids=torch.tensor(positions, dtype=torch.int64),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_seqlen=max(end - start for start, end in pairwise(bounds)),
-        image_index=torch.tensor(image_index, dtype=torch.int64),
-        pixels=pixels,
-        num_targets=sum(label != IGNORE for label in labels),
-        ids=[sample.id for sample in samples],
-        image_paths=paths,
-    )
+    rows = [
+        prepare(
+            sample,
+            tokenizer,
+            num_visual_tokens=num_visual_tokens,
+            image_size=image_size,
+            image_token_id=image_token_id,
+            template=template,
+            load_pixels=load_pixels,
+            with_answers=with_answers,
+            vocab_size=vocab_size,
+        )
+        for sample in samples
+    ]
+    return join(rows)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -21,13 +21,13 @@ def bar(console: Console, *extra: ProgressColumn) -> Progress:
     return Progress(*columns, console=console)
 
 
-def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield `items`, drawing a bar on stderr once `DELAY_S` seconds have passed.
 
     Args:
         items: what to go through.
         description: what is being done, for the bar's label.
-        total: number of items.
+        total: number of items; None = not known.
     """
     started = time.monotonic()
     shown: Progress | None = None

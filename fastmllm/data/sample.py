@@ -1,4 +1,4 @@
-"""One question about one image, with its answer and its exact truth."""
+"""One question about one image with its exact truth, or a conversation about any number of images."""
 
 from __future__ import annotations
 
@@ -34,3 +34,35 @@ class Sample:
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     truth: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What a user says, and the answer to it.
+
+    Args:
+        prompt: with `<image>` where an image stands.
+        answer: the target text.
+    """
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """Turns about images in their midst; every answer is learned.
+
+    Args:
+        id: unique name within its source.
+        turns: at least one.
+        images: one for each `<image>` of the prompts, in their order; what `open_image` reads. Empty = text only.
+        source: of the mixture.
+        system: instructions before the first turn; "" = none.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+    source: str = ""
+    system: str = ""

@@ -39,6 +39,8 @@ class ChatTemplate:
         middle: between prompt and answer.
         answer_lead: right before the answer, tokenised with it (a byte-level vocabulary has " owl" as one token).
         suffix: after the answer; must be one token, the one that ends generation.
+        between: between the suffix and the next turn's prefix.
+        system: instructions before the first turn; {} is their text.
     """
 
     prefix: str = "<|im_start|>user\n"
@@ -46,6 +48,12 @@ class ChatTemplate:
     middle: str = "<|im_end|>\n<|im_start|>assistant\n"
     answer_lead: str = ""
     suffix: str = "<|im_end|>"
+    between: str = "\n"
+    system: str = "<|im_start|>system\n{}<|im_end|>\n"
+
+    def __post_init__(self) -> None:
+        if self.system.count("{}") != 1:
+            raise ValueError(f"chat template: system {self.system!r} must have one {{}}, where the instructions go")
 
 
 CHAT = ChatTemplate()
@@ -94,25 +102,31 @@ def tokenise(
     if not sample.answer.strip():
         raise TextError(f"sample {sample.id!r}: empty answer (no label to learn); give it one or leave it out")
     for field, text in (("prompt", sample.prompt), ("answer", sample.answer)):
-        _check(sample.id, field, text, tokenizer, vocab_size)
+        check_text(sample.id, field, text, tokenizer, vocab_size)
     end = end_token(tokenizer, template)
     return Tokens(
-        prefix=_ids(tokenizer, template.prefix),
-        prompt=_ids(tokenizer, template.prompt_lead + sample.prompt + template.middle),
+        prefix=encode(tokenizer, template.prefix),
+        prompt=encode(tokenizer, template.prompt_lead + sample.prompt + template.middle),
         answer=[*answer_ids(sample.answer, tokenizer, template), end],
     )
 
 
 def answer_ids(answer: str, tokenizer: Tokenizer, template: ChatTemplate = CHAT) -> list[int]:
     """Tokenise an answer as it stands in a sequence, without its end."""
-    return _ids(tokenizer, template.answer_lead + answer)
+    return encode(tokenizer, template.answer_lead + answer)
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokenise a text as it is, without tokens around it."""
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _check(sample_id: str, field: str, text: str, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+def check_text(sample_id: str, field: str, text: str, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    """Look for text that a model cannot read: special tokens, and what is outside of the vocabulary.
+
+    Raises:
+        TextError: names sample and field.
+    """
     encoding = tokenizer.encode(text, add_special_tokens=False)
     for token in tokenizer.get_added_tokens_decoder().values():
         if token.special and token.content in text:

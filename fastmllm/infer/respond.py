@@ -14,7 +14,7 @@ from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
 
 def template_of(model: VLM) -> ChatTemplate:
     """Return the text that a model was trained to see around prompt and answer."""
-    names = ("prefix", "prompt_lead", "middle", "answer_lead", "suffix")
+    names = ("prefix", "prompt_lead", "middle", "answer_lead", "suffix", "between", "system")
     return ChatTemplate(**{name: getattr(model.config, name) for name in names})
 
 

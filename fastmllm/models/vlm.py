@@ -60,9 +60,9 @@ class ModelConfig:
         connector_width: hidden width of the two-layer connector; None takes the language model's.
         train_vision: the encoder is trained too (otherwise it runs without graph and may be cached).
         dtype: "auto" is bfloat16 where the processor multiplies it natively, else float32.
-        prefix, prompt_lead, middle, answer_lead, suffix: the text around image, prompt and answer, as in
-            `fastmllm.data.text.ChatTemplate`. The default suits a frozen SmolLM2: it starts with a token that absorbs
-            attention, stays short, and ends an answer as running text does.
+        prefix, prompt_lead, middle, answer_lead, suffix, between, system: the text around image, prompt and answer, as
+            in `fastmllm.data.text.ChatTemplate`. The default suits a frozen SmolLM2: it starts with a token that
+            absorbs attention, stays short, and ends an answer as running text does.
     """
 
     vision: str = "efficientnet_lite0"
@@ -78,6 +78,8 @@ class ModelConfig:
     middle: str = " Answer:"
     answer_lead: str = " "
     suffix: str = "\n"
+    between: str = ""
+    system: str = "{}\n"
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.visual_tokens < 1:

@@ -37,6 +37,7 @@ class EngineConfig:
         bucket_elements: upper bound on a reduction bucket; the trainable count is used when it is smaller.
         offload: "none", or "cpu" to keep the optimizer state in host memory (stages 2 and 3).
         timeout_s: seconds after which a collective that a rank does not join is an error, on every rank.
+        workers: processes of each rank that read the shards of a stage with sources; 0 = none.
     """
 
     zero_stage: int = 2
@@ -45,6 +46,7 @@ class EngineConfig:
     bucket_elements: int = 50_000_000
     offload: str = "none"
     timeout_s: float = 600.0
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -62,6 +64,8 @@ class EngineConfig:
             raise ValueError(f"engine: offload=cpu needs zero_stage 2 or 3, not {self.zero_stage}")
         if self.accumulation < 1 or self.bucket_elements < 1 or self.timeout_s <= 0:
             raise ValueError("engine: accumulation, bucket_elements and timeout_s must be positive")
+        if self.workers < 0:
+            raise ValueError(f"engine: workers is {self.workers}; give 0 or more processes")
 
     def to_dict(self, *, clip: float, num_trainable: int) -> dict[str, Any]:
         """Return DeepSpeed's configuration.

@@ -13,6 +13,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from fastmllm.data.shards import SourceConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
@@ -34,6 +36,8 @@ class StageConfig:
         may_be_zero: patterns of parameters that may get an all-zero gradient at step 1 (behind a zero-init gate).
         mixture: task -> weight of the questions drawn; empty = by their number.
         visual_tokens: token counts an image may take, one drawn a micro-batch; empty = the model's own.
+        sources: shards to learn from instead of a mixture of the data's questions.
+        balance_steps: steps whose samples are arranged so that ranks get equal vision work; 0 = as drawn.
     """
 
     name: str
@@ -51,6 +55,8 @@ class StageConfig:
     may_be_zero: tuple[str, ...] = field(default=())
     mixture: Mapping[str, float] = field(default_factory=dict)
     visual_tokens: tuple[int, ...] = field(default=())
+    sources: tuple[SourceConfig, ...] = field(default=())
+    balance_steps: int = 0
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
@@ -60,6 +66,10 @@ class StageConfig:
             raise ValueError(f"{where}: trainable is empty, so nothing learns; add a rule such as connector.*: 1e-3")
         if bad := [f"{pattern}: {rate}" for pattern, rate in self.trainable.items() if not 0 <= rate < math.inf]:
             raise ValueError(f"{where}: learning rates must be finite and not negative: {', '.join(bad)}")
+        if self.balance_steps < 0 or (self.balance_steps and not self.sources):
+            raise ValueError(f"{where}: balance_steps ({self.balance_steps}) is for sources and must not be negative")
+        if self.mixture and self.sources:
+            raise ValueError(f"{where}: sources, which have weights, take the place of a mixture; leave one out")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"{where}: schedule is {self.schedule!r}; choose cosine or constant")
         if not 0 <= self.warmup <= self.steps:

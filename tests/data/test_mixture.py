@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmllm.data.mixture import BLOCK, MixtureSampler, _shares
+from fastmllm.data.mixture import BLOCK, CHUNK, MixtureSampler, Schedule
 from fastmllm.data.sample import Sample
 
 
@@ -51,12 +51,30 @@ def test_every_sample_comes_once_before_any_comes_again() -> None:
         assert len({tuple(epoch) for epoch in epochs}) > 40  # in another order each time
 
 
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40))
-@settings(max_examples=100, deadline=None)
-def test_shares_add_up_and_leave_no_task_out(weights: list[float]) -> None:
-    counts = _shares(weights)
-    assert sum(counts) == BLOCK
-    assert min(counts) >= 1
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_shares_are_exact_in_the_long_run_and_counts_add_up(weights: list[float], seed: int) -> None:
+    schedule, blocks, seen = Schedule(weights, seed=seed), CHUNK + 20, [0] * len(weights)
+    for draw in (0, 1, BLOCK - 1, BLOCK, CHUNK * BLOCK - 1, CHUNK * BLOCK):
+        part, before = schedule(draw)
+        assert Schedule(weights, seed=seed)(draw) == (part, before)  # of the draw alone
+    for block in range(blocks):
+        counts = schedule._counts(block, block + 1)[0]
+        assert counts.sum() == BLOCK
+        assert all(abs(count - w / sum(weights) * BLOCK) < 2 for count, w in zip(counts, weights, strict=True))
+        seen = [s + int(c) for s, c in zip(seen, counts, strict=True)]
+    # a constant rounding would be off by up to half a draw in each block
+    assert all(abs(s - w / sum(weights) * BLOCK * blocks) < 8 for s, w in zip(seen, weights, strict=True))
+
+
+def test_a_rare_task_is_drawn_as_often_as_it_should_be() -> None:
+    schedule = Schedule([1.0, 2999.0], seed=3)
+    drawn = [schedule(draw) for draw in range(30 * BLOCK)]
+    assert sum(part == 0 for part, _ in drawn) in (9, 10, 11)
+    for part in (0, 1):
+        assert [before for p, before in drawn if p == part] == list(range(sum(p == part for p, _ in drawn)))
+    over_seeds = [Schedule([1.0, 2999.0], seed=seed)._counts(0, 1)[0][0] for seed in range(600)]
+    assert 160 < sum(over_seeds) < 240  # a third of 600, three standard deviations to either side
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""JSON records of others as conversations: LLaVA's, messages with roles, and plain captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastmllm.data.sample import Conversation, Turn
+
+PLACEHOLDER = "<image>"
+CAPTION_PROMPT = "Describe the image."
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class RecordError(ValueError):
+    """A record that cannot be learned from.
+
+    Args:
+        reason: one of a few, for counting.
+        detail: what is wrong in this one.
+        file: path of the file that is missing or damaged, where it is one of its own.
+    """
+
+    def __init__(self, reason: str, detail: str, *, file: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.file = reason, detail, file
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Read one record.
+
+    Raises:
+        RecordError: not JSON, not UTF-8, or no object.
+    """
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RecordError("wrong JSON", str(error)) from error
+    if not isinstance(record, dict):
+        raise RecordError("wrong JSON", f"a {type(record).__name__}, not an object")
+    return record
+
+
+def image_names(record: Mapping[str, Any]) -> list[str]:
+    """List the files that a record names: `image` (LLaVA: a name or a list of them) or `images`.
+
+    Raises:
+        RecordError: something else stands there.
+    """
+    named = record.get("image") or record.get("images") or []
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise RecordError("wrong images", f"image is {json.dumps(named)[:80]}, not a name or a list of names")
+    return names
+
+
+def conversation_of(
+    record: Mapping[str, Any],
+    *,
+    id: str,
+    images: Sequence[str],
+    source: str = "",
+    caption: str = "",
+    caption_prompt: str = CAPTION_PROMPT,
+) -> Conversation:
+    """Turn a record into a conversation.
+
+    Args:
+        record: `conversations` of {from: human | gpt | system, value} (LLaVA), `messages` of {role, content}, or
+            `caption` or `text`. As in LLaVA, an answer before the first question is left out.
+        id: unique name.
+        images: what its placeholders stand for, in their order.
+        source: of the mixture.
+        caption: of a file beside the record, where the record has no turns of its own.
+        caption_prompt: asked before a caption, behind the images.
+
+    Raises:
+        RecordError: no text, roles that do not alternate, an empty text, or another number of images than of
+            placeholders.
+    """
+    turns, system = record.get("conversations") or record.get("messages"), ""
+    if turns:
+        turns, system = _turns(turns)
+    else:
+        answer = caption or record.get("caption") or record.get("text")
+        if not isinstance(answer, str) or not answer.strip():
+            raise RecordError("no text", "neither conversations, messages, caption nor text")
+        turns = [Turn(prompt=PLACEHOLDER * len(images) + caption_prompt, answer=answer.strip())]
+    if any(PLACEHOLDER in turn.answer for turn in turns) or PLACEHOLDER in system:
+        raise RecordError("misplaced image", f"{PLACEHOLDER} outside of the user's words")
+    if (count := sum(turn.prompt.count(PLACEHOLDER) for turn in turns)) != len(images):
+        raise RecordError("image count", f"{len(images)} images, {count} times {PLACEHOLDER}")
+    return Conversation(id=id, turns=tuple(turns), images=tuple(images), source=source, system=system)
+
+
+def _turns(entries: Any) -> tuple[list[Turn], str]:
+    said: list[tuple[str, str]] = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        role, text = (
+            (entry.get("from", entry.get("role")), entry.get("value", entry.get("content")))
+            if isinstance(entry, dict)
+            else (None, None)
+        )
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
+            raise RecordError("wrong turns", f"{json.dumps(entry)[:80]} is no turn of {', '.join(ROLES)} with a text")
+        if not text.replace(PLACEHOLDER, "").strip():
+            raise RecordError("empty turn", f"{role} says nothing")
+        said.append((ROLES[role], text))
+    system = said.pop(0)[1] if said[0][0] == "system" else ""
+    if said and said[0][0] == "assistant":
+        said.pop(0)
+    users, answers = said[0::2], said[1::2]
+    regular = all(role == "user" for role, _ in users) and all(role == "assistant" for role, _ in answers)
+    if not said or len(users) != len(answers) or not regular:
+        raise RecordError("wrong turns", f"{', '.join(role for role, _ in said)}: user and assistant must alternate")
+    turns = [Turn(prompt=u, answer=a) for (_, u), (_, a) in zip(users, answers, strict=True)]
+    return turns, system

@@ -1,0 +1,191 @@
+"""What stands in a shard: tar, JSONL, a JSON list, or a folder, read once from one end to the other.
+
+Of WebDataset's conventions these are followed: a sample is a run of neighbouring members with one key; the key is the
+path up to the first dot of the file's name, the rest is the field, in lower case; directories, links and names that
+begin with a dot or with `__` are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from fastmllm.data.folder import SUFFIXES as IMAGE_SUFFIXES
+
+TEXT_FIELDS = ("json", "txt", "caption", "text")
+_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a JSON list
+_CHUNK = 1 << 18  # characters of one read at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A file of a sample.
+
+    Args:
+        field: `json`, `txt`, or an image's (`jpg`, `0.png`).
+        offset: of its bytes in the shard; -1 = a file of its own.
+        size: in bytes; -1 = the whole file.
+        path: of a file of its own, absolute or relative to the shard; "" = in the shard.
+    """
+
+    field: str
+    offset: int
+    size: int
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A sample as it lies in a shard; with a `problem` it is none.
+
+    Args:
+        key: unique in a well-made shard.
+        parts: texts and images.
+        problem: why nothing can be made of it: (reason, detail).
+    """
+
+    key: str
+    parts: tuple[Part, ...] = field(default=())
+    problem: tuple[str, str] | None = None
+
+
+def scan(path: Path) -> Iterator[Entry]:
+    """Go through a shard, telling its kind by its name.
+
+    Raises:
+        ValueError: a compressed tar, or a name of no kind.
+    """
+    name = path.name.lower()
+    if path.is_dir():
+        return _scan_folder(path)
+    if name.endswith(".tar"):
+        return _scan_tar(path)
+    if name.endswith((".jsonl", ".ndjson")):
+        return _scan_lines(path)
+    if name.endswith(".json"):
+        return _scan_list(path)
+    if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise ValueError(f"{path}: a compressed tar has no random access; unpack it to .tar (images gain nothing)")
+    raise ValueError(f"{path}: neither .tar, .jsonl, .json nor a folder; name a shard of one of these kinds")
+
+
+def is_image(field: str) -> bool:
+    """Tell whether a field is an image, by its suffix."""
+    return f".{field.rpartition('.')[2]}" in IMAGE_SUFFIXES
+
+
+def _natural(part: Part) -> list[tuple[int, str]]:
+    # 2.jpg before 10.jpg, and a plain jpg before both
+    pieces = re.split(r"(\d+)", part.field.rpartition(".")[0])
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
+
+
+def _group(members: Iterable[tuple[str, Part]]) -> Iterator[Entry]:
+    for key, run in groupby(members, key=lambda member: member[0]):
+        parts = [part for _, part in run]
+        fields = [part.field for part in parts]
+        if doubled := sorted({f for f in fields if fields.count(f) > 1}):
+            yield Entry(key, problem=("duplicate member", f"{key}.{doubled[0]} stands there twice"))
+            continue
+        images = sorted((part for part in parts if is_image(part.field)), key=_natural)
+        texts = [part for part in parts if part.field in TEXT_FIELDS]
+        if images or texts:
+            yield Entry(key, (*texts, *images))
+        else:
+            yield Entry(key, problem=("no text", f"fields {', '.join(fields)}: neither an image nor {TEXT_FIELDS}"))
+
+
+def _field_of(name: str) -> tuple[str, str] | None:
+    found = _MEMBER.fullmatch(name)
+    if found is None or found[1].rpartition("/")[2].startswith("__"):
+        return None
+    return found[1], found[2].lower()
+
+
+def _scan_tar(path: Path) -> Iterator[Entry]:
+    size = path.stat().st_size
+    problems: list[tuple[str, str]] = []
+
+    def members() -> Iterator[tuple[str, Part]]:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps what it saw: a shard's members are many
+                    if not member.isreg() or (named := _field_of(member.name)) is None:
+                        continue
+                    if member.offset_data + member.size > size:
+                        problems.append((named[0], f"{member.name} ends after the file does"))
+                        return
+                    yield named[0], Part(named[1], member.offset_data, member.size)
+                end = tar.offset
+            with path.open("rb") as file:  # tarfile takes a damaged header, or none, for the end
+                file.seek(end)
+                if not (block := file.read(512)) or any(block):
+                    problems.append(("", f"no end-of-archive mark at byte {end}: cut off, or its header is damaged"))
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+            problems.append(("", str(error)))
+
+    last = None
+    for entry in _group(members()):
+        if last is not None:
+            yield last
+        last = entry
+    cut = problems[0][0] if problems else None
+    if last is not None and last.key != cut:
+        yield last  # else its parts before the cut are no sample
+    for key, detail in problems:
+        yield Entry(key, problem=("truncated shard", detail))
+
+
+def _scan_folder(root: Path) -> Iterator[Entry]:
+    names = sorted(str(file.relative_to(root).as_posix()) for file in root.rglob("*") if file.is_file())
+    named = [(found, name) for name in names if (found := _field_of(name)) is not None]
+    # by key: "a.jpg" and "a.txt" need not be neighbours, as "a-b.jpg" may stand between them
+    named.sort(key=lambda item: (item[0][0], item[0][1]))
+    return _group((key, Part(field, -1, -1, name)) for (key, field), name in named)
+
+
+def _scan_lines(path: Path) -> Iterator[Entry]:
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file):
+            if line.strip():
+                yield Entry(str(number), (Part("json", offset, len(line)),))
+            offset += len(line)
+
+
+def _scan_list(path: Path) -> Iterator[Entry]:
+    """Go through the elements of one JSON list without holding it."""
+    decoder, number, want = json.JSONDecoder(), -1, _CHUNK  # -1: before the list's bracket
+    text, at, offset, ended = "", 0, 0, False  # offset: in bytes, of text[at]
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        while True:
+            start = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+            at, offset = start, offset + start - at
+            if number < 0 and at < len(text):
+                if text[at] != "[":
+                    yield Entry("", problem=("wrong JSON", "the file holds no list; give a list, or .jsonl"))
+                    return
+                at, offset, number = at + 1, offset + 1, 0
+                continue
+            if text[at : at + 1] == "]":
+                return
+            try:
+                _, end = decoder.raw_decode(text, at)
+            except ValueError as error:
+                if ended:
+                    detail = f"element {max(number, 0)} at byte {offset}, and all behind it: {error}"
+                    yield Entry(str(max(number, 0)), problem=("wrong JSON", detail))
+                    return
+                more = file.read(want)
+                text, at, ended, want = text[at:] + more, 0, not more, want * 2
+                continue
+            length = len(text[at:end].encode(errors="surrogateescape"))
+            yield Entry(str(number), (Part("json", offset, length),))
+            at, offset, number, want = end, offset + length, number + 1, _CHUNK

@@ -1,0 +1,195 @@
+"""Micro-batches from sources of any size: a pure function of their number, whatever the ranks and workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+from fastmllm.data.balance import BatchPlan, balance, spread
+from fastmllm.data.images import ImageError
+from fastmllm.data.mixture import Schedule
+from fastmllm.data.sample import Conversation
+from fastmllm.data.shard_index import Skipped
+from fastmllm.data.shards import ShardSource
+from fastmllm.data.text import TextError
+
+T = TypeVar("T")
+Sizes = tuple[tuple[int, int], ...]  # (width, height) of each image of a sample
+
+PATIENCE = 256  # unusable samples in a row that are no accident
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn(Generic[T]):
+    """A micro-batch.
+
+    Args:
+        index: its number.
+        items: what `load` made of its samples.
+        skipped: samples of it that were left out.
+        scored: False where nothing of it could be used: its one item is another micro-batch's, from which nothing must
+            be learned.
+        work: visual tokens of the items, by the indexes' image sizes; 0 without `cost`.
+    """
+
+    index: int
+    items: list[T]
+    skipped: list[Skipped]
+    scored: bool = True
+    work: int = 0
+
+
+class Stream(Generic[T]):
+    """Draw micro-batches from sources by weight.
+
+    Micro-batch n is (step * accumulation + micro-batch) * ranks + rank, as the trainer counts. Every source goes
+    through all of its samples before any comes again, over the ranks together, and its next epoch follows without a
+    gap: there is no remainder. A sample that turns out to be unusable leaves its place empty, so that all others stay
+    where they are. A micro-batch of which nothing is left holds the next usable sample, so that its rank computes
+    along; it is not scored, unless nothing is left of the whole step, which must have something to learn from.
+
+    Args:
+        sources: by name; all with a weight, or none, which weighs them by their samples.
+        load: (sample, number of its micro-batch) -> what is collated (`rows.prepare`); its TextError or ImageError
+            skips the sample.
+        plan: sizes and seed.
+        cost: visual tokens of a sample by its images' sizes; needed for `plan.window`.
+
+    Raises:
+        ValueError: no sources, one name twice, some weights only, or a window without cost.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ShardSource],
+        load: Callable[[Conversation, int], T],
+        plan: BatchPlan,
+        *,
+        cost: Callable[[Sizes], int] | None = None,
+    ) -> None:
+        names = [source.config.name for source in sources]
+        weights = [source.config.weight for source in sources]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"stream: sources need distinct names, and at least one source, got {names}")
+        if any(w is None for w in weights) and any(w is not None for w in weights):
+            raise ValueError(f"stream: weights {dict(zip(names, weights, strict=True))}: give all sources one, or none")
+        if plan.window and cost is None:
+            raise ValueError("stream: a window arranges samples by their cost; give `cost`, or window 0")
+        self.sources, self.load, self.plan, self.cost = list(sources), load, plan, cost
+        known = [float(s.num_samples) if w is None else w for s, w in zip(sources, weights, strict=True)]
+        self.schedule = Schedule(known, seed=plan.seed)
+        self._arranged = lru_cache(maxsize=2)(self._arrange)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _stream, (self.sources, self.load, self.plan, self.cost)
+
+    def __call__(self, index: int) -> Drawn[T]:
+        """Return micro-batch `index`, from 0.
+
+        Raises:
+            ValueError: `PATIENCE` samples in a row are unusable.
+        """
+        items, skipped, work = self._take(self._draws(index), index)
+        if items:
+            return Drawn(index=index, items=items, skipped=skipped, work=work)
+        first = (index + 1) * self.plan.batch_size
+        for draw in range(first, first + PATIENCE):
+            items, others, work = self._take([draw], index)
+            if items:
+                return Drawn(index=index, items=items, skipped=skipped, scored=self._is_empty(index), work=work)
+        raise ValueError(
+            f"stream: micro-batch {index} and {PATIENCE} samples behind it are unusable; the last: {others[0].shard} "
+            f"{others[0].key}: {others[0].reason} ({others[0].detail}); mend the source or leave it out"
+        )
+
+    def spread(self, step: int) -> float:
+        """Return by how much the busiest rank's vision work of a step is above the mean; no rank need be asked.
+
+        Args:
+            step: from 0.
+        """
+        work = [0] * self.plan.ranks
+        for number in range(self.plan.micro_batches):
+            draws = self._draws(step * self.plan.micro_batches + number)
+            work[number % self.plan.ranks] += sum(self._cost(draw) for draw in draws)
+        return spread(work)
+
+    def state(self, index: int) -> dict[str, Any]:
+        """Describe where the sources stand before micro-batch `index`, JSON-able.
+
+        Returns:
+            The index, the ranks, an identity of all that the order depends on, and epoch and position of each source:
+            how many of its samples the draws before have taken (arranged in windows: those of the windows before).
+        """
+        group = self.plan.micro_batches * self.plan.window or 1
+        draws = index // group * group * self.plan.batch_size
+        taken = self.schedule.taken(draws)
+        at = {
+            s.config.name: dict(zip(("epoch", "position"), divmod(n, s.num_samples), strict=True))
+            for s, n in zip(self.sources, taken, strict=True)
+        }
+        return {"index": index, "ranks": self.plan.ranks, "identity": self.identity(), "sources": at}
+
+    def identity(self) -> str:
+        """Return a hash of what the order of the samples depends on: names, sizes, weights, seeds and batches."""
+        parts = [(s.config.name, s.config.block_shards, s.order.seed, s.sizes) for s in self.sources]
+        arranged = (self.plan.micro_batches, self.plan.window) if self.plan.window else ()
+        known = (self.plan.batch_size, self.plan.seed, arranged, self.schedule.weights, parts)
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+    def skipped(self) -> Iterator[Skipped]:
+        """List what was left out while indexing, source by source."""
+        for source in self.sources:
+            yield from source.skipped()
+
+    def _draws(self, index: int) -> Sequence[int]:
+        size = self.plan.batch_size
+        if not self.plan.window:
+            return range(index * size, (index + 1) * size)
+        window, at = divmod(index, self.plan.window * self.plan.micro_batches)
+        return self._arranged(window)[at * size : (at + 1) * size]
+
+    def _is_empty(self, index: int) -> bool:
+        first = index - index % self.plan.micro_batches
+        step = range(first, first + self.plan.micro_batches)
+        return not any(self._take(self._draws(number), number)[0] for number in step)
+
+    def _arrange(self, window: int) -> list[int]:
+        plan = self.plan
+        num = plan.window * plan.micro_batches * plan.batch_size
+        order = balance([self._cost(draw) for draw in range(window * num, (window + 1) * num)], plan, window)
+        return [window * num + item for item in order]
+
+    def _cost(self, draw: int) -> int:
+        if self.cost is None:
+            return 0
+        number, seen = self.schedule(draw)
+        return self.cost(self.sources[number].image_sizes(seen))
+
+    def _take(self, draws: Sequence[int], index: int) -> tuple[list[T], list[Skipped], int]:
+        """Read and load samples; return those, what was left out, and the work."""
+        items: list[T] = []
+        skipped: list[Skipped] = []
+        work = 0
+        for draw in draws:
+            number, seen = self.schedule(draw)
+            source = self.sources[number]
+            if isinstance(sample := source.read(seen), Skipped):
+                skipped.append(sample)
+                continue
+            try:
+                items.append(self.load(sample, index))
+                work += self._cost(draw)
+            except (ImageError, TextError) as error:
+                shard, key = source.where(seen)
+                reason = "undecodable image" if isinstance(error, ImageError) else "unusable text"
+                skipped.append(Skipped(shard=shard, key=key, reason=reason, detail=str(error)))
+        return items, skipped, work
+
+
+def _stream(*given: Any) -> Stream[Any]:
+    sources, load, plan, cost = given
+    return Stream(sources, load, plan, cost=cost)

@@ -1,0 +1,127 @@
+"""A stage learns from shards: the same steps with and without workers and over an interruption; what is left out."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_shards import png, talk, write_tar
+from tiny_vlm import tiny_vlm
+
+from fastmllm.config import ConfigError
+from fastmllm.data.build import Splits
+from fastmllm.data.loader import Loader
+from fastmllm.recipe import Recipe
+from fastmllm.run import train_stage
+from fastmllm.streamed import StreamedBatches
+from fastmllm.train.engine import EngineConfig
+
+RECIPE = """
+name: shards
+model: {{image_size: 32, visual_tokens: 4, dtype: float32}}
+stages:
+  - name: instruct
+    steps: 4
+    batch_size: 3
+    trainable: {{"connector.*": 1e-2}}
+    visual_tokens: [1, 4]
+    balance_steps: {window}
+    sources:
+      - {{name: talks, path: "{folder}/talks.tar", weight: 3}}
+      - {{name: pairs, path: "{folder}/pairs.jsonl", weight: 1}}
+engine: {{zero_stage: 1, workers: {workers}}}
+"""
+
+
+def recipe_of(folder: Path, workers: int = 0, window: int = 0) -> Recipe:
+    """Talks with none, one and two images, one of them torn, and JSONL with one image missing."""
+    members: list[tuple[str, object]] = []
+    for i in range(8):
+        members.append((f"{i}.json", talk("What is this?", "red", "And?", "blue", images=i % 3)))
+        members += [(f"{i}.{k}.png", png(40 * i, (32, 32))[: -30 if i == 5 else None]) for k in range(i % 3)]
+    write_tar(folder / "talks.tar", members)
+    (folder / "p.png").write_bytes(png())
+    lines = [talk("What is this?", "green", images=1) | {"image": name} for name in ("p.png", "gone.png", "p.png")]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=folder, workers=workers, window=window))
+    return Recipe.load(path)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FASTMLLM_CACHE", str(tmp_path / "cache"))
+
+
+NOTHING = Splits(train={}, eval={}, concepts=(), groups=(), licences={}, notes=(), skipped=Counter(), unseen_team=False)
+
+
+def train(recipe: Recipe, out: Path, console: Console | None = None) -> list[float]:
+    model = tiny_vlm()
+    train_stage(model, NOTHING, recipe.stages[0], recipe.engine, out, save_every=2, console=console)
+    return [json.loads(line)["loss"] for line in (out / "instruct" / "log.jsonl").read_text().splitlines()]
+
+
+def test_interrupted_or_not_it_learns_the_same(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("deepspeed")
+    told = io.StringIO()
+    whole = train(recipe_of(tmp_path, window=2), tmp_path / "whole", Console(file=told, width=300))
+    assert "instruct: left out of the sources: 1 x missing file; see" in told.getvalue()
+    recipe, at = recipe_of(tmp_path, workers=1, window=2), Loader.at
+
+    def killed(self: Loader, index: int) -> object:
+        if index == 3:
+            raise KeyboardInterrupt
+        return at(self, index)
+
+    monkeypatch.setattr(Loader, "at", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "out")
+    monkeypatch.setattr(Loader, "at", at)
+    assert train(recipe_of(tmp_path, window=2), tmp_path / "out") == whole
+    assert len(whole) == 4
+    listed = [json.loads(line) for line in (tmp_path / "whole" / "instruct" / "skipped.jsonl").read_text().splitlines()]
+    reasons = {(item["key"], item["reason"]) for item in listed}
+    assert reasons == {("1", "missing file"), ("5", "undecodable image")}
+    assert all(item["shard"].startswith(str(tmp_path)) for item in listed)
+
+
+def test_a_batch_without_targets_costs_nothing_and_is_computed(tmp_path: Path) -> None:
+    model = tiny_vlm().train()
+    recipe = recipe_of(tmp_path)
+    stage = recipe.stages[0]
+    engine = EngineConfig(accumulation=2)
+    batches = StreamedBatches(model, stage, engine, tmp_path / "out")
+    stream = batches.loader.stream
+    drawn = replace(stream(0), scored=False)
+    blank = batches.loader.join(drawn)
+    assert (blank.num_targets, len(blank.ids)) == (0, 3)
+    loss = model(blank)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.connector.parameters())
+    scored = batches.loader.join(stream(0))
+    assert scored.num_targets > 0
+    assert torch.equal(scored.input_ids, blank.input_ids)
+    assert batches(0).ids == scored.ids
+
+
+def test_bad_stages(tmp_path: Path) -> None:
+    recipe_of(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    for change, message in (
+        ("stages.0.mixture={name: 1}", "take the place of a mixture"),
+        ("stages.0.sources=[]", "balance_steps"),
+        ("stages.0.balance_steps=-1", "balance_steps"),
+        ("engine.workers=-1", "workers is -1"),
+        ("stages.0.sources.0.weight=0", "weight must be above 0"),
+        ("stages.0.sources.0.paht=x", "paht"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Recipe.load(path, [change, *(["stages.0.balance_steps=1"] if "sources=[]" in change else [])])
