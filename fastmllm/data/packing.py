@@ -30,11 +30,12 @@ class Batch:
         position_ids: (T,) int64, restarting in each sample.
         cu_seqlens: (S + 1,) int32.
         max_seqlen: longest sample, a host number.
-        image_index: (I * K,) int64, positions that take visual tokens, image by image, row-major.
+        image_index: (P * K,) int64, positions that take visual tokens, place by place, row-major.
         pixels: (I, H, W, 3) uint8; None where features are cached, or without images.
         num_targets: scored positions, a host number.
         ids: S sample ids.
-        image_paths: I paths.
+        image_paths: I paths, each once.
+        shown: (P,) int64, the image of each place, where several samples show one; None: P = I, each has its own.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +48,7 @@ class Batch:
     num_targets: int
     ids: list[str]
     image_paths: list[str]
+    shown: torch.Tensor | None = None
 
 
 def sequence_length(tokens: Tokens, num_visual_tokens: int, with_answer: bool = True) -> int:
@@ -69,7 +71,8 @@ def collate(
 ) -> Batch:
     """Pack samples: [prefix] [K image tokens] [prompt] [answer] [end].
 
-    The image's tokens are always there in full; a sample without an image has none.
+    The image's tokens are always there in full; a sample without an image has none. An image that several samples show
+    is in the batch, and encoded, once.
 
     Args:
         samples: at least one.
@@ -96,7 +99,8 @@ def collate(
     positions: list[int] = []
     bounds = [0]
     image_index: list[int] = []
-    paths: list[str] = []
+    places: dict[str, int] = {}  # image -> its number
+    shown: list[int] = []
     for sample in samples:
         tokens = tokenise(sample, tokenizer, template, vocab_size=vocab_size)
         start = bounds[-1]
@@ -104,7 +108,7 @@ def collate(
         if sample.image is not None:
             image_index += range(start + len(row), start + len(row) + num_visual_tokens)
             row += [image_token_id] * num_visual_tokens
-            paths.append(sample.image)
+            shown.append(places.setdefault(sample.image, len(places)))
         row += tokens.prompt
         target = [IGNORE] * len(row)
         if with_answers:
@@ -115,7 +119,7 @@ def collate(
         labels += target
         positions += range(len(row))
         bounds.append(start + len(row))
-    pixels = None
+    pixels, paths = None, list(places)
     if load_pixels and paths:
         pixels = torch.stack([load_image(path, image_size) for path in paths])  # (I, H, W, 3)
     return Batch(
@@ -129,6 +133,7 @@ def collate(
         num_targets=sum(label != IGNORE for label in labels),
         ids=[sample.id for sample in samples],
         image_paths=paths,
+        shown=torch.tensor(shown, dtype=torch.int64) if len(shown) > len(paths) else None,
     )
 
 
