@@ -7,12 +7,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 import fastmllm
+from fastmllm.alignment import preferences
 from fastmllm.data.build import Splits
 from fastmllm.data.cache import cache_dir
 from fastmllm.data.images import load_image
@@ -26,8 +29,9 @@ from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
 from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
+from fastmllm.train.prefer import PreferenceObjective
 from fastmllm.train.stages import StageConfig
-from fastmllm.train.trainer import StageResult, Trainer
+from fastmllm.train.trainer import BatchLike, StageResult, Trainer
 
 TASKS = (
     *("name", "name_zh", "group", "group_zh", "caption", "exists", "yes_no"),
@@ -136,17 +140,29 @@ def train_stage(
         on_mismatch: what to do when out_dir holds another recipe's run: "error" or "fresh".
         console: where progress goes.
     """
+    engine = engine_for(model.config, engine)
+    recipe = {
+        "model": asdict(model.config),
+        "questions": fingerprint(questions_of(splits.train)),
+        "version": fastmllm.__version__,
+    }
+    batches: Callable[[int], BatchLike]
+    objective: Callable[[nn.Module], nn.Module] | None = None
+    if stage.kind == "prefer":
+        weights = available(stage, splits.train)
+        found = preferences(model, splits.train, weights, stage, engine, Path(out_dir), console)
+        batches, recipe["reference"] = found.batches, found.reference.of
+        objective = partial(PreferenceObjective, config=stage.prefer)
+    else:
+        batches = batches_of(model, splits.train, stage)
     trainer = Trainer(
         model,
         stage,
-        engine_for(model.config, engine),
-        batches_of(model, splits.train, stage),
+        engine,
+        batches,
         Path(out_dir) / stage.name,
-        recipe={
-            "model": asdict(model.config),
-            "questions": fingerprint(questions_of(splits.train)),
-            "version": fastmllm.__version__,
-        },
+        objective=objective,
+        recipe=recipe,
         on_mismatch=on_mismatch,
         save_every=save_every,
         console=console,

@@ -82,17 +82,17 @@ class PairBatch:
 
 
 def pairs_of(
-    tasks: Mapping[str, Sequence[Sample]], folder: Path, *, seed: int = 0
+    tasks: Mapping[str, Sequence[Sample]], folder: Path | None, *, seed: int = 0
 ) -> tuple[dict[str, list[Pair]], dict[str, list[str]]]:
     """Set a wrong answer of the closed set beside every right one.
 
     The wrong answer is another of the sample's choices; without choices, an answer to the same prompt elsewhere, one
-    about the same group of things if there is one. The corrupted image is a crop of at most 20 % of the area, as in mDPO
-    (arXiv 2406.11839, section 3.1), written to a file of its own.
+    about the same group of things if there is one. The corrupted image is a crop of at most 20 % of the area, as mDPO's
+    (arXiv 2406.11839, section 3.1), in a file of its own.
 
     Args:
         tasks: task -> samples.
-        folder: for the corrupted images.
+        folder: for the corrupted images; None makes none.
         seed: of wrong answers and crops.
 
     Returns:
@@ -109,7 +109,7 @@ def pairs_of(
                 continue
             try:
                 corrupted = None
-                if sample.image is not None:
+                if sample.image is not None and folder is not None:
                     path = corrupted_image(sample.image, folder, seed=seed)
                     corrupted = replace(sample, id=f"{sample.id}/corrupted", image=str(path))
             except ImageError:

@@ -53,16 +53,16 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def model_fingerprint(model: nn.Module, *, trainable: bool) -> str:
-    """Return 16 hexadecimal digits of the names, shapes and bits of the parameters that learn, or of all others.
+def model_fingerprint(model: nn.Module, *, trainable: bool | None = None) -> str:
+    """Return 16 hexadecimal digits of names, shapes and bits of the parameters that learn, of all others, or of all.
 
     Args:
         model: parameters whole, that is before an engine partitions them.
-        trainable: which half; the frozen half includes the buffers of its state dict.
+        trainable: which half; the frozen half includes the buffers of its state dict. None: both, whatever learns.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if (isinstance(tensor, nn.Parameter) and tensor.requires_grad) != trainable:
+        if trainable not in (None, isinstance(tensor, nn.Parameter) and tensor.requires_grad):
             continue
         data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
         # crc32, not sha256, over the bits: a gigabyte must take a second, and nobody forges weights here.

@@ -13,6 +13,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from fastmllm.train.prefer import PreferConfig
+
+KINDS = ("instruct", "prefer")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
@@ -34,6 +38,8 @@ class StageConfig:
         may_be_zero: patterns of parameters that may get an all-zero gradient at step 1 (behind a zero-init gate).
         mixture: task -> weight of the questions drawn; empty = by their number.
         visual_tokens: token counts an image may take, one drawn a micro-batch; empty = the model's own.
+        kind: what is learned from: "instruct", answers; "prefer", pairs of a right and a wrong one.
+        prefer: of a stage of that kind.
     """
 
     name: str
@@ -51,6 +57,8 @@ class StageConfig:
     may_be_zero: tuple[str, ...] = field(default=())
     mixture: Mapping[str, float] = field(default_factory=dict)
     visual_tokens: tuple[int, ...] = field(default=())
+    kind: str = "instruct"
+    prefer: PreferConfig = field(default_factory=PreferConfig)
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
@@ -60,6 +68,13 @@ class StageConfig:
             raise ValueError(f"{where}: trainable is empty, so nothing learns; add a rule such as connector.*: 1e-3")
         if bad := [f"{pattern}: {rate}" for pattern, rate in self.trainable.items() if not 0 <= rate < math.inf]:
             raise ValueError(f"{where}: learning rates must be finite and not negative: {', '.join(bad)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"{where}: kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind != "instruct" and len(self.visual_tokens) > 1:
+            raise ValueError(
+                f"{where}: visual_tokens {self.visual_tokens}: a reference belongs to one number of visual tokens, so "
+                f"a stage of kind {self.kind} takes one"
+            )
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"{where}: schedule is {self.schedule!r}; choose cosine or constant")
         if not 0 <= self.warmup <= self.steps:

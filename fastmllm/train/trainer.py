@@ -45,9 +45,20 @@ META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
 class BatchLike(Protocol):
     """Name what the trainer reads of a batch; the rest is the model's."""
 
-    input_ids: Tensor  # (T,)
-    num_targets: int
-    ids: list[str]
+    @property
+    def input_ids(self) -> Tensor:
+        """(T,)."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """What the loss of a step is divided by, summed over its batches: target tokens, pairs or answers."""
+        ...
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the samples."""
+        ...
 
 
 class NonFiniteLossError(RuntimeError):
@@ -95,6 +106,7 @@ class Trainer:
         batches: index -> batch, deterministic, so that a resumed run sees what it would have seen; the index is
             (step * accumulation + micro-batch) * ranks + rank. It may run one step ahead, in a thread.
         out_dir: of this stage: log.jsonl, checkpoints/, trainable.safetensors, result.json.
+        objective: model -> a module around it that gives the loss instead; rules, names and weights stay the model's.
         recipe: JSON-able identity of what the trainer cannot see (data, tokenizer); part of the fingerprint.
         on_mismatch: what to do when out_dir holds another recipe's run: "error", or "fresh" to rename that
             folder and start.
@@ -112,6 +124,7 @@ class Trainer:
         batches: Callable[[int], BatchLike],
         out_dir: Path | str,
         *,
+        objective: Callable[[nn.Module], nn.Module] | None = None,
         recipe: Mapping[str, Any] | None = None,
         on_mismatch: str = "error",
         save_every: int = 0,
@@ -124,6 +137,7 @@ class Trainer:
         if save_every < 0 or keep < 1:
             raise ValueError(f"trainer: save_every ({save_every}) must not be negative, keep ({keep}) must be positive")
         self.model, self.stage, self.engine_config, self.batches = model, stage, engine_config, batches
+        self.module = model if objective is None else objective(model)
         self.out_dir = Path(out_dir)
         self.on_mismatch, self.save_every, self.keep, self.on_step = on_mismatch, save_every, keep, on_step
         self.console = console or Console()
@@ -171,7 +185,7 @@ class Trainer:
         if stale is None and (finished := self._finished()) is not None:
             return finished
         check = None if not stale and latest_checkpoint(self.checkpoints) else self._gradient_check()
-        engine = create_engine(self.model, self.groups, self.engine_config, clip=self.stage.clip)
+        engine = create_engine(self.module, self.groups, self.engine_config, clip=self.stage.clip)
         engine.sum_over_ranks(0)  # all have looked at out_dir before rank 0 changes it
         try:
             if engine.rank == 0:

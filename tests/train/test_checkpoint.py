@@ -186,6 +186,12 @@ def test_fingerprints() -> None:
     with torch.no_grad():
         model.language.embed.weight[7, 3] *= 1.0001
     assert model_fingerprint(model, trainable=False) != frozen
+    whole = model_fingerprint(model)
+    model.requires_grad_(False)
+    assert model_fingerprint(model) == whole == model_fingerprint(model, trainable=False)
+    with torch.no_grad():
+        model.connector[0].weight[0, 0] += 1
+    assert model_fingerprint(model) != whole
 
 
 def test_trainable_weights_travel(tmp_path: Path) -> None:
