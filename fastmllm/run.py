@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 import fastmllm
-from fastmllm.alignment import preferences
+from fastmllm.alignment import preferences, prompts_of, rollouts_of
 from fastmllm.data.build import Splits
 from fastmllm.data.cache import cache_dir
 from fastmllm.data.images import load_image
@@ -29,6 +29,7 @@ from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
 from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
+from fastmllm.train.grpo import GRPOObjective
 from fastmllm.train.prefer import PreferenceObjective
 from fastmllm.train.stages import StageConfig
 from fastmllm.train.trainer import BatchLike, StageResult, Trainer
@@ -148,11 +149,15 @@ def train_stage(
     }
     batches: Callable[[int], BatchLike]
     objective: Callable[[nn.Module], nn.Module] | None = None
+    rollouts = None
     if stage.kind == "prefer":
         weights = available(stage, splits.train)
         found = preferences(model, splits.train, weights, stage, engine, Path(out_dir), console)
         batches, recipe["reference"] = found.batches, found.reference.of
         objective = partial(PreferenceObjective, config=stage.prefer)
+    elif stage.kind == "grpo":
+        batches = prompts_of(model, splits.train, available(stage, splits.train), stage, engine)
+        objective, rollouts = partial(GRPOObjective, config=stage.grpo), rollouts_of(model, stage)
     else:
         batches = batches_of(model, splits.train, stage)
     trainer = Trainer(
@@ -162,6 +167,7 @@ def train_stage(
         batches,
         Path(out_dir) / stage.name,
         objective=objective,
+        rollouts=rollouts,
         recipe=recipe,
         on_mismatch=on_mismatch,
         save_every=save_every,

@@ -67,6 +67,7 @@ def collate(
     template: ChatTemplate = CHAT,
     load_pixels: bool = True,
     with_answers: bool = True,
+    answers: Sequence[Sequence[int]] | None = None,
     vocab_size: int | None = None,
 ) -> Batch:
     """Pack samples: [prefix] [K image tokens] [prompt] [answer] [end].
@@ -83,6 +84,7 @@ def collate(
         template: text around prompt and answer.
         load_pixels: False leaves `pixels` None, for features cached by `image_paths`.
         with_answers: False ends each sample at its prompt, for generation; nothing is scored then.
+        answers: tokens that stand, and are scored, in place of each sample's answer and end token.
         vocab_size: as `tokenise`.
 
     Raises:
@@ -101,8 +103,9 @@ def collate(
     image_index: list[int] = []
     places: dict[str, int] = {}  # image -> its number
     shown: list[int] = []
-    for sample in samples:
+    for number, sample in enumerate(samples):
         tokens = tokenise(sample, tokenizer, template, vocab_size=vocab_size)
+        answer = tokens.answer if answers is None else answers[number]
         start = bounds[-1]
         row = list(tokens.prefix)
         if sample.image is not None:
@@ -113,8 +116,8 @@ def collate(
         target = [IGNORE] * len(row)
         if with_answers:
             # The prompt's last position predicts the answer's first token, the end token predicts nothing.
-            target = [*target[:-1], *tokens.answer, IGNORE]
-            row += tokens.answer
+            target = [*target[:-1], *answer, IGNORE]
+            row += answer
         input_ids += row
         labels += target
         positions += range(len(row))

@@ -13,9 +13,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from fastmllm.train.grpo import GRPOConfig
 from fastmllm.train.prefer import PreferConfig
 
-KINDS = ("instruct", "prefer")
+KINDS = ("instruct", "prefer", "grpo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +39,9 @@ class StageConfig:
         may_be_zero: patterns of parameters that may get an all-zero gradient at step 1 (behind a zero-init gate).
         mixture: task -> weight of the questions drawn; empty = by their number.
         visual_tokens: token counts an image may take, one drawn a micro-batch; empty = the model's own.
-        kind: what is learned from: "instruct", answers; "prefer", pairs of a right and a wrong one.
-        prefer: of a stage of that kind.
+        kind: what is learned from: "instruct", answers; "prefer", pairs of a right and a wrong one; "grpo", the model's
+            own answers and whether they are right.
+        prefer, grpo: of a stage of that kind.
     """
 
     name: str
@@ -59,6 +61,7 @@ class StageConfig:
     visual_tokens: tuple[int, ...] = field(default=())
     kind: str = "instruct"
     prefer: PreferConfig = field(default_factory=PreferConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"

@@ -71,12 +71,12 @@ def small_files(limit: int) -> Iterator[None]:
 def test_a_checkpoint_comes_back_with_its_random_state(tmp_path: Path) -> None:
     engine = OneRank()
     torch.manual_seed(5)
-    path = save_checkpoint(engine, tmp_path, {"step": 3, "recipe": {"a": 1}})
+    path = save_checkpoint(engine, tmp_path, {"step": 3, "recipe": {"a": 1}}, extra={"tokens": [[1], [2, 3]]})
     expected = torch.rand(4)
     engine.tensor = torch.zeros(1)
     assert latest_checkpoint(tmp_path) == path
     assert read_meta(path)["recipe"] == {"a": 1}
-    load_checkpoint(engine, path)
+    assert load_checkpoint(engine, path) == {"tokens": [[1], [2, 3]]}
     assert torch.equal(torch.rand(4), expected)
     assert torch.equal(engine.tensor, torch.arange(100.0))
 

@@ -166,7 +166,7 @@ def test_pairs_of_text_alone_train(pairs: list[Pair], tmp_path: Path) -> None:
 
 def test_stages_of_this_kind_say_what_they_refuse() -> None:
     rules: dict[str, Any] = {"name": "s", "steps": 1, "trainable": {"a": 1.0}}
-    with pytest.raises(ValueError, match="kind is 'dpo'; choose one of instruct, prefer"):
+    with pytest.raises(ValueError, match="kind is 'dpo'; choose one of instruct, prefer, grpo"):
         StageConfig(**rules, kind="dpo")
     with pytest.raises(ValueError, match="takes one"):
         StageConfig(**rules, kind="prefer", visual_tokens=(1, 4))
