@@ -79,10 +79,16 @@ def preferences(
         engine: accumulation and ranks say how many pairs a step draws.
         out_dir: gets crops/ and reference/.
         console: where progress and what was skipped go.
+
+    Raises:
+        ValueError: no sample makes a pair.
     """
     console = console or Console()
-    tasks = {task: samples[task] for task in weights or samples}
+    tasks = {task: samples[task] for task in samples if not weights or weights.get(task)}
     pairs, skipped = pairs_of(tasks, out_dir / "crops" if stage.prefer.image else None, seed=stage.seed)
+    if not pairs:
+        reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in skipped.items())
+        raise ValueError(f"stage {stage.name!r}: no sample makes a pair ({reasons}); give questions of a closed set")
     by_id = {pair.chosen.id: pair for task in pairs.values() for pair in task}
     chosen = {task: [pair.chosen for pair in found] for task, found in pairs.items()}
     kept = {task: weight for task, weight in weights.items() if chosen.get(task)}

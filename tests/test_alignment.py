@@ -11,10 +11,14 @@ import torch
 from rich.console import Console
 from tiny_vlm import colour_photos, tiny_vlm
 
-from fastmllm.alignment import preferences
+from fastmllm.alignment import correct, preferences
+from fastmllm.config import ConfigError
 from fastmllm.data.build import DataConfig, Splits, build
+from fastmllm.data.sample import Sample
+from fastmllm.recipe import Recipe
 from fastmllm.run import cache_features, images_of, train_stage
 from fastmllm.train.engine import EngineConfig
+from fastmllm.train.grpo import GRPOConfig
 from fastmllm.train.meters import read_log
 from fastmllm.train.stages import StageConfig
 
@@ -109,6 +113,46 @@ def test_a_stage_runs_resumes_and_is_reused(splits, tmp_path, monkeypatch):
     for (name, one), two in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
     assert run(tiny_vlm(), splits, tmp_path / "b").reused
+
+
+def test_answers_are_judged_as_evaluation_judges_them():
+    asked = Sample(id="a", prompt="?", answer="red", task="name", references=("crimson",))
+    assert [correct(asked, text) for text in ("Red.", "a crimson", "blue", "", "red blue")] == [1, 1, 0, 0, 0]
+    choice = Sample(id="b", prompt="?", answer="red", task="exists", choices=("red", "blue"))
+    assert [correct(choice, text) for text in ("the red one", "blue", "red or blue")] == [1, 0, 0]
+
+
+def test_a_model_that_half_knows_is_rewarded_into_knowing(splits, tmp_path):
+    model = tiny_vlm()
+    rules = {"connector.*": 1e-2, "language.*": 1e-2}
+    changes = {"trainable": rules, "mixture": {"name": 1}}
+    run(model, splits, tmp_path, name="instruct", kind="instruct", steps=20, batch_size=8, **changes)
+    changes["trainable"] = {"connector.*": 3e-3, "language.*": 3e-3}
+    grpo = GRPOConfig(group=8, max_new_tokens=4, kl=0.01)
+    result = run(model, splits, tmp_path, name="grpo", kind="grpo", steps=24, batch_size=6, grpo=grpo, **changes)
+    rewards = [record.reward for record in read_log(tmp_path / "grpo" / "log.jsonl")]
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.1, rewards
+    assert result.steps == 24
+
+
+def test_the_stages_of_a_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: r\nstages:\n"
+        "  - {name: dpo, kind: prefer, steps: 2, trainable: {connector.*: 1e-4}, prefer: {beta: 0.2, image: 0}}\n"
+        "  - {name: rl, kind: grpo, steps: 2, trainable: {connector.*: 1e-4}, grpo: {group: 4, kl: 0.0}}\n"
+    )
+    stages = Recipe.load(path).stages
+    assert (stages[0].prefer.beta, stages[0].prefer.image, stages[0].prefer.anchor) == (0.2, 0, 1.0)
+    assert (stages[1].grpo.group, stages[1].grpo.kl, stages[1].grpo.inner) == (4, 0.0, 1)
+    with pytest.raises(ConfigError, match="group"):
+        Recipe.load(path, ["stages.1.grpo.group=1"])
+
+
+def test_data_without_a_closed_set_is_refused(splits, tmp_path):
+    lone = {"name": splits.train["name"][:1]}
+    with pytest.raises(ValueError, match=r"stage 'align': no sample makes a pair \(1 no wrong answer in a closed set"):
+        preferences(tiny_vlm(), lone, {}, stage(), EngineConfig(), tmp_path, Console(file=io.StringIO()))
 
 
 def test_what_makes_no_pair_is_said(splits, tmp_path):
