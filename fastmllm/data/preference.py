@@ -88,7 +88,7 @@ def pairs_of(
 
     The wrong answer is another of the sample's choices; without choices, an answer to the same prompt elsewhere, one
     about the same group of things if there is one. The corrupted image is a crop of at most 20 % of the area, as mDPO's
-    (arXiv 2406.11839, section 3.1), in a file of its own.
+    (arXiv 2406.11839), in a file of its own.
 
     Args:
         tasks: task -> samples.

@@ -14,8 +14,8 @@ def dpo_loss(
 ) -> Tensor:
     """Prefer one answer over another: -log sigmoid(beta * ((pc - rc) - (pr - rr))).
 
-    With the same answer beside another image as the rejected side this is mDPO's conditional term (arXiv 2406.11839,
-    eq. 3), which a model that ignores images cannot lower.
+    With the same answer beside another image as the rejected side this is mDPO's conditional term (arXiv 2406.11839),
+    which a model that ignores images cannot lower.
 
     Args:
         policy_chosen, policy_rejected: (P,) log pi(y | x) of the model that learns, summed over the answer's tokens.
@@ -51,7 +51,7 @@ def anchor_loss(policy_chosen: Tensor, reference_chosen: Tensor, beta: float, an
     Raises:
         ValueError: the shapes differ.
 
-    Source: Wang et al., mDPO, arXiv 2406.11839, eq. 5.
+    Source: Wang et al., mDPO, arXiv 2406.11839 (anchored preference).
     """
     _same("anchor_loss", policy_chosen, reference_chosen)
     return -logsigmoid(beta * (policy_chosen - reference_chosen) - anchor)
