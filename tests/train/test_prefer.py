@@ -80,11 +80,11 @@ def prefer(out: Path, model: Any, pairs: list[Pair], steps: int = 4, **options: 
 
 def test_the_objective_is_the_sum_of_its_terms(pairs: list[Pair]) -> None:
     model = tiny_vlm()
-    batch = batch_of(model, pairs[3:6])  # an image, text, text
-    assert batch.corrupted_pair.tolist() == [0]
+    batch = batch_of(model, pairs[4:7])  # text, text, an image
+    assert batch.corrupted_pair.tolist() == [2]
     batch.reference += torch.linspace(-1, 1, len(batch.reference))
-    policy = [model.log_probs(batch_of(model, [pair]).batch).double() for pair in pairs[3:6]]
-    reference = batch.reference.double().split([3, 2, 2])
+    policy = [model.log_probs(batch_of(model, [pair]).batch).double() for pair in pairs[4:7]]
+    reference = batch.reference.double().split([2, 2, 3])
     config = PreferConfig(beta=0.3, image=0.5, anchor=2.0, anchor_reward=0.1)
     expected = torch.zeros((), dtype=torch.float64)
     for p, r in zip(policy, reference, strict=True):
