@@ -6,12 +6,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 import fastmllm
+from fastmllm.alignment import preferences, prompts_of, rollouts_of
 from fastmllm.data.build import Splits
 from fastmllm.data.cache import cache_dir
 from fastmllm.data.images import load_image
@@ -26,8 +29,10 @@ from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
 from fastmllm.streamed import StreamedBatches, tokens_an_image
 from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
+from fastmllm.train.grpo import GRPOObjective
+from fastmllm.train.prefer import PreferenceObjective
 from fastmllm.train.stages import StageConfig
-from fastmllm.train.trainer import StageResult, Trainer
+from fastmllm.train.trainer import BatchLike, StageResult, Trainer
 
 TASKS = (
     *("name", "name_zh", "group", "group_zh", "caption", "exists", "yes_no"),
@@ -137,18 +142,32 @@ def train_stage(
     """
     engine = engine_for(model.config, engine)
     recipe = {"model": asdict(model.config), "version": fastmllm.__version__}
-    batches: Callable[[int], Batch]
+    batches: Callable[[int], BatchLike]
+    objective: Callable[[nn.Module], nn.Module] | None = None
+    rollouts = None
     if stage.sources:
         streamed = StreamedBatches(model, stage, engine, Path(out_dir) / stage.name, console)
         batches, recipe["stream"] = streamed, streamed.loader.stream.identity()
     else:
-        batches, recipe["questions"] = batches_of(model, splits.train, stage), fingerprint(questions_of(splits.train))
+        recipe["questions"] = fingerprint(questions_of(splits.train))
+        if stage.kind == "prefer":
+            weights = available(stage, splits.train)
+            found = preferences(model, splits.train, weights, stage, engine, Path(out_dir), console)
+            batches, recipe["reference"] = found.batches, found.reference.of
+            objective = partial(PreferenceObjective, config=stage.prefer)
+        elif stage.kind == "grpo":
+            batches = prompts_of(model, splits.train, available(stage, splits.train), stage, engine)
+            objective, rollouts = partial(GRPOObjective, config=stage.grpo), rollouts_of(model, stage)
+        else:
+            batches = batches_of(model, splits.train, stage)
     trainer = Trainer(
         model,
         stage,
         engine,
         batches,
         Path(out_dir) / stage.name,
+        objective=objective,
+        rollouts=rollouts,
         recipe=recipe,
         on_mismatch=on_mismatch,
         save_every=save_every,

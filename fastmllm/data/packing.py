@@ -28,11 +28,12 @@ class Batch:
         position_ids: (T,) int64, restarting in each sample.
         cu_seqlens: (S + 1,) int32.
         max_seqlen: longest sample, a host number.
-        image_index: (I * K,) int64, positions that take visual tokens, image by image, row-major.
+        image_index: (P * K,) int64, positions that take visual tokens, place by place, row-major.
         pixels: (I, H, W, 3) uint8; None where features are cached, or without images.
         num_targets: scored positions, a host number.
         ids: S sample ids.
-        image_paths: I paths.
+        image_paths: I paths, each once.
+        shown: (P,) int64, the image of each place, where several samples show one; None: P = I, each has its own.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +46,7 @@ class Batch:
     num_targets: int
     ids: list[str]
     image_paths: list[str]
+    shown: torch.Tensor | None = None
 
 
 def sequence_length(tokens: Tokens, num_visual_tokens: int, with_answer: bool = True) -> int:
@@ -54,7 +56,7 @@ def sequence_length(tokens: Tokens, num_visual_tokens: int, with_answer: bool = 
 
 
 def join(rows: Sequence[Row]) -> Batch:
-    """Pack rows one after the other, all of them with pixels or none.
+    """Pack rows one after the other, all of them with pixels or none; an image that several show is there once.
 
     Raises:
         ValueError: no rows.
@@ -63,7 +65,10 @@ def join(rows: Sequence[Row]) -> Batch:
         raise ValueError("collate: no samples; give at least one")
     bounds = [0, *accumulate(len(row.input_ids) for row in rows)]
     labels = [label for row in rows for label in row.labels]
-    pixels = [image for row in rows for image in row.pixels or ()]
+    places: dict[str, int] = {}  # image -> its number
+    shown = [places.setdefault(path, len(places)) for row in rows for path in row.images]
+    each = [image for row in rows for image in row.pixels or ()]
+    pixels = [each[shown.index(number)] for number in range(len(places))] if each else []
     return Batch(
         input_ids=torch.tensor([token for row in rows for token in row.input_ids], dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
@@ -76,7 +81,8 @@ def join(rows: Sequence[Row]) -> Batch:
         pixels=torch.stack(pixels) if pixels else None,  # (I, H, W, 3)
         num_targets=sum(label != IGNORE for label in labels),
         ids=[row.id for row in rows],
-        image_paths=[path for row in rows for path in row.images],
+        image_paths=list(places),
+        shown=torch.tensor(shown, dtype=torch.int64) if len(shown) > len(places) else None,
     )
 
 
@@ -90,11 +96,13 @@ def collate(
     template: ChatTemplate = CHAT,
     load_pixels: bool = True,
     with_answers: bool = True,
+    answers: Sequence[Sequence[int]] | None = None,
     vocab_size: int | None = None,
 ) -> Batch:
     """Pack samples: [prefix] [K image tokens] [prompt] [answer] [end], and so on for each turn of a conversation.
 
-    An image's tokens are always there in full; a sample without an image has none.
+    An image's tokens are always there in full; a sample without an image has none. An image that several samples show
+    is in the batch, and encoded, once.
 
     Args:
         samples: at least one.
@@ -105,6 +113,7 @@ def collate(
         template: text around prompt and answer.
         load_pixels: False leaves `pixels` None, for features cached by `image_paths`.
         with_answers: False ends each sample at its last prompt, for generation; nothing is scored then.
+        answers: tokens that stand, and are scored, in place of each sample's last answer and its end token.
         vocab_size: as `tokenise`.
 
     Raises:
@@ -122,9 +131,10 @@ def collate(
             template=template,
             load_pixels=load_pixels,
             with_answers=with_answers,
+            answer=None if answers is None else answers[number],
             vocab_size=vocab_size,
         )
-        for sample in samples
+        for number, sample in enumerate(samples)
     ]
     return join(rows)
 

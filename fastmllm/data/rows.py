@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ def prepare(
     template: ChatTemplate = CHAT,
     load_pixels: bool = True,
     with_answers: bool = True,
+    answer: Sequence[int] | None = None,
     vocab_size: int | None = None,
 ) -> Row:
     """Tokenise a sample and load its images; arguments and errors as `collate`."""
@@ -57,7 +59,11 @@ def prepare(
     input_ids: list[int] = []
     scored: list[bool] = []
     image_index: list[int] = []
-    for piece in pieces_of(sample, tokenizer, template, vocab_size=vocab_size, with_answers=with_answers):
+    own = with_answers and answer is None
+    pieces = list(pieces_of(sample, tokenizer, template, vocab_size=vocab_size, with_answers=own))
+    if with_answers and answer is not None:
+        pieces.append(Piece(list(answer), answer=True))
+    for piece in pieces:
         if piece is None:
             image_index += range(len(input_ids), len(input_ids) + num_visual_tokens)
             piece = Piece([image_token_id] * num_visual_tokens)

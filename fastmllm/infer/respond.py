@@ -19,8 +19,9 @@ def template_of(model: VLM) -> ChatTemplate:
 
 
 def collate_for(
-    model: VLM, samples: Sequence[Sample], *, keep: int, image_size: int, load_pixels: bool, with_answers: bool
-) -> Batch:
+    model: VLM, samples: Sequence[Sample], *, keep: int, image_size: int, load_pixels: bool, with_answers: bool,
+    answers: Sequence[Sequence[int]] | None = None,
+) -> Batch:  # fmt: skip
     """Pack samples the way a model reads them."""
     return collate(
         samples,
@@ -31,6 +32,7 @@ def collate_for(
         template=template_of(model),
         load_pixels=load_pixels,
         with_answers=with_answers,
+        answers=answers,
         vocab_size=model.language.config.vocab_size,
     )
 

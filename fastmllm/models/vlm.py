@@ -19,7 +19,7 @@ from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
-from fastmllm.models.reduction import Reduction, VisualRows
+from fastmllm.models.reduction import IGNORED, Reduction, VisualRows
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 from fastmllm.modules.projector import Projector
@@ -41,10 +41,11 @@ class Batch(Protocol):
     position_ids: Tensor  # (T,)
     cu_seqlens: Tensor  # (S + 1,)
     max_seqlen: int
-    image_index: Tensor  # (I * K,)
+    image_index: Tensor  # (P * K,)
     pixels: Tensor | None  # (I, H, W, C) uint8
     num_targets: int
     image_paths: list[str]
+    shown: Tensor | None  # (P,) image of each place; None: P = I
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +156,7 @@ class VLM(nn.Module):
     def embed_batch(self, batch: Batch) -> Tensor:
         """Embed a packed batch (T,) and put the visual tokens at their placeholders: (T, D)."""
         embeddings = self.language.embed(batch.input_ids.to(self.device))
-        images = len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
+        images = _places(batch)
         places = batch.image_index.numel()
         if (places == 0) != (images == 0) or (images and places % images):
             raise ValueError(
@@ -166,6 +167,8 @@ class VLM(nn.Module):
             # every rank runs the connector once a step, image or not: sharded parameters are gathered in step
             return embeddings + 0.0 * self._nothing().sum() if self.training else embeddings
         tokens = self._placed_tokens(batch, places // images)
+        if batch.shown is not None:  # what several places show was encoded once
+            tokens = tokens.unflatten(0, (-1, places // images))[batch.shown.to(self.device)].flatten(0, 1)
         return insert_features(embeddings, tokens.to(embeddings.dtype), batch.image_index.to(self.device))
 
     def start(self, batch: Batch, cache: KVCache | None = None) -> tuple[Tensor, Continuation]:
@@ -187,7 +190,7 @@ class VLM(nn.Module):
 
     def _reduction(self, batch: Batch) -> Reduction | None:
         """Return what `stages` do to this batch inside of the language model."""
-        images = len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
+        images = _places(batch)
         if not self.placement.stages or not images:
             return None
         seqlens = (batch.image_index.numel() // images,) * images
@@ -199,10 +202,28 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of a packed batch: the fp32 sum of cross-entropy over its target tokens."""
+        hidden, labels, _ = self._scored(batch)
+        return self.language.lm_head(hidden, labels, batch.num_targets)
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Return the log-probability of each sequence's labels, (S,) fp32; no logits of other rows are computed."""
+        hidden, labels, cu_seqlens = self._scored(batch)
+        return self.language.lm_head(hidden, labels, batch.num_targets, cu_seqlens=cu_seqlens)
+
+    def target_log_probs(self, batch: Batch) -> Tensor:
+        """Return the log-probability of each scored token, (num_targets,) fp32, in their order."""
+        hidden, labels, _ = self._scored(batch)
+        losses = self.language.lm_head(hidden, labels, batch.num_targets, reduction="none")
+        rows = torch.nonzero_static(labels != IGNORED, size=batch.num_targets).view(-1)
+        return -losses.index_select(0, rows)
+
+    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hidden states, labels and boundaries of the rows that are left of a batch."""
         reduction = self._reduction(batch)
         hidden = self._decode(batch, None, reduction)
-        labels = batch.labels.to(self.device) if reduction is None else reduction.labels
-        return self.language.lm_head(hidden, labels, batch.num_targets)
+        if reduction is None or reduction.labels is None:
+            return hidden, batch.labels.to(self.device), batch.cu_seqlens.to(self.device)
+        return hidden, reduction.labels, reduction.cu_seqlens
 
     def _nothing(self) -> Tensor:
         """Run connector and compressor on an image of zeros."""
@@ -232,7 +253,7 @@ class VLM(nn.Module):
             tokens, _ = compressor(tokens, Evidence(probe=probe))
         elif merge is None:
             tokens = compress(tokens, self.config.compress, keep=keep)
-        if len(tokens.x) != batch.image_index.numel():
+        if len(tokens.x) * _places(batch) != batch.image_index.numel() * _images(batch):
             raise ValueError(
                 f"VLM: the text has {keep} places for each image, but {tokens.seqlens[:4]} tokens are left of them"
             )
@@ -246,6 +267,15 @@ class VLM(nn.Module):
                 "VLM: the batch has image paths but no pixels, and no feature_cache is set to look them up"
             )
         return self.feature_cache.gather(batch.image_paths).to(self.device)
+
+
+def _images(batch: Batch) -> int:
+    return len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
+
+
+def _places(batch: Batch) -> int:
+    """Return in how many places of the text an image stands."""
+    return _images(batch) if batch.shown is None else len(batch.shown)
 
 
 def build_vlm(config: ModelConfig, cache: Path | None = None, seed: int = 0) -> VLM:

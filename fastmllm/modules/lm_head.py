@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy, sequence_log_probs
 
 
 class LMHead(nn.Linear):
@@ -20,14 +20,26 @@ class LMHead(nn.Linear):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__(width, vocab_size, bias=False)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, num_targets: int | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        num_targets: int | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
         """Return logits (T, V); with labels, the fp32 sum of the cross-entropy over the rows that are not -100.
 
         Args:
             hidden: (T, D).
             labels: (T,) int64, aligned with the rows, or None.
             num_targets: labels that are not -100, a host number that spares a synchronisation.
+            cu_seqlens: (S + 1,) boundaries; then it is the log-probability of each sequence's labels, (S,) fp32.
+            reduction: "none" for the cross-entropy of each row, (T,) fp32, 0 where the label is -100.
         """
         if labels is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight, labels, reduction="sum", num_targets=num_targets)
+        if cu_seqlens is not None:
+            return sequence_log_probs(hidden, self.weight, labels, cu_seqlens, num_targets=num_targets)
+        return linear_cross_entropy(hidden, self.weight, labels, reduction=reduction, num_targets=num_targets)

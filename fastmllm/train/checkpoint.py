@@ -53,16 +53,16 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def model_fingerprint(model: nn.Module, *, trainable: bool) -> str:
-    """Return 16 hexadecimal digits of the names, shapes and bits of the parameters that learn, or of all others.
+def model_fingerprint(model: nn.Module, *, trainable: bool | None = None) -> str:
+    """Return 16 hexadecimal digits of names, shapes and bits of the parameters that learn, of all others, or of all.
 
     Args:
         model: parameters whole, that is before an engine partitions them.
-        trainable: which half; the frozen half includes the buffers of its state dict.
+        trainable: which half; the frozen half includes the buffers of its state dict. None: both, whatever learns.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if (isinstance(tensor, nn.Parameter) and tensor.requires_grad) != trainable:
+        if trainable not in (None, isinstance(tensor, nn.Parameter) and tensor.requires_grad):
             continue
         data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
         # crc32, not sha256, over the bits: a gigabyte must take a second, and nobody forges weights here.
@@ -124,7 +124,9 @@ def _flush(path: Path) -> None:
 # --- checkpoints of a run ---------------------------------------------------------------------------------------
 
 
-def save_checkpoint(engine: EngineLike, folder: Path, meta: Mapping[str, Any], *, keep: int = 1) -> Path:
+def save_checkpoint(
+    engine: EngineLike, folder: Path, meta: Mapping[str, Any], *, keep: int = 1, extra: Any = None
+) -> Path:
     """Write a checkpoint of all ranks; called by all of them.
 
     Args:
@@ -132,6 +134,7 @@ def save_checkpoint(engine: EngineLike, folder: Path, meta: Mapping[str, Any], *
         folder: of this run's checkpoints.
         meta: JSON-able; `step` names the checkpoint.
         keep: newest checkpoints that stay; older ones are removed once this one is in place.
+        extra: what else this rank must find again: plain values and tensors.
 
     Returns:
         the checkpoint's folder.
@@ -155,7 +158,7 @@ def save_checkpoint(engine: EngineLike, folder: Path, meta: Mapping[str, Any], *
     problem = engine.save(temporary, ENGINE_TAG)
     try:
         if problem is None:
-            torch.save(_rng_state(engine.device), temporary / f"rng-{engine.rank}.pt")
+            torch.save(_rng_state(engine.device) | {"extra": extra}, temporary / f"rng-{engine.rank}.pt")
     except (OSError, RuntimeError) as error:
         problem = error
     _raise_together(engine, problem, temporary, final)
@@ -249,8 +252,12 @@ def _damaged(path: Path, error: Exception, remedy: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged ({(str(error) or repr(error)).splitlines()[0]}); {remedy}")
 
 
-def load_checkpoint(engine: EngineLike, checkpoint: Path) -> None:
-    """Bring parameters, optimizer state and random state of a checkpoint back, to the bit; called by all ranks."""
+def load_checkpoint(engine: EngineLike, checkpoint: Path) -> Any:
+    """Bring parameters, optimizer state and random state of a checkpoint back, to the bit; called by all ranks.
+
+    Returns:
+        what this rank gave as `extra`.
+    """
     try:
         engine.load(checkpoint, ENGINE_TAG)
         state = torch.load(checkpoint / f"rng-{engine.rank}.pt", weights_only=True)
@@ -260,10 +267,11 @@ def load_checkpoint(engine: EngineLike, checkpoint: Path) -> None:
     torch.set_rng_state(state["cpu"])
     if "device" in state and engine.device.type == "cuda":
         torch.cuda.set_rng_state(state["device"], engine.device)
+    return state.get("extra")
 
 
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["device"] = torch.cuda.get_rng_state(device)
     return state

@@ -225,7 +225,7 @@ class Engine:
         self.optimizer = torch.optim.AdamW(optimizer_groups, fused=True)
         self._same_start()
         self._linear = nn.functional.linear
-        self._stack = len(importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK)
+        self._stack = len(self._forward_stack())
         with warnings.catch_warnings(), _without_broadcast():
             warnings.simplefilter("ignore")
             self._engine, *_ = deepspeed.initialize(
@@ -336,6 +336,25 @@ class Engine:
         if path is None:
             raise RuntimeError(f"train: {folder / tag} holds no checkpoint that DeepSpeed can read")
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let the model be called between steps as if there were no engine; entered and left by all ranks together.
+
+        At stage 3 its parameters are gathered, and the hooks that share each out again behind its module are away.
+        """
+        if self.config.zero_stage < 3:
+            yield
+            return
+        offload = self._engine.optimizer.parameter_offload
+        with self._deepspeed.zero.GatheredParameters([param for param, _ in self._param_keys]):
+            offload._remove_module_hooks()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                del self._forward_stack()[self._stack :]  # the hooks put the model there again
+                offload.setup_zero_stage3_hooks()
+
     def close(self) -> None:
         """Give the model back whole: full parameters, nothing of DeepSpeed on them."""
         params = [param for param, _ in self._param_keys]
@@ -371,7 +390,12 @@ class Engine:
     def _restore_process(self) -> None:
         """Undo what stage 3 does to the whole process: it replaces F.linear, and never forgets a model."""
         nn.functional.linear = self._linear
-        del importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK[self._stack :]
+        del self._forward_stack()[self._stack :]
+
+    @staticmethod
+    def _forward_stack() -> list[Any]:
+        stack: list[Any] = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
+        return stack
 
 
 def create_engine(

@@ -28,6 +28,7 @@ class StepRecord:
         tokens, targets: positions, and those with a label.
         step_ms: wall time, batches and reading included.
         grad_norm: global norm before clipping.
+        reward: mean over the answers that were sampled; None where none are.
     """
 
     step: int
@@ -37,6 +38,7 @@ class StepRecord:
     targets: int
     step_ms: float
     grad_norm: float
+    reward: float | None = None
 
 
 class MeterLog:

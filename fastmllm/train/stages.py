@@ -14,6 +14,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastmllm.data.shards import SourceConfig
+from fastmllm.train.grpo import GRPOConfig
+from fastmllm.train.prefer import PreferConfig
+
+KINDS = ("instruct", "prefer", "grpo")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +42,9 @@ class StageConfig:
         visual_tokens: token counts an image may take, one drawn a micro-batch; empty = the model's own.
         sources: shards to learn from instead of a mixture of the data's questions.
         balance_steps: steps whose samples are arranged so that ranks get equal vision work; 0 = as drawn.
+        kind: what is learned from: "instruct", answers; "prefer", pairs of a right and a wrong one; "grpo", the model's
+            own answers and whether they are right.
+        prefer, grpo: of a stage of that kind.
     """
 
     name: str
@@ -57,6 +64,9 @@ class StageConfig:
     visual_tokens: tuple[int, ...] = field(default=())
     sources: tuple[SourceConfig, ...] = field(default=())
     balance_steps: int = 0
+    kind: str = "instruct"
+    prefer: PreferConfig = field(default_factory=PreferConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
@@ -70,6 +80,15 @@ class StageConfig:
             raise ValueError(f"{where}: balance_steps ({self.balance_steps}) is for sources and must not be negative")
         if self.mixture and self.sources:
             raise ValueError(f"{where}: sources, which have weights, take the place of a mixture; leave one out")
+        if self.sources and self.kind != "instruct":
+            raise ValueError(f"{where}: sources hold answers to learn from, for kind instruct, not {self.kind}")
+        if self.kind not in KINDS:
+            raise ValueError(f"{where}: kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind != "instruct" and len(self.visual_tokens) > 1:
+            raise ValueError(
+                f"{where}: visual_tokens {self.visual_tokens}: a reference belongs to one number of visual tokens, so "
+                f"a stage of kind {self.kind} takes one"
+            )
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"{where}: schedule is {self.schedule!r}; choose cosine or constant")
         if not 0 <= self.warmup <= self.steps:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from rich.console import Console
@@ -36,7 +36,9 @@ from fastmllm.train.checkpoint import (
     set_aside,
 )
 from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
+from fastmllm.train.grpo import Prompts
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log
+from fastmllm.train.rollouts import Rollouts
 from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
 
 META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
@@ -45,9 +47,20 @@ META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
 class BatchLike(Protocol):
     """Name what the trainer reads of a batch; the rest is the model's."""
 
-    input_ids: Tensor  # (T,)
-    num_targets: int
-    ids: list[str]
+    @property
+    def input_ids(self) -> Tensor:
+        """(T,)."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """What the loss of a step is divided by, summed over its batches: target tokens, pairs or answers."""
+        ...
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the samples."""
+        ...
 
 
 class NonFiniteLossError(RuntimeError):
@@ -95,6 +108,8 @@ class Trainer:
         batches: index -> batch, deterministic, so that a resumed run sees what it would have seen; the index is
             (step * accumulation + micro-batch) * ranks + rank. It may run one step ahead, in a thread.
         out_dir: of this stage: log.jsonl, checkpoints/, trainable.safetensors, result.json.
+        objective: model -> a module around it that gives the loss instead; rules, names and weights stay the model's.
+        rollouts: what makes answers of a step's batches, which are prompts then, right before it.
         recipe: JSON-able identity of what the trainer cannot see (data, tokenizer); part of the fingerprint.
         on_mismatch: what to do when out_dir holds another recipe's run: "error", or "fresh" to rename that
             folder and start.
@@ -112,6 +127,8 @@ class Trainer:
         batches: Callable[[int], BatchLike],
         out_dir: Path | str,
         *,
+        objective: Callable[[nn.Module], nn.Module] | None = None,
+        rollouts: Rollouts | None = None,
         recipe: Mapping[str, Any] | None = None,
         on_mismatch: str = "error",
         save_every: int = 0,
@@ -124,6 +141,7 @@ class Trainer:
         if save_every < 0 or keep < 1:
             raise ValueError(f"trainer: save_every ({save_every}) must not be negative, keep ({keep}) must be positive")
         self.model, self.stage, self.engine_config, self.batches = model, stage, engine_config, batches
+        self.module, self.rollouts = model if objective is None else objective(model), rollouts
         self.out_dir = Path(out_dir)
         self.on_mismatch, self.save_every, self.keep, self.on_step = on_mismatch, save_every, keep, on_step
         self.console = console or Console()
@@ -171,7 +189,7 @@ class Trainer:
         if stale is None and (finished := self._finished()) is not None:
             return finished
         check = None if not stale and latest_checkpoint(self.checkpoints) else self._gradient_check()
-        engine = create_engine(self.model, self.groups, self.engine_config, clip=self.stage.clip)
+        engine = create_engine(self.module, self.groups, self.engine_config, clip=self.stage.clip)
         engine.sum_over_ranks(0)  # all have looked at out_dir before rank 0 changes it
         try:
             if engine.rank == 0:
@@ -182,6 +200,9 @@ class Trainer:
                 remove_leftovers(self.out_dir)
                 remove_leftovers(self.checkpoints)
             engine.sum_over_ranks(0)
+            if self.rollouts is not None:
+                with engine.whole():
+                    self.rollouts.begin()
             records, seconds = self._loop(engine, check)
         except BaseException:
             if check is not None:
@@ -258,7 +279,7 @@ class Trainer:
                 upcoming = ahead.submit(self._micro_batches, min(start, stage.steps - 1), engine.rank)
                 for step in range(start, stage.steps):
                     tick = time.perf_counter()
-                    micro = upcoming.result()
+                    micro = self._answered(engine, step, upcoming.result())
                     tokens, targets, stop = engine.sum_over_ranks(
                         sum(batch.input_ids.numel() for batch in micro),
                         sum(batch.num_targets for batch in micro),
@@ -270,7 +291,8 @@ class Trainer:
                     if step + 1 < stage.steps:
                         upcoming = ahead.submit(self._micro_batches, step + 1, engine.rank)
                     record = self._step(engine, step, micro, tokens, targets, tick)
-                    if check is not None:
+                    # equal rewards in every group teach nothing: what learns shows at the first step that does
+                    if check is not None and (self.rollouts is None or record.grad_norm > 0):
                         check.verify(engine.gather(check.close()))
                         check = None
                     records.append(record)
@@ -294,7 +316,9 @@ class Trainer:
         if checkpoint is None:
             return 0, 0.0
         meta = read_meta(checkpoint)
-        load_checkpoint(engine, checkpoint)
+        extra = load_checkpoint(engine, checkpoint)
+        if self.rollouts is not None:
+            self.rollouts.restore(extra)
         if engine.rank == 0:
             self.console.print(f"{self.stage.name}: resumes after step {meta['step']} of {self.stage.steps}")
         return int(meta["step"]), float(meta["seconds"])
@@ -302,6 +326,13 @@ class Trainer:
     def _micro_batches(self, step: int, rank: int) -> list[BatchLike]:
         accumulation = self.engine_config.accumulation
         return [self.batches((step * accumulation + micro) * self.world_size + rank) for micro in range(accumulation)]
+
+    def _answered(self, engine: Engine, step: int, micro: list[BatchLike]) -> list[BatchLike]:
+        """Return the batches to learn from: as they are, or with answers that the model gives now."""
+        if self.rollouts is None:
+            return micro
+        with engine.whole():
+            return list(self.rollouts(step, cast(list[Prompts], micro)))
 
     def _step(
         self, engine: Engine, step: int, micro: list[BatchLike], tokens: int, targets: int, tick: float
@@ -330,6 +361,7 @@ class Trainer:
             targets=targets,
             step_ms=1000 * (time.perf_counter() - tick),
             grad_norm=norm,
+            reward=None if self.rollouts is None else sum(engine.gather(self.rollouts.reward_sum)) / targets,
         )
 
     def _raise_non_finite(
@@ -357,7 +389,8 @@ class Trainer:
             "layout": self.layout,
             "torch": torch.__version__,
         }
-        save_checkpoint(engine, self.checkpoints, meta, keep=self.keep)
+        extra = None if self.rollouts is None else self.rollouts.state()
+        save_checkpoint(engine, self.checkpoints, meta, keep=self.keep, extra=extra)
 
     def _leave(self, quiet: bool, step: int) -> None:
         name = signal.Signals(self._signal).name if self._signal else "a signal to another rank"

@@ -129,3 +129,15 @@ def test_native_and_python_packing_agree(lengths: list[int], slack: int) -> None
         pytest.skip("the native planner is not built")
     capacity = max(lengths, default=1) + slack
     assert [list(b) for b in planner.pack_first_fit(lengths, capacity)] == pack_reference(lengths, capacity)
+
+
+def test_an_image_that_several_samples_show_is_held_once(tokenizer, pictures: list[Path]) -> None:
+    samples = [make("a", pictures[0]), make("b", pictures[1]), make("text", None), make("c", pictures[0], "dog")]
+    batch = collate(samples, tokenizer, num_visual_tokens=2, image_size=8, image_token_id=IMAGE)
+    assert batch.image_paths == [str(path) for path in pictures]
+    assert batch.pixels is not None
+    assert len(batch.pixels) == 2
+    assert batch.shown is not None
+    assert batch.shown.tolist() == [0, 1, 0]
+    assert len(batch.image_index) == 6
+    assert collate(samples[:3], tokenizer, num_visual_tokens=2, image_size=8, image_token_id=IMAGE).shown is None

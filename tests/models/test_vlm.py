@@ -130,3 +130,46 @@ def test_a_decoder_s_reduction_knows_the_encoder_s_grid(photos):
     model(batch)
     reduction = model._reduction(batch)
     assert reduction.visual.grid[0] == (1, 4, 4)
+
+
+def _shared(photos):
+    """One image with two answers, another one, and text."""
+    red, blue, text = _samples(photos)
+    return [red, replace(red, id="wrong", answer="green"), blue, text]
+
+
+def test_an_image_is_encoded_once_for_all_who_show_it(photos, monkeypatch):
+    model = tiny_vlm()
+    samples, seen = _shared(photos), []
+    encode = model.vision.forward
+    monkeypatch.setattr(model.vision, "forward", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    batch = _batch(model, samples)
+    together = model.log_probs(batch)
+    assert seen == [2]
+    alone = torch.cat([model.log_probs(_batch(model, [s])) for s in samples])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(-together.sum(), model(batch), rtol=1e-5, atol=1e-5)
+    model.connector.zero_grad()
+    together.sum().backward()
+    got = [p.grad.clone() for p in model.connector.parameters()]
+    model.connector.zero_grad()
+    alone.sum().backward()
+    for one, two in zip(got, model.connector.parameters(), strict=True):
+        torch.testing.assert_close(one, two.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [None, "language:1"])
+def test_log_probabilities_of_scored_tokens_in_their_order(photos, place):
+    model = tiny_vlm()
+    if place is not None:
+        model.placement = Placement.of(place, METHODS["topk"], 0.1, scorer="last_row")
+    batch = _batch(model, _shared(photos), keep=16)  # boundaries move by more than an answer
+    tokens = model.target_log_probs(batch)
+    counts = [int((row != -100).sum()) for row in batch.labels.split(batch.cu_seqlens.diff().tolist())]
+    assert tokens.shape == (batch.num_targets,)
+    sums = torch.stack([part.sum() for part in tokens.split(counts)])
+    torch.testing.assert_close(sums, model.log_probs(batch), rtol=1e-5, atol=1e-5)
+    if place is None:
+        logits = model.language.logits(model.start(batch)[0]).log_softmax(-1)
+        rows = (batch.labels != -100).nonzero().view(-1)
+        torch.testing.assert_close(tokens, logits[rows, batch.labels[rows]], rtol=1e-4, atol=1e-5)

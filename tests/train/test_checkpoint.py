@@ -71,12 +71,12 @@ def small_files(limit: int) -> Iterator[None]:
 def test_a_checkpoint_comes_back_with_its_random_state(tmp_path: Path) -> None:
     engine = OneRank()
     torch.manual_seed(5)
-    path = save_checkpoint(engine, tmp_path, {"step": 3, "recipe": {"a": 1}})
+    path = save_checkpoint(engine, tmp_path, {"step": 3, "recipe": {"a": 1}}, extra={"tokens": [[1], [2, 3]]})
     expected = torch.rand(4)
     engine.tensor = torch.zeros(1)
     assert latest_checkpoint(tmp_path) == path
     assert read_meta(path)["recipe"] == {"a": 1}
-    load_checkpoint(engine, path)
+    assert load_checkpoint(engine, path) == {"tokens": [[1], [2, 3]]}
     assert torch.equal(torch.rand(4), expected)
     assert torch.equal(engine.tensor, torch.arange(100.0))
 
@@ -186,6 +186,12 @@ def test_fingerprints() -> None:
     with torch.no_grad():
         model.language.embed.weight[7, 3] *= 1.0001
     assert model_fingerprint(model, trainable=False) != frozen
+    whole = model_fingerprint(model)
+    model.requires_grad_(False)
+    assert model_fingerprint(model) == whole == model_fingerprint(model, trainable=False)
+    with torch.no_grad():
+        model.connector[0].weight[0, 0] += 1
+    assert model_fingerprint(model) != whole
 
 
 def test_trainable_weights_travel(tmp_path: Path) -> None:

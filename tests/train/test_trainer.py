@@ -274,7 +274,7 @@ def test_the_log_and_the_lines(tmp_path: Path) -> None:
     result = trainer(tmp_path, toy(), console=console, changes={"steps": 30}).run()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
-    assert set(lines[0]) == {"step", "loss", "lr", "tokens", "targets", "step_ms", "grad_norm"}
+    assert set(lines[0]) == {"step", "loss", "lr", "tokens", "targets", "step_ms", "grad_norm", "reward"}
     assert lines[1]["lr"] == pytest.approx(1e-2)
     assert lines[0]["grad_norm"] > 0
     assert result.loss_last == pytest.approx(sum(line["loss"] for line in lines[-3:]) / 3)
