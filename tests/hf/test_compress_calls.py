@@ -7,7 +7,7 @@ import torch
 from hf_checks import distance, gradients
 from tiny_hf import PAD
 from tiny_hf_compress import KINDS, ROWS, START
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from fastmllm.compression import make
 from fastmllm.hf import patch
@@ -75,6 +75,10 @@ def test_a_limit_counts_the_prompt_as_it_was_given(kind):
     length = batch["input_ids"].shape[1] + 3
     said = model.generate(**batch, max_length=length, min_length=length, do_sample=False)
     assert said.shape[1] == length
+    given = GenerationConfig(max_length=length, min_length=length, do_sample=False)
+    ids = batch["input_ids"]
+    more = {name: value for name, value in batch.items() if name != "input_ids"}
+    assert torch.equal(model.generate(ids, given, **more), said)
     config = model.generation_config
     config.max_length, config.min_length = length, length
     assert torch.equal(model.generate(**batch, do_sample=False), said)

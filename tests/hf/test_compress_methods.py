@@ -99,12 +99,6 @@ def test_budgets_behind_a_name():
     assert run(unpatch(model)).shape[1] == 42  # and nothing is left of the call that failed
 
 
-def test_an_empty_placement_compresses_nothing():
-    model = LLAVA.build()
-    assert not [row for row in patch(model, compress=Placement()).rows if row.op == "compress"]
-    assert run(model).shape[1] == 42
-
-
 @pytest.mark.parametrize("layer", [-2, -1])
 @pytest.mark.parametrize("scorer", ["cls_row", "received"])
 def test_scores_are_those_of_the_towers_attention(scorer, layer):
@@ -133,9 +127,9 @@ def test_one_layer_is_watched_and_only_while_images_are_encoded():
     assert watched == ["1.self_attn.k_proj", "1.self_attn.q_proj"]  # of three layers
     run(model)
     state = model.model.__dict__[KEY]
-    assert not state.watched
+    assert not state.now.watched
     model.model.vision_tower(LLAVA.rows()["pixel_values"])  # as gradient checkpointing runs it again
-    assert not state.watched
+    assert not state.now.watched
 
 
 class Chosen(TopK):

@@ -129,3 +129,21 @@ def test_a_mask_of_another_length_is_refused(kind):
     cache = model(**kind.rows(side="left"), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="goes with neither"):
         model(input_ids=torch.full((3, 1), 44), attention_mask=torch.ones(3, 9).long(), past_key_values=cache)
+
+
+def test_what_was_said_behind_the_images_can_be_taken_back(kind):
+    model = kind.build()
+    patch(model, compress=compressor(kind))
+    batch = kind.rows(side="left")
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        more, mask = torch.full((3, 2), 44), torch.nn.functional.pad(batch["attention_mask"], (0, 2), value=1)
+        said = model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+        cache.crop(-2)
+        assert torch.equal(model(input_ids=more, attention_mask=mask, past_key_values=cache).logits, said)
+        cache.crop(-8)
+        with pytest.raises(ValueError, match="text behind its last image"):
+            model(input_ids=more, attention_mask=mask, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        with pytest.raises(ValueError, match="the cache is of 3 rows, the text of 1"):
+            model(input_ids=more[:1], past_key_values=cache)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastmllm.compression import Compressor, Placement
 from fastmllm.hf.compress.parts import Connector, Head, Owner, TiledOwner, Watched, WatchedKeys
-from fastmllm.hf.compress.seams import check, compressor_of, find
+from fastmllm.hf.compress.seams import check, compressor_of, family_of, find
 from fastmllm.hf.compress.state import KEY, Compression
 from fastmllm.hf.fusion import Fusion
 
@@ -28,14 +28,14 @@ def compress_fusions(
         return
     name, module, seam = find(model)
     compressor = compressor_of(compress, seam)
-    if compressor is None:
-        return
     check(compressor, seam, module)
     weight = next(p for p in module.parameters() if p.is_floating_point())
-    state = Compression(compressor.to(weight), seam)
-    owner, at = module, name
-    if not type(module).__name__.endswith("Model"):
+    owner, at, head = module, name, not family_of(module)[1].__name__.endswith("Model")
+    if head:
         owner, at = module.model, f"{name}.model".lstrip(".")
+        family_of(owner)
+    state = Compression(compressor.to(weight), seam, owner, head=module if head else None)
+    if head:
         yield name, module, Head, {}, None
     said = f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {seam.place}"
     yield at, owner, TiledOwner if seam.tiles else Owner, {KEY: state}, said
@@ -65,6 +65,7 @@ def _watched(
     name, attention = layers[wanted]
     if attention.scale != attention.head_dim**-0.5:
         raise ValueError(f"patch: {name} of {type(tower).__name__} scales its attention by {attention.scale}")
-    kept = {KEY: state, KEY + "_width": attention.head_dim}
+    state.attention = attention
+    kept = {KEY: state}
     yield f"{at}.{name}.q_proj", attention.q_proj, Watched, kept, None
     yield f"{at}.{name}.k_proj", attention.k_proj, WatchedKeys, kept, None

@@ -13,31 +13,32 @@ from fastmllm.hf.compress.text import encode, refuse_other_inputs, remember, sho
 
 
 @torch.no_grad()
-def generate(
-    module: Any, original: Callable[..., Any], inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def generate(module: Any, original: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Encode and compress the images, shorten the prompt, generate, and put the prompt's own ids back in front.
 
     Streamers, stopping criteria and processors of logits see the shortened prompt.
     """
     owner = module.model
     state: Compression = owner.__dict__[KEY]
-    ids = inputs if inputs is not None else kwargs.get("input_ids")
-    call = {**kwargs, "input_ids": ids}
+    call = {name: value for name, value in given.items() if name != "inputs"}
+    ids = call["input_ids"] = call.get("input_ids") if given.get("inputs") is None else given["inputs"]
     refuse_other_inputs(call)
+    assistant = call.get("assistant_model")
+    if assistant is not None and any(KEY in part.__dict__ for part in assistant.modules()):
+        raise ValueError("compress: the assistant_model is compressed too, and would shorten a short text: unpatch it")
     with state.call():
         if ids is None:
-            return original(module, inputs, *args, **kwargs)
+            return original(module, **given)
         if call.get("attention_mask") is None:
             call["attention_mask"] = _mask(module, ids, call)
         images = encode(state, owner, call)
         rows = shorten_text(state, owner, call, images, left=True, whole=True)
         if rows is None:
-            state.held = None  # whoever repeats rows for beams repeats the images, too
-            return original(module, inputs, *args, **kwargs)
-        state.owners = rows.owners
+            state.now.held = None  # whoever repeats rows for beams repeats the images, too
+            return original(module, **given)
+        state.now.owners = rows.owners
         _limit(module, call, ids.shape[1] - call["input_ids"].shape[1])
-        out = original(module, None, *args, **call)
+        out = original(module, **call)
     sequences = out if isinstance(out, Tensor) else out.sequences
     times = len(sequences) // len(ids)
     answer = sequences[:, call["input_ids"].shape[1] :]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastmllm.compression import Tokens
 from fastmllm.hf.compress.generation import generate
-from fastmllm.hf.compress.rows import Images
+from fastmllm.hf.compress.rows import Images, Rows
 from fastmllm.hf.compress.state import KEY, Compression, arguments
 from fastmllm.hf.compress.text import encode, refuse_other_inputs, remember, shorten_text
-from fastmllm.hf.fusion import Fusion
+from fastmllm.hf.fusion import Fusion, bound_forward, fuse, is_fused
 
 
 class Watched(Fusion):
@@ -25,8 +25,8 @@ class Watched(Fusion):
     @classmethod
     def leave(cls, module: Any, y: Tensor) -> Tensor:
         state: Compression = module.__dict__[KEY]
-        if state.listening:
-            state.watched[cls.what] = y.detach().unflatten(-1, (-1, module.__dict__[KEY + "_width"]))
+        if state.now.listening:
+            state.now.watched[cls.what] = y.detach().unflatten(-1, (-1, state.attention.head_dim))
         return y
 
     @staticmethod
@@ -42,6 +42,18 @@ class WatchedKeys(Watched):
     @staticmethod
     def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return WatchedKeys.leave(module, original(module, *args, **kwargs))
+
+
+def watch(state: Compression) -> None:
+    """Watch the projections that stand in the layer now: LoRA puts one around them, and takes it away again."""
+    for name, fusion in (("q_proj", Watched), ("k_proj", WatchedKeys)):
+        projection = getattr(state.attention, name)
+        if KEY in projection.__dict__:
+            continue
+        if is_fused(projection):
+            raise ValueError(f"compress: {name} of the layer whose attention is read was replaced: patch again")
+        fuse(projection, (fusion,))
+        projection.__dict__[KEY] = state
 
 
 class Connector(Fusion):
@@ -68,16 +80,18 @@ class Owner(Fusion):
     def get_image_features(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state: Compression = module.__dict__[KEY]
         call = arguments(original, args, kwargs)
-        if state.held is not None:
+        if state.now.held is not None:
             return state.again(call["pixel_values"])
         if state.seam.prefix == "Llava" and call.get("image_sizes") is not None:
             raise ValueError("compress: image_sizes: images packed into one row are not compressed")
-        state.images, state.listening = None, state.compressor.layer is not None
+        state.now.images, state.now.listening = None, state.compressor.layer is not None
+        if state.attention is not None:
+            watch(state)
         try:
             out = original(module, **{**call, "return_dict": True})
         finally:
-            state.listening = False
-            state.watched.clear()
+            state.now.listening = False
+            state.now.watched.clear()
         return out if state.seam.connector is not None else _merged(state, module, out, call["image_grid_thw"])
 
     @staticmethod
@@ -96,19 +110,19 @@ class TiledOwner(Owner):
     ) -> Any:
         """Put the tokens that are left of each tile behind each other: they are no lines any more."""
         state: Compression = module.__dict__[KEY]
-        assert state.images is not None
-        whole = state.images.before[0]
-        if state.images.before == state.images.after:
+        assert state.now.images is not None
+        whole = state.now.images.before[0]
+        if state.now.images.before == state.now.images.after:
             packed, lengths = original(module, image_features, image_sizes, *args, **kwargs)
-            state.images = Images(tuple(map(len, packed)), tuple(map(len, packed)))
+            state.now.images = Images(tuple(map(len, packed)), tuple(map(len, packed)))
             return packed, lengths
         blank = {**kwargs, "image_newline": torch.zeros(1)}  # how many tokens there would have been
         would, _ = original(
             module, [torch.zeros(len(f), whole, 1) for f in image_features], image_sizes, *args, **blank
         )
         packed = [features.flatten(0, 1) for features in image_features]
-        state.images = Images(tuple(map(len, would)), tuple(map(len, packed)))
-        return packed, torch.tensor(state.images.after, device=packed[0].device)
+        state.now.images = Images(tuple(map(len, would)), tuple(map(len, packed)))
+        return packed, torch.tensor(state.now.images.after, device=packed[0].device)
 
 
 class Head(Fusion):
@@ -122,17 +136,15 @@ class Head(Fusion):
         return shortened(module, module.model, original, args, kwargs)
 
     @staticmethod
-    def generate(
-        module: Any, original: Callable[..., Any], inputs: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        return generate(module, original, inputs, args, kwargs)
+    def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generate(module, original, arguments(original, args, kwargs))
 
 
 @torch.compiler.disable(recursive=False)  # the text is rewritten on the host; what is called from here is compiled
 def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Run a model's forward on a text without the tokens that its images lose."""
     state: Compression = owner.__dict__[KEY]
-    if state.busy:
+    if state.now.busy:
         return original(module, *args, **kwargs)
     call = arguments(original, args, kwargs)
     refuse_other_inputs(call)
@@ -143,8 +155,21 @@ def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, 
         rows = shorten_text(state, owner, call, images, left=call.get("labels") is None and not module.training)
         out = original(module, **call)
     if rows is not None:
+        if module is not state.head and state.head is not None and bound_forward(state.head):
+            out = _whole(rows, out)
         cache = out.get("past_key_values") if isinstance(out, dict) else call.get("past_key_values")
         remember(cache, owner, rows)
+    return out
+
+
+def _whole(rows: Rows, out: Any) -> Any:
+    """Give hidden states the columns of the text as it was given, for whoever reads them in place of the head (TRL).
+
+    Labels of tokens that are gone are none; the row that predicts the text behind an image is left of it.
+    """
+    if not isinstance(out, dict):
+        return (rows.spread(out[0]), *out[1:])
+    out["last_hidden_state"] = rows.spread(out["last_hidden_state"])
     return out
 
 

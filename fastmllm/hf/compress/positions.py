@@ -10,7 +10,9 @@ from torch import Tensor
 from fastmllm.hf.compress.rows import PAD, Rows
 from fastmllm.hf.compress.state import Compression
 
-SEEN = "_fastmllm_rows"  # on a cache: what is left of the text that it holds, its columns, and its M-RoPE's lead
+SEEN = (
+    "_fastmllm_rows"  # on a cache: what is left of the text that it holds, its columns, M-RoPE's lead, its images' end
+)
 
 
 def positions(

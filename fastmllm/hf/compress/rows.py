@@ -37,6 +37,7 @@ class Rows:
         columns: T, of the text that is new.
         past: columns of the text that are in the cache, of which `cached` (B, P) int64 are left.
         owners: images of each row.
+        behind: columns that are left up to the last placeholder, the cache's included.
     """
 
     index: Tensor
@@ -45,6 +46,7 @@ class Rows:
     past: int = 0
     cached: Tensor | None = None
     owners: tuple[int, ...] = ()
+    behind: int = 0
 
     @property
     def whole(self) -> Tensor:
@@ -89,6 +91,13 @@ class Rows:
         if mask.shape[-1] == cached + self.columns:  # the caller has counted what the cache holds
             return torch.cat([mask[:, :cached], self.take(mask[:, cached:], 0)], 1)
         return self.take(mask, 0)  # says what does not fit
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return (B, T, C) of (B, T', C): each column of the text has its own again, and 0 those that are gone."""
+        index = torch.where(self.index == PAD, PAD, self.index - self.past) + 1
+        order = torch.arange(x.shape[1], device=index.device).expand_as(index)
+        source = index.new_full((len(index), self.columns + 1), PAD).scatter_reduce(1, index, order, "amax")[:, 1:]
+        return self._gather(x.permute(2, 0, 1), source, 0).permute(1, 2, 0)
 
     def renumbered(self, position_ids: Tensor) -> Tensor:
         """Return (B, T') positions of which those behind an image close up, as each packed text counts them."""
@@ -144,13 +153,15 @@ def shorten(
     index = torch.full((batch * longest,), PAD, dtype=torch.int64)
     index[at] = source % columns + past
     index = index.to(device, non_blocking=True)
+    slots = at[(host.flatten() == token)[source]]
+    behind = 0 if not len(slots) else int((slots % longest).max()) + 1 + (0 if cached is None else cached.shape[1])
     stands = index
     if images.pos is not None and len(images.pos):
-        slots, run = at[(host.flatten() == token)[source]], places % columns + past
+        run = places % columns + past
         beginning = starts.repeat_interleave(after).to(device, non_blocking=True)
         taken = run.to(device, non_blocking=True)[beginning + images.pos.to(device)]
         stands = index.index_copy(0, slots.to(device, non_blocking=True), taken)
     return Rows(
         index=index.view(batch, longest), stands=stands.view(batch, longest), columns=columns, past=past, cached=cached,
-        owners=tuple(torch.bincount(owners, minlength=batch).tolist()),
+        owners=tuple(torch.bincount(owners, minlength=batch).tolist()), behind=behind,
     )  # fmt: skip

@@ -17,6 +17,7 @@ TEXT = "its text has one place a token, so positions are renumbered"
 INSERTED = "its images stand in the text as cross-attention, not as tokens: there is nothing to shorten in front of it"
 QUERIES = "its connector makes 32 queries of an image already, a learned number that its language model was trained on"
 WITHOUT_PLACES = {"mllama": INSERTED, "idefics": INSERTED, "blip_2": QUERIES, "instructblip": QUERIES}
+OURS = {"forward", "generate", "get_image_features", "pack_image_features"}  # what the parts of a model replace
 ABOUT_TEXT = ("given", "external", "last_row", "text_rows")  # judged by the prompt, or by whoever calls
 
 
@@ -64,6 +65,24 @@ SEAMS: Mapping[str, Seam] = {
 }
 
 
+def family_of(module: nn.Module) -> tuple[str | None, type]:
+    """Return the package under transformers.models that a module's class is of, or the class that it derives from.
+
+    Raises:
+        ValueError: it derives from a model whose text or images it computes in its own way.
+    """
+    cls = getattr(type(module), ORIGINAL, type(module))
+    for place, base in enumerate(cls.__mro__):
+        family = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\w+", base.__module__)
+        if family is None:
+            continue
+        own = sorted({n for c in cls.__mro__[:place] for n in vars(c)} & OURS)
+        if own and family[1] in SEAMS:
+            raise ValueError(f"patch: cannot compress {cls.__name__}: it has a {', '.join(own)} of its own")
+        return family[1], base
+    return None, cls
+
+
 def find(model: nn.Module) -> tuple[str, Any, Seam]:
     """Return the outermost module that takes images as tokens: its name in the model, the module and its seam.
 
@@ -73,12 +92,11 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
     packages: list[str] = []
     around: dict[str, str] = {}
     for name, module in model.named_modules():
-        cls = getattr(type(module), ORIGINAL, type(module))
-        family = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\w+", cls.__module__)
-        if family is None:
+        package, cls = family_of(module)
+        if package is None:
             continue
-        packages.append(family[1])
-        seam = SEAMS.get(family[1])
+        packages.append(package)
+        seam = SEAMS.get(package)
         if seam and cls.__name__ in (f"{seam.prefix}ForConditionalGeneration", f"{seam.prefix}Model"):
             outside = [kind for prefix, kind in around.items() if name.startswith(prefix)]
             if outside:
@@ -89,8 +107,8 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
     raise ValueError(f"patch: cannot compress the visual tokens of {type(model).__name__}: {why}")
 
 
-def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> Compressor | None:
-    """Return what is to run at the connector, or None: nothing.
+def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> Compressor:
+    """Return what is to run at the connector.
 
     Args:
         compress: as `patch` takes it; "VisionZip" or "visionzip:64" name a published method, with its own budget or K.
@@ -111,6 +129,8 @@ def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> Compres
             f"patch: compress={compress}: inside of {inside} tokens are compressed in fastmllm's own models (VLM, "
             "MLLM); in a model of transformers at the connector alone"
         )
+    if compress.connector is None:
+        raise ValueError("patch: compress=Placement() compresses nowhere: give its connector a compressor, or None")
     return compress.connector
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,40 +22,72 @@ from fastmllm.kernels.attention import attention
 KEY = STATE + "compression"  # where modules keep the one object
 
 
-@dataclass(slots=True)
-class Compression:
-    """One patched model's compressor, and what goes from part to part during a call.
+class Call(threading.local):
+    """What goes from part to part while a thread calls the model; no other thread sees it.
 
-    Args:
-        compressor: what is computed.
-        seam: where.
-        cls_token: whether the tower has one.
+    Attributes:
         images: of the last encoding.
         busy: a call is under way whose text is shortened already.
         held: the image features that it has encoded already, of so many rows of `pixels`.
         owners: images of each row of its text.
-        queries, keys: of the layer that is read, (I, S, heads, head_dim), while `listening`.
+        watched: queries and keys of the layer that is read, (I, S, heads, head_dim), while `listening`.
+    """
+
+    def __init__(self) -> None:
+        self.images: Images | None = None
+        self.busy = False
+        self.held: Any = None
+        self.pixels = 0
+        self.owners: tuple[int, ...] = ()
+        self.listening = False
+        self.watched: dict[str, Tensor] = {}
+
+
+@dataclass(slots=True, eq=False)
+class Compression:
+    """One patched model's compressor, which all of its parts share.
+
+    Args:
+        compressor: what is computed.
+        seam: where.
+        owner: the model without head.
+        head: the model with head, if there is one.
+        cls_token: whether the tower has one.
+        attention: the layer of the tower that is read.
+        now: of the thread's call.
     """
 
     compressor: Compressor
     seam: Seam
+    owner: Any
+    head: Any = None
     cls_token: bool = False
-    images: Images | None = None
-    busy: bool = False
-    held: Any = None
-    pixels: int = 0
-    owners: tuple[int, ...] = ()
-    listening: bool = False
-    watched: dict[str, Tensor] = field(default_factory=dict)
+    attention: Any = None
+    now: Call = field(default_factory=Call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
+        """Go along with a copy of the model; a copy of a part of it (PEFT's `modules_to_save`) stays a part of it."""
+        if id(self.owner) not in memo:
+            return self
+        memo[id(self)] = copied = Compression(
+            self.compressor, self.seam, memo[id(self.owner)], cls_token=self.cls_token
+        )
+        copied.compressor, copied.attention = copy.deepcopy((self.compressor, self.attention), memo)
+        copied.head = memo.get(id(self.head))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kept = {n: getattr(self, n) for n in ("head", "cls_token", "attention", "owner")}
+        return _blank, (self.compressor, self.seam), (None, kept)
 
     @contextmanager
     def call(self) -> Iterator[None]:
         """Mark a call as under way, and let go of what it holds behind it."""
-        self.busy = True
+        self.now.busy = True
         try:
             yield
         finally:
-            self.busy, self.held, self.owners = False, None, ()
+            self.now.busy, self.now.held, self.now.owners = False, None, ()
 
     def encode(self, owner: Any, call: dict[str, Any]) -> Any:
         """Encode the images of a call by transformers' method, with those of the call's arguments that it takes."""
@@ -71,7 +105,7 @@ class Compression:
                 f"wide; the model takes them no wider {self.seam.place}"
             )
         keeps_places = self.seam.mrope and self.compressor.position == "keep" and kept is not tokens
-        self.images = Images(tokens.seqlens, kept.seqlens, kept.pos[:, 0] if keeps_places else None)
+        self.now.images = Images(tokens.seqlens, kept.seqlens, kept.pos[:, 0] if keeps_places else None)
         return kept
 
     def dense(self, x: Tensor) -> Tensor:
@@ -84,7 +118,7 @@ class Compression:
     def _probe(self, tokens: Tokens) -> Probe | None:
         if self.compressor.layer is None:
             return None
-        q, k = (self.watched.pop(name) for name in ("queries", "keys"))
+        q, k = (self.now.watched.pop(name) for name in ("queries", "keys"))
         images, rows = q.shape[:2]
         lead = rows - tokens.seqlens[0]
         if images != len(tokens.seqlens) or lead not in (0, 1):
@@ -104,25 +138,31 @@ class Compression:
 
     def again(self, pixels: Tensor) -> Any:
         """Return what is held, in the order of a batch whose rows generation may have repeated for its beams."""
-        times = len(pixels) // self.pixels
-        held = type(self.held)(**dict(self.held.items()))  # generation writes into what it is given
-        vars(held).update(vars(self.held))  # transformers < 5.23 sets what its class has no field for
+        times = len(pixels) // self.now.pixels
+        held = type(self.now.held)(**dict(self.now.held.items()))  # generation writes into what it is given
+        vars(held).update(vars(self.now.held))  # transformers < 5.23 sets what its class has no field for
         if times > 1:
-            order = _repeated(self.owners, times)
+            order = _repeated(self.now.owners, times)
             held.pooler_output = self._ordered(held.pooler_output, order, times)
             if getattr(held, "deepstack_features", None) is not None:
                 held.deepstack_features = [self._ordered(f, order, times) for f in held.deepstack_features]
         return held
 
     def _ordered(self, features: Any, order: Sequence[int], times: int) -> Any:
-        assert self.images is not None
+        images = self.now.images
+        assert images is not None
         if isinstance(features, Tensor) and features.dim() == 3:  # (I, K, D)
             return features[list(order)]
         if isinstance(features, Tensor):  # (T, D)
-            return torch.cat(self._ordered(features.split(list(self.images.after)), order, times))
-        if tuple(map(len, features)) != self.images.after:  # one entry a row
+            return torch.cat(self._ordered(features.split(list(images.after)), order, times))
+        if tuple(map(len, features)) != images.after:  # one entry a row
             return [f for f in features for _ in range(times)]
         return [features[i] for i in order]
+
+
+def _blank(compressor: Compressor, seam: Seam) -> Compression:
+    """Return what unpickling fills: the models that it knows hold it themselves."""
+    return Compression(compressor, seam, None)
 
 
 def _repeated(owners: Sequence[int], times: int) -> list[int]:

@@ -19,9 +19,9 @@ def encode(state: Compression, owner: Any, call: dict[str, Any]) -> Images:
     """Encode and compress a call's images, and hold what comes out until the model asks for it."""
     if call.get("pixel_values") is None:
         return Images((), ())
-    state.held, state.pixels = state.encode(owner, call), len(call["pixel_values"])
-    assert state.images is not None
-    return state.images
+    state.now.held, state.now.pixels = state.encode(owner, call), len(call["pixel_values"])
+    assert state.now.images is not None
+    return state.now.images
 
 
 def refuse_other_inputs(call: dict[str, Any]) -> None:
@@ -30,7 +30,10 @@ def refuse_other_inputs(call: dict[str, Any]) -> None:
         raise ValueError("compress: videos are not compressed in a model of transformers: unpatch it for them")
     for name in ("mm_encoder_outputs", "image_hidden_states"):
         if call.get(name) not in (None, {}):
-            raise ValueError(f"compress: {name}: image features that are there already; give pixel_values")
+            raise ValueError(
+                f"compress: {name}: image features that are there already; give pixel_values, and unpatch a model that "
+                "drafts for another as its assistant_model"
+            )
     if call.get("pixel_values") is not None and call.get("input_ids") is None:
         raise ValueError("compress: placeholders are looked for among input_ids, not among inputs_embeds")
 
@@ -43,20 +46,32 @@ def cached_columns(cache: Any, batch: int, device: torch.device) -> tuple[int, T
     seen = getattr(cache, SEEN, None)
     if seen is None:
         return length, torch.arange(length, device=device).expand(batch, -1), False
-    index, columns, _ = seen
-    grown = torch.arange(columns, columns + length - index.shape[1], device=device).expand(len(index), -1)
+    index, columns, _, behind = seen
     if len(index) != batch:
-        raise ValueError(f"compress: the cache is of {len(index)} rows, the text of {batch}")
+        raise ValueError(
+            f"compress: the cache is of {len(index)} rows, the text of {batch}; rows cannot be taken out of a "
+            "cache, or put into it, after a call: fill one anew"
+        )
+    if (gone := index.shape[1] - length) > 0:
+        text = torch.arange(columns - gone, columns, device=index.device)
+        if length < behind or not bool((index[:, length:] == text).all()):
+            raise ValueError(
+                f"compress: the cache was cropped to {length} tokens, but only text behind its last image can be taken "
+                f"back, to {behind} tokens, and none that is padded behind: fill a cache anew"
+            )
+        index, columns = index[:, :length], columns - gone
+    grown = torch.arange(columns, columns + length - index.shape[1], device=device).expand(len(index), -1)
     return columns + grown.shape[1], torch.cat([index.to(device), grown], 1), True
 
 
 def remember(cache: Any, owner: Any, rows: Rows, times: int = 1) -> None:
-    """Leave on a cache what it holds of the text, and how far its positions are ahead of its tokens."""
+    """Leave on a cache what it holds of the text, how far its positions are ahead, and where its last image ends."""
     if cache is not None:
         lead = getattr(owner, "rope_deltas", None)
         kept = (rows.whole, None if lead is None else lead.expand(len(rows.index), -1))
         index, lead = (None if t is None else t.repeat_interleave(times, 0) for t in kept)
-        setattr(cache, SEEN, (index, rows.past + rows.columns, lead))
+        behind = rows.behind or (getattr(cache, SEEN, (0,))[-1] if rows.past else 0)
+        setattr(cache, SEEN, (index, rows.past + rows.columns, lead, behind))
 
 
 @torch.compiler.disable
