@@ -41,8 +41,6 @@ class Case:
         step: forward and backward in training mode.
         freeze: what of a step's model does not learn.
         goal: ratio that is wanted.
-        compress: of `patch`.
-        promised: with compression, by how much the work shrinks.
         compiles: torch.compile is worth waiting for.
         dtypes: to measure in.
         rounds: at most.
@@ -56,8 +54,6 @@ class Case:
     step: bool = False
     freeze: Callable[[nn.Module], Any] = lambda model: None
     goal: float | None = None
-    compress: Any = None
-    promised: Callable[[Given], float] | None = None
     compiles: bool = True
     dtypes: tuple[torch.dtype, ...] = BOTH
     rounds: int = 7

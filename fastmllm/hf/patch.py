@@ -44,7 +44,7 @@ def patch(
             hidden states get the text's own columns again, 0 where tokens are gone.
             Merging inside of the encoder and stages inside of the language model are for fastmllm's own models.
         ops: operators to use wherever a module's structure allows, even where they are slower; None uses all of them,
-            but only where they are measured to be at least as fast.
+            but only where they are at least as fast: by measurement on a CPU, on CUDA by launches and bytes as yet.
         strict: raise if a module that one of `ops` is for cannot have it, if none is there, or, without `ops`, if
             nothing at all can be replaced.
 

@@ -76,6 +76,7 @@ def test_the_example_runs(folder, more, tmp_path):
     losses = [float(x) for x in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
     assert len(losses) == 3, done.stdout[-2000:]
     assert "rms_norm" in done.stdout
+    assert re.search(r"insert_features\s*│\s*torch", done.stdout), "the report shows nothing replaced"
     assert (tmp_path / "config.json").is_file()
 
 

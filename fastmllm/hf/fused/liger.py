@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmllm.hf.fusion import Fusion, agrees
+from fastmllm.hf.fused.mlp import HOMES
+from fastmllm.hf.fusion import Fusion, agrees, hooked
 
 DEVICE = "cuda"
 WIDEST = 65536  # columns that one program of Liger's takes
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-HOMES = ("transformers.activations", "torch.nn.modules.activation")
 
 
 class GatedMLP(Fusion):
@@ -55,7 +55,7 @@ class GatedMLP(Fusion):
         if torch.compiler.is_compiling():
             return "torch.compile fuses it"
         act = module.act_fn
-        if _kind(act) is None or act._forward_hooks or act._forward_pre_hooks or "forward" in act.__dict__:
+        if _kind(act) is None or hooked(act):
             return "its activation has been replaced, or carries hooks"
         if module.gate_proj._forward_hooks or module.up_proj._forward_hooks:
             return "hooks see outputs that Liger's backward overwrites"

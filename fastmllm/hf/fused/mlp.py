@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmllm.hf.fusion import Fusion, agrees, outside_autocast, plain
+from fastmllm.hf.fusion import Fusion, agrees, hooked, outside_autocast, plain
 from fastmllm.kernels.gelu_mlp import gelu_mlp
 
 LINEARS = (("fc1", "fc2"), ("linear_1", "linear_2"), ("linear_fc1", "linear_fc2"))
@@ -22,7 +22,7 @@ KINDS = {
     "FastGELUActivation": "tanh",
     "QuickGELUActivation": "quick",
 }
-HOMES = ("transformers.activations", "torch.nn.modules.activation")
+HOMES = ("transformers.activations", "torch.nn.modules.activation")  # where an activation of that name is meant
 
 
 class GeluMLP(Fusion):
@@ -98,7 +98,7 @@ def _why_not(first: Any, act: Any, second: Any) -> str | None:
     """Say why these modules have to be called, or None."""
     if _kind(act) is None:
         return f"its activation is {type(act).__name__}"
-    if act._forward_hooks or act._forward_pre_hooks or "forward" in act.__dict__:
+    if hooked(act):
         return f"its {type(act).__name__} carries hooks"
     return plain(first, second)
 
