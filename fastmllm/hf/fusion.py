@@ -6,6 +6,7 @@ LoRA, recorded outputs and policies by class name keep working; taking it back i
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -195,6 +196,12 @@ def plain(*modules: nn.Module | None) -> str | None:
         if any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
             return "ZeRO-3 holds its weights"
     return None
+
+
+def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name."""
+    names = list(inspect.signature(inspect.unwrap(function)).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def outside_autocast(compute: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastmllm.compression import Tokens
 from fastmllm.hf.compress.generation import generate
 from fastmllm.hf.compress.rows import Images, Rows
-from fastmllm.hf.compress.state import KEY, Compression, arguments
+from fastmllm.hf.compress.state import KEY, Compression
 from fastmllm.hf.compress.text import encode, refuse_other_inputs, remember, shorten_text
-from fastmllm.hf.fusion import Fusion, bound_forward, fuse, is_fused
+from fastmllm.hf.fusion import Fusion, arguments, bound_forward, fuse, is_fused
 
 
 class Watched(Fusion):

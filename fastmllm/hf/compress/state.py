@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -171,9 +171,3 @@ def _repeated(owners: Sequence[int], times: int) -> list[int]:
         order += list(range(first, first + count)) * times
         first += count
     return order
-
-
-def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    names = list(inspect.signature(inspect.unwrap(function)).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}

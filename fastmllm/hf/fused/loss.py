@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fastmllm.hf.fusion import STATE, Fusion, hooked, outside_autocast
+from fastmllm.hf.fusion import STATE, Fusion, arguments, hooked, outside_autocast
 from fastmllm.kernels.linear_cross_entropy import CHUNK, linear_cross_entropy
 
 REQUEST = STATE + "labels"
@@ -74,7 +73,7 @@ class HeadLoss(Fusion):
 
     @staticmethod
     def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        labels = _argument(original, "labels", args, kwargs)
+        labels = arguments(original, args, kwargs).get("labels") if args else kwargs.get("labels")
         if labels is None or not module.training:
             return original(module, *args, **kwargs)
         ignored, shifted = kwargs.get("ignore_index", -100), kwargs.get("shift_labels")
@@ -114,12 +113,3 @@ def _without_logits(out: Any) -> Any:
 def _loss_of(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
     assert logits.numel() == 1, "the head did not answer with the loss"
     return logits.view(())
-
-
-def _argument(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return an argument of a call, by keyword or by place; None where it is not given."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    names = list(inspect.signature(inspect.unwrap(function)).parameters)[1:]
-    place = names.index(name) if name in names else len(args)
-    return args[place] if place < len(args) else None
