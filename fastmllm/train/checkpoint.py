@@ -1,4 +1,4 @@
-"""What survives a stop: checkpoints of a run, exported weights, and the identity of both.
+"""What survives a stop: files that are whole or absent, exported weights, and the identity of runs and weights.
 
 Everything is written under a temporary name, then renamed; a write that fails leaves what was there.
 """
@@ -11,12 +11,11 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,23 +24,9 @@ from torch import nn
 
 from fastmllm.data.cache import atomic_path
 
-ENGINE_TAG = "engine"
-
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read, or belongs to another run."""
-
-
-class EngineLike(Protocol):
-    """Name what a checkpoint needs of `engine.Engine`."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def gather(self, value: Any) -> list[Any]: ...
-    def save(self, folder: Path, tag: str) -> Exception | None: ...
-    def load(self, folder: Path, tag: str) -> None: ...
 
 
 # --- identity ---------------------------------------------------------------------------------------------------
@@ -91,27 +76,27 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with atomic_path(path) as temporary:
             yield temporary
-            _flush(temporary)
+            flush(temporary)
     except Exception as error:
-        if _is_write_problem(error):
-            raise CheckpointError(_full_disk(path, str(error), "what was there before is intact")) from error
+        if is_write_problem(error):
+            raise CheckpointError(full_disk(path, str(error), "what was there before is intact")) from error
         raise
 
 
-def _is_write_problem(error: Exception) -> bool:
+def is_write_problem(error: Exception) -> bool:
     """True for an OSError and for the errors that torch and safetensors make of one."""
     if isinstance(error, OSError):
         return True
     return isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
 
 
-def _full_disk(path: Path, problem: str, kept: str) -> str:
+def full_disk(path: Path, problem: str, kept: str) -> str:
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 2**20
     return f"cannot write {path}: {problem} ({free:,.0f} MiB free there); {kept}. Free space, then run the same again"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file is on the disk, so that the rename cannot get there first."""
     with path.open("rb") as file:
         try:
@@ -119,118 +104,6 @@ def _flush(path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
-
-
-# --- checkpoints of a run ---------------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    engine: EngineLike, folder: Path, meta: Mapping[str, Any], *, keep: int = 1, extra: Any = None
-) -> Path:
-    """Write a checkpoint of all ranks; called by all of them.
-
-    Args:
-        engine: what holds trainable parameters and optimizer state.
-        folder: of this run's checkpoints.
-        meta: JSON-able; `step` names the checkpoint.
-        keep: newest checkpoints that stay; older ones are removed once this one is in place.
-        extra: what else this rank must find again: plain values and tensors.
-
-    Returns:
-        the checkpoint's folder.
-
-    Raises:
-        CheckpointError: some rank could not write; earlier checkpoints are intact.
-    """
-    final = folder / f"step-{meta['step']:08d}"
-    name = engine.gather(f"{final.name}.tmp-{os.getpid()}")[0]
-    temporary = folder / name
-    problem: Exception | None = None
-    try:
-        if engine.rank == 0:
-            remove_leftovers(folder)
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / ENGINE_TAG).mkdir(parents=True)
-    except OSError as error:
-        problem = error
-    _raise_together(engine, problem, temporary, final)
-
-    problem = engine.save(temporary, ENGINE_TAG)
-    try:
-        if problem is None:
-            torch.save(_rng_state(engine.device) | {"extra": extra}, temporary / f"rng-{engine.rank}.pt")
-    except (OSError, RuntimeError) as error:
-        problem = error
-    _raise_together(engine, problem, temporary, final)
-
-    try:
-        if engine.rank == 0:
-            (temporary / "meta.json").write_text(json.dumps(dict(meta), indent=1), encoding="utf-8")
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    _flush(path)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            with atomic_file(folder / "latest") as pointer:
-                pointer.write_text(final.name, encoding="utf-8")
-            for old in sorted(folder.glob("step-????????"))[: -max(1, keep)]:
-                if old != final:
-                    shutil.rmtree(old, ignore_errors=True)
-    except (OSError, CheckpointError) as error:
-        problem = error
-    _raise_together(engine, problem, temporary, final)
-    return final
-
-
-def _raise_together(engine: EngineLike, problem: Exception | None, temporary: Path, final: Path) -> None:
-    """Raise on every rank when one rank has a problem, so that none waits for a rank that left."""
-    problems = [text for text in engine.gather(None if problem is None else str(problem) or repr(problem)) if text]
-    if not problems:
-        return
-    if engine.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    earlier = latest_checkpoint(final.parent)
-    kept = f"the checkpoint {earlier.name} is intact" if earlier else "no earlier checkpoint exists"
-    raise CheckpointError(_full_disk(final, problems[0].splitlines()[0], kept)) from problem
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove half-written checkpoints whose process is gone."""
-    for path in folder.glob("*.tmp-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint's folder, or None."""
-    pointer = folder / "latest"
-    if pointer.exists():
-        path = folder / pointer.read_text(encoding="utf-8").strip()
-        if (path / "meta.json").exists():
-            return path
-    # A kill between the two renames leaves a complete folder that the pointer does not name yet.
-    complete = [path for path in sorted(folder.glob("step-????????")) if (path / "meta.json").exists()]
-    return complete[-1] if complete else None
-
-
-def read_meta(checkpoint: Path, needed: Sequence[str] = ("step",)) -> dict[str, Any]:
-    """Return what `save_checkpoint` was given as meta.
-
-    Raises:
-        CheckpointError: damaged, or one of the needed keys is missing.
-    """
-    return read_json(checkpoint / "meta.json", needed, f"delete {checkpoint}, then the run starts from an earlier step")
 
 
 def read_json(path: Path, needed: Sequence[str], remedy: str) -> dict[str, Any]:
@@ -244,37 +117,12 @@ def read_json(path: Path, needed: Sequence[str], remedy: str) -> dict[str, Any]:
         if not isinstance(found, dict) or any(key not in found for key in needed):
             raise ValueError(f"it must hold {', '.join(needed)}")
     except ValueError as error:
-        raise _damaged(path, error, remedy) from error
+        raise damaged(path, error, remedy) from error
     return found
 
 
-def _damaged(path: Path, error: Exception, remedy: str) -> CheckpointError:
+def damaged(path: Path, error: Exception, remedy: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged ({(str(error) or repr(error)).splitlines()[0]}); {remedy}")
-
-
-def load_checkpoint(engine: EngineLike, checkpoint: Path) -> Any:
-    """Bring parameters, optimizer state and random state of a checkpoint back, to the bit; called by all ranks.
-
-    Returns:
-        what this rank gave as `extra`.
-    """
-    try:
-        engine.load(checkpoint, ENGINE_TAG)
-        state = torch.load(checkpoint / f"rng-{engine.rank}.pt", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        remedy = f"delete {checkpoint}, then the run starts from an earlier step"
-        raise _damaged(checkpoint, error, remedy) from error
-    torch.set_rng_state(state["cpu"])
-    if "device" in state and engine.device.type == "cuda":
-        torch.cuda.set_rng_state(state["device"], engine.device)
-    return state.get("extra")
-
-
-def _rng_state(device: torch.device) -> dict[str, Any]:
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["device"] = torch.cuda.get_rng_state(device)
-    return state
 
 
 def set_aside(folder: Path) -> Path:
@@ -330,7 +178,7 @@ def load_trainable(model: nn.Module, path: Path | str) -> dict[str, str]:
     try:
         return _load_trainable(model, path)
     except SafetensorError as error:
-        raise _damaged(path, error, "put a whole copy there") from error
+        raise damaged(path, error, "put a whole copy there") from error
 
 
 def _load_trainable(model: nn.Module, path: Path) -> dict[str, str]:

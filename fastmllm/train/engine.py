@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastmllm.train.partition import Piece, adopt_masters, partition, share_of
 
 DTYPES = ("auto", "float32", "bfloat16")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -234,10 +235,6 @@ class Engine:
                 config=config.to_dict(clip=clip, num_trainable=num_trainable),
                 dist_init_required=False,
             )
-        self._engine._copy_recovery_script = lambda path: None  # 50 KB of scripts in every checkpoint
-        self._write = self._engine.checkpoint_engine.save
-        self._write_problem: Exception | None = None
-        self._engine.checkpoint_engine.save = self._guarded_write
 
     def _same_start(self) -> None:
         """Give every rank rank 0's parameters."""
@@ -314,27 +311,20 @@ class Engine:
         torch.distributed.all_gather_object(values, value, group=self._hosts)
         return values
 
-    def save(self, folder: Path, tag: str) -> Exception | None:
-        """Write trainable parameters and optimizer state under folder/tag.
+    def pieces(self, *, own: bool = False) -> list[Piece]:
+        """List what this rank updates: views of weights and optimizer state, by parameter name.
 
-        Returns:
-            what this rank could not write; all ranks come back even so, since none leaves the barriers inside.
+        Args:
+            own: a share of what all ranks hold (stage 0), so that the ranks' pieces together have everything once.
         """
-        self._write_problem = None
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-        return self._write_problem
+        found = list(partition(self.model, self.config.zero_stage, self._engine.optimizer, self.optimizer))
+        if own and self.config.zero_stage == 0:
+            return [part for piece in found if (part := share_of(piece, self.rank, self.world_size))]
+        return found
 
-    def _guarded_write(self, state_dict: Any, path: str) -> None:
-        try:
-            self._write(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            self._write_problem = error
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Read what `save` wrote; frozen parameters keep the values that they have."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
-        if path is None:
-            raise RuntimeError(f"train: {folder / tag} holds no checkpoint that DeepSpeed can read")
+    def adopt_pieces(self) -> None:
+        """Compute with what was written into `pieces` from here on; called by all ranks."""
+        adopt_masters(self.config.zero_stage, self._engine.optimizer)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

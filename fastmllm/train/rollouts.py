@@ -41,7 +41,7 @@ class Rollouts:
         self._start: dict[str, Tensor] = {}
         self._held: list[Answers] = []
         self._tokens: list[list[list[int]]] = []
-        self._restored: Mapping[str, Any] | None = None
+        self._restored: Sequence[Mapping[str, Any]] | None = None
 
     def begin(self) -> None:
         """Take the model as it is for the reference: a copy of what learns, no more; the rest is shared."""
@@ -60,13 +60,13 @@ class Rollouts:
         self.model.eval()
         with torch.no_grad():
             state = self._restored if step % self.config.inner else None
-            self._tokens = [self.sample(p.batch) for p in prompts] if state is None else list(state["tokens"])
+            self._tokens = [self.sample(p.batch) for p in prompts] if state is None else [s["tokens"] for s in state]
             self.reward_sum = 0.0
             self._held = [self._judge(p, tokens) for p, tokens in zip(prompts, self._tokens, strict=True)]
             for number, answers in enumerate(self._held):
                 scorer = cast(TokenScorer, self.model)
                 if self.config.inner > 1:
-                    answers.old = scorer.target_log_probs(answers.batch) if state is None else state["old"][number]
+                    answers.old = scorer.target_log_probs(answers.batch) if state is None else state[number]["old"]
                 if self.config.kl:
                     with self._as_it_began():
                         answers.reference = scorer.target_log_probs(answers.batch)
@@ -96,12 +96,12 @@ class Rollouts:
                 if name in now:
                     param.data = now[name]
 
-    def state(self) -> dict[str, Any] | None:
-        """Return what a stop between two steps on the same answers must keep; plain values and tensors."""
+    def state(self) -> list[dict[str, Any]] | None:
+        """Return what a stop between two steps on the same answers must keep, by micro-batch; plain values, tensors."""
         if self.config.inner == 1:
             return None
-        return {"tokens": self._tokens, "old": [answers.old for answers in self._held]}
+        return [{"tokens": t, "old": a.old} for t, a in zip(self._tokens, self._held, strict=True)]
 
-    def restore(self, state: Mapping[str, Any] | None) -> None:
+    def restore(self, state: Sequence[Mapping[str, Any]] | None) -> None:
         """Take back what `state` returned."""
         self._restored, self._held = state, []

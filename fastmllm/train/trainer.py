@@ -24,16 +24,20 @@ from fastmllm.train.checkpoint import (
     atomic_file,
     differences,
     fingerprint,
-    latest_checkpoint,
-    load_checkpoint,
     load_trainable,
     model_fingerprint,
     read_json,
-    read_meta,
-    remove_leftovers,
-    save_checkpoint,
     save_trainable,
     set_aside,
+)
+from fastmllm.train.elastic import (
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    read_meta,
+    readable_meta,
+    remove_leftovers,
+    save_checkpoint,
 )
 from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
 from fastmllm.train.grpo import Prompts
@@ -42,6 +46,10 @@ from fastmllm.train.rollouts import Rollouts
 from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
 
 META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
+HINTS = {
+    "initial_weights": " (seed the modules that learn before making them)",
+    "micro_batches": " (accumulation times ranks is a step: change one with the other)",
+}
 
 
 class BatchLike(Protocol):
@@ -162,7 +170,7 @@ class Trainer:
                 }
             )
         )
-        # How it is spread: a checkpoint's files can be read by the same spread only.
+        # How it is spread: may be another one when the run is resumed.
         self.layout: dict[str, Any] = {
             "zero_stage": engine_config.zero_stage,
             "ranks": self.world_size,
@@ -221,19 +229,16 @@ class Trainer:
 
     def _stale(self) -> str | None:
         """Return how out_dir's run differs from this one, None when it does not or is empty."""
-        checkpoint = latest_checkpoint(self.checkpoints)
-        result = self.out_dir / "result.json"
-        if result.exists():
+        if (self.out_dir / "result.json").exists():
             lines = differences(self._read_result()["recipe"], self.recipe)
-        elif checkpoint is not None:
-            meta = read_meta(checkpoint, META)
-            lines = differences(meta["recipe"], self.recipe) + differences(meta["layout"], self.layout)
+        elif (meta := readable_meta(self.checkpoints, META)) is not None:
+            lines = differences(meta["recipe"], self.recipe)
         else:
             return None
         if not lines:
             return None
         if self.on_mismatch == "error":
-            hint = " (seed the modules that learn before making them)" if "initial_weights" in lines[0] else ""
+            hint = next((text for key, text in HINTS.items() if key in lines[0]), "")
             raise CheckpointError(
                 f"{self.out_dir} holds a run of another recipe: {'; '.join(lines[:6])}{hint}. Give the same recipe to "
                 "resume, another out_dir to keep both, or on_mismatch=fresh to set that run aside and start"
@@ -312,7 +317,7 @@ class Trainer:
     def _resume(self, engine: Engine) -> tuple[int, float]:
         """Load the latest checkpoint, if any; return the steps done and the seconds that they took."""
         torch.manual_seed(self.stage.seed + engine.rank)
-        checkpoint = latest_checkpoint(self.checkpoints)
+        checkpoint, problems = find_checkpoint(engine, self.checkpoints)
         if checkpoint is None:
             return 0, 0.0
         meta = read_meta(checkpoint)
@@ -320,7 +325,11 @@ class Trainer:
         if self.rollouts is not None:
             self.rollouts.restore(extra)
         if engine.rank == 0:
-            self.console.print(f"{self.stage.name}: resumes after step {meta['step']} of {self.stage.steps}")
+            spread = "; ".join(differences(meta["layout"], self.layout))
+            lines = [f"set aside: {problem}" for problem in problems]
+            lines.append(f"resumes after step {meta['step']} of {self.stage.steps}{spread and f' ({spread})'}")
+            for line in lines:
+                self.console.print(f"{self.stage.name}: {line}", highlight=False, soft_wrap=True)
         return int(meta["step"]), float(meta["seconds"])
 
     def _micro_batches(self, step: int, rank: int) -> list[BatchLike]:
