@@ -50,6 +50,17 @@ for stage in (2, 3):
     expect(TrainingInterrupted, trainer(OUT / f"cut{stage}", toy(dropout=0.2), on_step=signal_rank_1, **options).run)
     trainer(OUT / f"cut{stage}", toy(dropout=0.2), **options).run()
 
+# One process stopped (test_ranks.py); two go on, by other stages too, and stop again: one process goes on then.
+for name, zero_stage in (("same", 2), ("third", 3), ("none", 0)):
+    options = {"engine": {"zero_stage": zero_stage}, "save_every": 2}
+    trainer(OUT / f"grown-{name}", toy(), **options).run()
+
+    def stop(record: Any) -> None:
+        if record.step == 5:
+            raise InterruptedError
+
+    expect(InterruptedError, trainer(OUT / f"shrunk-{name}", toy(), on_step=stop, **options).run)
+
 # Rank 1's disk is full during the second checkpoint: both ranks say so, neither waits for the other.
 real, calls = torch.save, []
 
