@@ -146,18 +146,20 @@ def remove_leftovers(folder: Path) -> None:
     """Remove half-written checkpoints whose process is gone."""
     for path in folder.glob("*.tmp-*"):
         pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """True while a process of this host runs; one that has ended and is only not collected yet does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    stat = Path(f"/proc/{pid}/stat")  # of Linux alone
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 # --- finding ----------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class EngineConfig:
         bucket_elements: upper bound on a reduction bucket; the trainable count is used when it is smaller.
         offload: "none", or "cpu" to keep the optimizer state in host memory (stages 2 and 3).
         timeout_s: seconds after which a collective that a rank does not join is an error, on every rank.
+        heartbeat_s: seconds after which a rank whose process does not answer ends the job (`watchdog`), however long a
+            step takes; 0 = only `timeout_s` counts.
         workers: processes of each rank that read the shards of a stage with sources; 0 = none.
     """
 
@@ -47,6 +49,7 @@ class EngineConfig:
     bucket_elements: int = 50_000_000
     offload: str = "none"
     timeout_s: float = 600.0
+    heartbeat_s: float = 20.0
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class EngineConfig:
             raise ValueError(f"engine: offload=cpu needs zero_stage 2 or 3, not {self.zero_stage}")
         if self.accumulation < 1 or self.bucket_elements < 1 or self.timeout_s <= 0:
             raise ValueError("engine: accumulation, bucket_elements and timeout_s must be positive")
+        if self.heartbeat_s < 0:
+            raise ValueError(f"engine: heartbeat_s is {self.heartbeat_s}; give seconds, or 0 for no heartbeat")
         if self.workers < 0:
             raise ValueError(f"engine: workers is {self.workers}; give 0 or more processes")
 
@@ -310,6 +315,11 @@ class Engine:
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=self._hosts)
         return values
+
+    def store(self) -> Any:
+        """Return a connection of its own to the store where the ranks met."""
+        met: Any = torch.distributed.distributed_c10d._get_default_store()
+        return met.clone()
 
     def pieces(self, *, own: bool = False) -> list[Piece]:
         """List what this rank updates: views of weights and optimizer state, by parameter name.

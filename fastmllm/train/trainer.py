@@ -44,6 +44,7 @@ from fastmllm.train.grpo import Prompts
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log
 from fastmllm.train.rollouts import Rollouts
 from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
+from fastmllm.train.watchdog import Watchdog
 
 META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
 HINTS = {
@@ -192,37 +193,45 @@ class Trainer:
             CheckpointError: out_dir holds another recipe's run, or the disk is full (nothing saved is lost).
             NonFiniteLossError: names step and samples; the last checkpoint stays.
             TrainingInterrupted: after SIGINT or SIGTERM, once saved; says how to resume.
+            RankLostError: another rank died; one that is only silent ends this process (`watchdog`).
         """
         stale = self._stale()
         if stale is None and (finished := self._finished()) is not None:
             return finished
         check = None if not stale and latest_checkpoint(self.checkpoints) else self._gradient_check()
         engine = create_engine(self.module, self.groups, self.engine_config, clip=self.stage.clip)
-        engine.sum_over_ranks(0)  # all have looked at out_dir before rank 0 changes it
         try:
-            if engine.rank == 0:
-                if stale and self.out_dir.exists():
-                    aside = set_aside(self.out_dir)
-                    self.console.print(f"{self.stage.name}: other recipe ({stale}); its run is now {aside}")
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(self.out_dir)
-                remove_leftovers(self.checkpoints)
-            engine.sum_over_ranks(0)
-            if self.rollouts is not None:
-                with engine.whole():
-                    self.rollouts.begin()
-            records, seconds = self._loop(engine, check)
+            with self._signals(), self._watchdog(engine):
+                engine.sum_over_ranks(0)  # all have looked at out_dir before rank 0 changes it
+                if engine.rank == 0:
+                    if stale and self.out_dir.exists():
+                        aside = set_aside(self.out_dir)
+                        self.console.print(f"{self.stage.name}: other recipe ({stale}); its run is now {aside}")
+                    self.checkpoints.mkdir(parents=True, exist_ok=True)
+                    remove_leftovers(self.out_dir)
+                    remove_leftovers(self.checkpoints)
+                engine.sum_over_ranks(0)
+                if self.rollouts is not None:
+                    with engine.whole():
+                        self.rollouts.begin()
+                records, seconds = self._loop(engine, check)
+                engine.close()
+                self.model.eval()
+                result = self._finish(engine.rank, records, seconds)
         except BaseException:
             if check is not None:
                 check.close()
             engine.abandon()
             raise
-        engine.close()
-        self.model.eval()
-        result = self._finish(engine.rank, records, seconds)
         if self._signal:  # it came during the last step
             raise TrainingInterrupted(128 + self._signal)
         return result
+
+    def _watchdog(self, engine: Engine) -> Watchdog:
+        def kept() -> Path | None:
+            return latest_checkpoint(self.checkpoints)
+
+        return Watchdog(engine, self.engine_config.heartbeat_s, what=self.stage.name, kept=kept)
 
     def _gradient_check(self) -> GradientCheck:
         return GradientCheck(self.model, self.groups, self.stage.may_be_zero)
@@ -280,7 +289,7 @@ class Trainer:
         progress = ProgressReport(self.console, stage.name, start=start, steps=stage.steps, quiet=quiet)
         began = time.perf_counter()
         try:
-            with self._signals(), ThreadPoolExecutor(max_workers=1) as ahead, progress:
+            with ThreadPoolExecutor(max_workers=1) as ahead, progress:
                 upcoming = ahead.submit(self._micro_batches, min(start, stage.steps - 1), engine.rank)
                 for step in range(start, stage.steps):
                     tick = time.perf_counter()
