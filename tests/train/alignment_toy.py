@@ -55,7 +55,7 @@ def grpo(
     return run
 
 
-def prefer(out: Path, photos: Path, *, engine: dict[str, Any]) -> None:
+def prefer(out: Path, photos: Path, *, engine: dict[str, Any], **options: Any) -> None:
     """Train four steps on pairs of the same questions, by the recipe's own verb."""
     splits = Splits(
         train=questions(photos), eval={}, concepts=(), groups=(), licences={}, notes=(), skipped=Counter(),
@@ -65,4 +65,4 @@ def prefer(out: Path, photos: Path, *, engine: dict[str, Any]) -> None:
         name="prefer", kind="prefer", steps=4, batch_size=2, trainable={"connector.*": 3e-3, "language.*": 3e-3},
         schedule="constant",
     )  # fmt: skip
-    train_stage(tiny_vlm(), splits, stage, EngineConfig(**engine), out, console=Console(file=io.StringIO()))
+    train_stage(tiny_vlm(), splits, stage, EngineConfig(**engine), out, console=Console(file=io.StringIO()), **options)

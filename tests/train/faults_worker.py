@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 import forks
 from train_toy import ToyBatch, sample, toy, trainer
 
@@ -62,22 +61,23 @@ def slow(rank: int) -> None:
 
     def batches(index: int) -> ToyBatch:
         if rank == 1 and index // 2 == 4:
-            time.sleep(2.5)
+            time.sleep(6)
         return sample(index)
 
     def pause(record: Any) -> None:
         if rank == 0 and record.step == 3:
             (OUT / "pause").write_text("")
 
-    trainer(OUT / "slow", toy(), engine={"heartbeat_s": 0.8}, batches=batches, on_step=pause).run()
+    trainer(OUT / "slow", toy(), engine={"heartbeat_s": 4.0}, batches=batches, on_step=pause).run()
 
 
 processes = forks.start(2, slow, OUT / "slow.said")
-while not (OUT / "pause").exists() and time.sleep(0.01) is None:
-    pass
+deadline = time.monotonic() + 60
+while not (OUT / "pause").exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
 for process in processes:
     os.kill(process, signal.SIGSTOP)
-time.sleep(1.5)
+time.sleep(6)
 for process in processes:
     os.kill(process, signal.SIGCONT)
 found["slow"] = forks.wait(processes)

@@ -11,9 +11,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  # what making an optimizer imports: here once, not in every fork
+
 from fastmllm.train.engine import _deepspeed
 
-_deepspeed()  # once, not in every fork
+_deepspeed()
 
 
 def start(ranks: int, work: Callable[[int], None], said: Path) -> list[int]:

@@ -15,13 +15,14 @@ from fastmllm.train.engine import EngineConfig
 from fastmllm.train.watchdog import Watchdog
 
 HERE = Path(__file__).parent
+PATHS = os.pathsep.join(map(str, (HERE.parents[1], HERE, HERE.parent, HERE.parent / "support")))
 
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("faults")
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(HERE / "faults_worker.py"), str(out)]
     done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -31,14 +32,19 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_killed_rank_is_named_at_once(faults: dict[str, Any]) -> None:
     said = (faults["out"] / "killed.said.0").read_text()
-    assert f"RankLostError: toy: rank 1 ({os.uname().nodename}, process {faults['killed']['pid']}) has died; rank 0" in said
+    assert (
+        f"RankLostError: toy: rank 1 ({os.uname().nodename}, process {faults['killed']['pid']}) has died; rank 0"
+        in said
+    )
     assert "step-00000004 is kept: run the same again to go on" in said
     assert (faults["killed"]["code"], faults["killed"]["seconds"] < 20) == (1, True)
 
 
 def test_a_stopped_rank_ends_the_others(faults: dict[str, Any]) -> None:
     said = (faults["out"] / "stopped.said.0").read_text()
-    assert f"process {faults['stopped']['pid']}) has not answered for 2 s: stuck, stopped or gone; rank 0 ends; " in said
+    assert (
+        f"process {faults['stopped']['pid']}) has not answered for 2 s: stuck, stopped or gone; rank 0 ends; " in said
+    )
     assert "step-00000004 is kept: run the same again to go on" in said
     assert faults["stopped"]["code"] == 1
     assert 1.5 < faults["stopped"]["seconds"] < 20
