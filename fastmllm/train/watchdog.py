@@ -70,7 +70,7 @@ class Watchdog:
         self.period_s = limit_s / 8
         self._stop = threading.Event()
         self._others = [rank for rank in range(ranks.world_size) if rank != ranks.rank] if limit_s else []
-        self._who: list[tuple[str, int]] = []  # host and process of each rank
+        self._who: list[tuple[str, int, str]] = []  # host, process and machine of each rank
         self._seen: dict[int, tuple[str, float]] = {}  # what a rank counted last, and when that was seen
         self._answered = 0.0  # when the store answered last
 
@@ -80,7 +80,7 @@ class Watchdog:
             self._store, self._name = self.ranks.store(), f"watchdog/{name}"
             self._store.set_timeout(timedelta(seconds=self.limit_s))
             self._count("0")
-            self._who = self.ranks.gather((socket.gethostname(), os.getpid()))  # all have counted then
+            self._who = self.ranks.gather((socket.gethostname(), os.getpid(), _machine()))  # all have counted then
             self._forgive()
             for loop in (self._beat, self._watch):
                 threading.Thread(target=loop, name=f"watchdog{loop.__name__}", daemon=True).start()
@@ -174,7 +174,7 @@ class Watchdog:
         return f"{self.what}: {told}; rank {self.ranks.rank} ends; {then}"
 
     def _describe(self, rank: int, text: str) -> str:
-        host, pid = self._who[rank]
+        host, pid, _ = self._who[rank]
         if text.startswith(FAILED):
             return f"rank {rank} ({host}, process {pid}) {text}"
         if self._has_died(rank):
@@ -182,8 +182,8 @@ class Watchdog:
         return f"rank {rank} ({host}, process {pid}) has not answered for {self.limit_s:g} s: stuck, stopped or gone"
 
     def _has_died(self, rank: int) -> bool:
-        host, pid = self._who[rank]
-        return host == socket.gethostname() and not alive(pid)
+        _, pid, machine = self._who[rank]
+        return machine == _machine() and not alive(pid)
 
     # --- the store ----------------------------------------------------------------------------------------------
 
@@ -198,6 +198,14 @@ class Watchdog:
             self._count(value)
         except RuntimeError:
             return
+
+
+def _machine() -> str:
+    """Return what two processes share if they see each other by number: containers and clones share a host's name."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return (
+        f"{boot.read_text().strip()} {os.readlink(space)}" if boot.exists() and space.exists() else socket.gethostname()
+    )
 
 
 def _is_about_a_peer(error: RuntimeError) -> bool:
