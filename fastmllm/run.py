@@ -125,6 +125,7 @@ def train_stage(
     out_dir: str | Path,
     *,
     save_every: int = 50,
+    keep: int = 2,
     on_mismatch: str = "error",
     console: Console | None = None,
 ) -> StageResult:
@@ -137,6 +138,7 @@ def train_stage(
         engine: ZeRO stage and accumulation; its dtype is the model's (`engine_for`).
         out_dir: checkpoints, log and weights of this stage.
         save_every: steps between checkpoints.
+        keep: newest checkpoints that stay: a damaged one gives way to the one before.
         on_mismatch: what to do when out_dir holds another recipe's run: "error" or "fresh".
         console: where progress goes.
     """
@@ -171,6 +173,7 @@ def train_stage(
         recipe=recipe,
         on_mismatch=on_mismatch,
         save_every=save_every,
+        keep=keep,
         console=console,
     )
     return trainer.run()

@@ -102,5 +102,5 @@ for stage, ranks in STAGES:
     forks.run(ranks, partial(work, out=place / "straight"), place / "straight.said")
     ended = forks.wait(forks.start(ranks, killed_after(3, stage, place / "cut", ranks), place / "killed.said"))
     assert ended[-1][0] == -signal.SIGKILL, (stage, ended)
-    assert [path.name for path in place.glob("cut/**/step-*")] == ["step-00000002"], stage
+    assert max(path.name for path in place.glob("cut/**/step-*")) == "step-00000002", stage
     forks.run(ranks, partial(work, out=place / "cut"), place / "again.said")
