@@ -199,6 +199,21 @@ def test_a_damaged_meta_is_not_the_runs(tmp_path: Path) -> None:
     assert readable_meta(tmp_path / "nowhere", ()) is None
 
 
+def test_micro_batches_are_dealt_anew_to_other_ranks(tmp_path: Path) -> None:
+    """What rank r kept for its micro-batch m was number m * ranks + r of the step."""
+    path = save_checkpoint(OneRank(), tmp_path, {"step": 3}, extra=["a0", "a1"])
+    other = torch.load(path / "rank-00000.pt") | {"extra": ["b0", "b1"]}
+    torch.save(other, path / "rank-00001.pt")
+    assert load_checkpoint(OneRank(), path) == ["a0", "b0", "a1", "b1"]
+    one = torch.rand(3)
+    third = OneRank()
+    third.rank, third.world_size = 2, 4
+    assert load_checkpoint(third, path) == ["a1"]
+    assert not torch.equal(torch.rand(3), one)  # ranks draw apart
+    load_checkpoint(OneRank(), path)
+    assert torch.equal(torch.rand(3), one)  # and the same each time
+
+
 def interrupted(out: Path, engine: dict[str, Any], **options: Any) -> None:
     with pytest.raises(Stop):
         trainer(out, toy(), engine=engine, save_every=3, on_step=stop_after(4, Stop()), **options).run()
