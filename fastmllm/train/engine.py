@@ -49,7 +49,7 @@ class EngineConfig:
     bucket_elements: int = 50_000_000
     offload: str = "none"
     timeout_s: float = 600.0
-    heartbeat_s: float = 20.0
+    heartbeat_s: float = 15.0
     workers: int = 0
 
     def __post_init__(self) -> None:
