@@ -36,8 +36,8 @@ from ._patches import (
     without_prefix,
 )
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
-from .layer_norm import layer_norm
 from ._watch import report
+from .layer_norm import layer_norm
 
 MAX_OFFSET = 2**31  # patches, and elements of one image, that a kernel counts with 32 bits
 

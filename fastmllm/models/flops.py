@@ -19,7 +19,7 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DepthwiseConv)
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
-def product_weight(module: nn.Module) -> nn.Parameter | None:
+def product_weight(module: nn.Module) -> Tensor | None:
     """Return the weight that a module's own call multiplies its input with; None where it has no such product.
 
     A language-model head has none: in training its product is the loss operator's.
@@ -37,9 +37,9 @@ def product_flops(module: nn.Module) -> Callable[[Tensor], int]:
     """
     weight = product_weight(module)
     assert weight is not None
-    if isinstance(module, EvaAttention):  # q, k and v, where the output has the width of one
-        return lambda out, each=2 * len(weight): each * out.numel()  # type: ignore[misc]
-    return lambda out, each=2 * weight[0].numel(): each * out.numel()  # type: ignore[misc]
+    # of EVA's product q, k and v come out, of its module values of one's width
+    each = 2 * (len(weight) if isinstance(module, EvaAttention) else weight[0].numel())
+    return lambda out: each * out.numel()
 
 
 # Attention ------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ class Inputs:
         counts: visual tokens of each image in the text, on the host.
         grids: frames, rows and columns of them, where they are a grid (Qwen-VL), or None.
         ids: names of the samples.
-        pixels: of all that the encoders are given, and of that what shows something of a picture (`Plan`); (0, 0) where
-            a processor made the batch.
+        encoder_pixels: all that the encoders are given, and of that what shows something of a picture (`Plan`); (0, 0)
+            where a processor made the batch.
     """
 
     input_ids: Tensor
@@ -40,7 +40,7 @@ class Inputs:
     counts: tuple[int, ...] = ()
     grids: tuple[tuple[int, int, int], ...] | None = None
     ids: tuple[str, ...] = ()
-    pixels: tuple[int, int] = (0, 0)
+    encoder_pixels: tuple[int, int] = (0, 0)
 
     @property
     def num_tokens(self) -> int:

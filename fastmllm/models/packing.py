@@ -110,7 +110,7 @@ def pack(
     else:
         packed = make_inputs(ids, labels=targets, images=seen.arguments)
     used = sum(min(plan.effective_pixels, plan.encoder_pixels) for plan in plans)
-    packed = replace(packed, pixels=(sum(plan.encoder_pixels for plan in plans), used))
+    packed = replace(packed, encoder_pixels=(sum(plan.encoder_pixels for plan in plans), used))
     if across is None:
         return packed
     if across == "sample":

@@ -11,13 +11,15 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastmllm.train.meters import MeterConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -38,6 +40,7 @@ class EngineConfig:
         offload: "none", or "cpu" to keep the optimizer state in host memory (stages 2 and 3).
         timeout_s: seconds after which a collective that a rank does not join is an error, on every rank.
         workers: processes of each rank that read the shards of a stage with sources; 0 = none.
+        meters: where the figures of a step go, and what MFU is a share of.
     """
 
     zero_stage: int = 2
@@ -47,6 +50,7 @@ class EngineConfig:
     offload: str = "none"
     timeout_s: float = 600.0
     workers: int = 0
+    meters: MeterConfig = field(default_factory=MeterConfig)
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -305,6 +309,15 @@ class Engine:
         total = torch.tensor(counts, dtype=torch.int64)
         torch.distributed.all_reduce(total, group=self._hosts)
         return [int(value) for value in total]
+
+    def counts_of_ranks(self, *counts: int) -> list[list[int]]:
+        """Return every rank's host integers, rank by rank."""
+        if self.world_size == 1:
+            return [list(counts)]
+        mine = torch.tensor(counts, dtype=torch.int64)
+        ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(ranks, mine, group=self._hosts)
+        return [rank.tolist() for rank in ranks]
 
     def gather(self, value: Any) -> list[Any]:
         """Give every rank the list of every rank's value (a small picklable object)."""

@@ -1,8 +1,8 @@
 """Count the floating point operations of training steps by the layers that run, without waiting for the device.
 
 A product of F operations in the forward pass takes F for the gradient of its input and F for that of its weight, if
-they are wanted: a layer costs F where nothing in front of it or in it learns, 2 F where it is frozen between what learns
-and the loss, 3 F where it learns. Each is seen when the layer is called, from what its input and its weight require.
+they are wanted: a layer costs F where nothing in front of it or in it learns, 2 F where it is frozen between what
+learns and the loss, 3 F where it learns. That is seen when it is called, from what its input and its weight require.
 """
 
 from __future__ import annotations

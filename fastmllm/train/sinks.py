@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -41,7 +42,7 @@ class TensorBoard:
 
 
 class Service:
-    """wandb, or trackio, which has its interface; project and login are those of its own variables.
+    """wandb, or trackio, which has its interface; login and project are those of its own variables (WANDB_PROJECT).
 
     A run goes on under its name; steps that it has are not sent again.
     """
@@ -49,7 +50,8 @@ class Service:
     def __init__(self, package: str, folder: Path, name: str, run: str, first_step: int) -> None:
         self._module = importlib.import_module(package)
         named = {"id": run, "name": name, "dir": str(folder)} if package == "wandb" else {"name": f"{name}-{run}"}
-        self._run = self._module.init(**{"project": "fastmllm", "resume": "allow", **named})
+        project = os.environ.get(f"{package.upper()}_PROJECT", "fastmllm")
+        self._run = self._module.init(**{"project": project, "resume": "allow", **named})
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Send the figures of a step."""

@@ -124,7 +124,8 @@ def test_cached_features_cost_nothing() -> None:
     model.feature_cache = type("Cache", (), {"gather": lambda self, paths: features})()  # type: ignore[assignment]
     batch.pixels = None
     cached, seen = counted(model, lambda: model(batch), model.vision)
-    assert cached.hardware == seen and cached.vision == 0
+    assert cached.hardware == seen
+    assert cached.vision == 0
     assert cached.model == work.model - work.vision
 
 
@@ -155,7 +156,8 @@ def test_a_loss_that_counts_its_own_targets() -> None:
     hidden, labels = torch.randn(len(batch.labels), 32, requires_grad=True), batch.labels
     told, _ = counted(model, lambda: model.language.lm_head(hidden, labels, 5))
     work, seen = counted(model, lambda: model.language.lm_head(hidden, labels))
-    assert work.hardware == seen and work == told
+    assert work.hardware == seen
+    assert work == told
 
 
 PARTS = [

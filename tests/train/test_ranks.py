@@ -44,7 +44,8 @@ def test_two_ranks_are_one_process_with_their_batches(two_ranks: Path, tmp_path:
     for name, value in load_file(two_ranks / f"plain{zero_stage}" / "trainable.safetensors").items():
         assert torch.allclose(value, expected[name], atol=1e-5), name
     one, two = (read_log(path / "log.jsonl") for path in (tmp_path / "one", two_ranks / f"plain{zero_stage}"))
-    assert [(record.tokens, record.targets) for record in one] == [(record.tokens, record.targets) for record in two]
+    for name in ("tokens", "targets", "samples", "model_tflop", "hardware_tflop"):
+        assert [getattr(record, name) for record in one] == [getattr(record, name) for record in two]
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
