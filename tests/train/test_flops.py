@@ -175,7 +175,7 @@ def test_every_kind_of_composition(parts: tuple[str, str, str, str], learns: str
         param.requires_grad_(learns == "all" or name.startswith(learns))
     inputs = model.pack(samples(), labels(samples()))
     work, seen = counted(model, lambda: model(inputs), model.images)
-    model.requires_grad_(True).eval()
+    model.requires_grad_(True).eval().zero_grad()
     assert work.hardware == pytest.approx(seen, rel=1e-12)
     assert 0 < work.vision < work.model
 
