@@ -20,6 +20,7 @@ from ._dense import dense_bwd, dense_fwd, rows_contiguous
 from ._flash_attn import flash_attention
 from ._tiles import clear_behind, load_lse, load_tile, locate, softmax_end, softmax_step, store_tile
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
+from ._watch import report
 
 MAX_HEAD_DIM = 256
 
@@ -539,6 +540,7 @@ def attention(
         result = flash_attention(*args, return_lse)
     if result is None:
         result = _attention(*args, key_bias)
+    report("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, causal)
     return result if return_lse else result[0]
 
 

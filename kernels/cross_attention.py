@@ -19,6 +19,7 @@ from ._ranges import mask_ranges, media_ranges, segment_ranges
 from ._split import combine, part_count
 from ._tiles import load_lse, load_tile, softmax_end, softmax_step, store_tile
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
+from ._watch import report
 
 __all__ = ["cross_attention", "mask_ranges", "media_ranges", "segment_ranges"]
 
@@ -550,4 +551,6 @@ def cross_attention(
                          "not be negative")  # fmt: skip
     if softmax_scale is None:
         softmax_scale = q.shape[2] ** -0.5
-    return _cross_attention(q, k, v, media_start, media_stop, *longest, softmax_scale)[0]
+    out, _ = _cross_attention(q, k, v, media_start, media_stop, *longest, softmax_scale)
+    report("cross_attention", q, k, v, media_start, media_stop)
+    return out

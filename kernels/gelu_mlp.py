@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import accumulator_dtype, cdiv, device_of, next_power_of_2, tl, triton
+from ._watch import report
 
 ACTIVATIONS = ("none", "tanh", "quick")  # erf, its tanh approximation, x * sigmoid(1.702 x)
 
@@ -322,4 +323,6 @@ def gelu_mlp(
     if not x.is_floating_point():
         raise ValueError(f"fastmllm::gelu_mlp: x {x.dtype} must be floating point")
     learns = any(t is not None and t.requires_grad for t in (x, weight1, bias1, weight2, bias2))
-    return _gelu_mlp(x, weight1, bias1, weight2, bias2, approximate, learns and torch.is_grad_enabled())[0]
+    out, _ = _gelu_mlp(x, weight1, bias1, weight2, bias2, approximate, learns and torch.is_grad_enabled())
+    report("gelu_mlp", x, weight1, bias1, weight2)
+    return out

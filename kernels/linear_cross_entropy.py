@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
+from ._watch import report
 
 CHUNK = 1 << 24  # logits held at once by the reference (64 MiB in fp32)
 GRADIENT_CHUNK = 1 << 26  # d loss / d logits held at once by the Triton launcher (128 MiB in bf16)
@@ -471,7 +472,9 @@ def linear_cross_entropy(
     # a learning one: the logits of few rows are worth keeping; how many there are a compiler does not know
     keep = on_cpu and weight.requires_grad and not torch.compiler.is_compiling()
     reduce = reduction != "none" and weights is None
-    loss, _, _ = _linear_cross_entropy(hidden, weight, labels, ignore_index, num_targets, reduce, early, keep)
+    loss, _, kept = _linear_cross_entropy(hidden, weight, labels, ignore_index, num_targets, reduce, early, keep)
+    again = not early and not (keep and kept.numel())
+    report("linear_cross_entropy", hidden, weight, labels, ignore_index, num_targets, again)
     scored = labels != ignore_index
     if weights is not None:
         weights = torch.where(scored, weights.to(loss.dtype), 0.0)

@@ -36,6 +36,7 @@ from ._patches import (
     without_prefix,
 )
 from ._triton import accumulator_dtype, cdiv, device_of, dot, next_power_of_2, tl, triton
+from ._watch import report
 from .layer_norm import layer_norm
 
 MAX_OFFSET = 2**31  # patches, and elements of one image, that a kernel counts with 32 bits
@@ -470,6 +471,7 @@ def patch_embed(
     _check(pixels, weight, bias, position, prefix, n, patch_size * patch_size * channels, layout)
     affine = _affine(pixels, channels, mean, std)
     tokens = _patch_embed(pixels, weight, bias, position, prefix, None, patch_size, 1, 1, chw, *affine)
+    report("patch_embed", pixels, weight)
     return _norm(tokens, norm_weight, norm_bias, norm_eps)
 
 
@@ -536,6 +538,7 @@ def patch_embed_packed(
             shape = (m, channels, t, p * p) if chw else (m, 1, t, p * p * channels)
             pixels = pixels.view(shape)[:, :, 0].reshape(m, size)
         tokens = assemble(project(pixels.to(weight.dtype), weight, bias, position), prefix, grids, len(sizes))
+        report("patch_embed", pixels, weight)
         return _norm(tokens, norm_weight, norm_bias, norm_eps), grids[3].clone()
     if still:
         raise error("pixels of a still image are one frame: leave still out and fold the weight, "
@@ -546,6 +549,7 @@ def patch_embed_packed(
         raise error(f"an image of {max(sizes)} patches exceeds the kernel's {MAX_OFFSET} values")
     affine = _affine(pixels, channels, mean, std)
     tokens = _patch_embed(pixels, weight, bias, position, prefix, grids, p, t, merge_size, chw, *affine)
+    report("patch_embed", pixels, weight)
     return _norm(tokens, norm_weight, norm_bias, norm_eps), grids[3].clone()
 
 

@@ -15,62 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-
-def _attention_flops(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, *args, out_val=None, **kwargs) -> int:
-    """Count QK^T and PV of every segment pair; causal segments count their lower triangle."""
-    lengths_q, lengths_k = cu_q.diff().tolist(), cu_k.diff().tolist()
-    width = q.shape[1] * q.shape[2]
-    pairs = sum(
-        m * n - (min(m, n) * (min(m, n) - 1)) // 2 if causal else m * n
-        for m, n in zip(lengths_q, lengths_k, strict=True)
-    )
-    return 4 * width * pairs
-
-
-def _attention_bwd_flops(grad, q, k, v, out, lse, cu_q, cu_k, *args, **kwargs) -> int:
-    return 5 * _attention_flops(q, k, v, cu_q, cu_k, *args[:4]) // 2
-
-
-def _patch_embed_flops(pixels, weight, *args, **kwargs) -> int:
-    return 2 * pixels.numel() * weight.shape[1]
-
-
-def _patch_embed_bwd_flops(grad, pixels, weight, patch_size, pixel_grad, weight_grad, *args, **kwargs) -> int:
-    return 2 * pixels.numel() * weight.shape[1] * (bool(pixel_grad) + bool(weight_grad))
-
-
-def _loss_flops(hidden, weight, labels, ignore_index, num_targets, reduce, hidden_grad, keep=False, **kwargs) -> int:
-    kept = int((labels != ignore_index).sum()) if num_targets is None else num_targets
-    return 2 * kept * weight.numel() * (2 if hidden_grad else 1)
-
-
-def _gelu_mlp_flops(x, weight1, bias1, weight2, *args, **kwargs) -> int:
-    return 2 * x.numel() // x.shape[-1] * (weight1.numel() + weight2.numel())
-
-
-def _gelu_mlp_bwd_flops(grad, x, hidden, weight1, bias1, weight2, approximate, needs, **kwargs) -> int:
-    rows = grad.numel() // grad.shape[-1]
-    return 2 * rows * ((any(needs[:3]) + needs[3]) * weight2.numel() + (needs[0] + needs[1]) * weight1.numel())
-
-
-def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """Return what the operators of fastmllm compute, by operator; each reads the tensors themselves."""
-    table: dict[str, Callable[..., int]] = {
-        "attention": _attention_flops,
-        "attention_bwd": _attention_bwd_flops,
-        "patch_embed": _patch_embed_flops,
-        "patch_embed_bwd": _patch_embed_bwd_flops,
-        "gelu_mlp": _gelu_mlp_flops,
-        "gelu_mlp_bwd": _gelu_mlp_bwd_flops,
-        "linear_cross_entropy": _loss_flops,
-    }
-    found: dict[Any, Callable[..., int]] = {}
-    for name, formula in table.items():
-        if hasattr(torch.ops.fastmllm, name):
-            # FlopCounterMode passes shapes unless told that the formula reads the tensors
-            formula._get_raw = True  # type: ignore[attr-defined]
-            found[getattr(torch.ops.fastmllm, name)] = formula
-    return found
+from fastmllm.models.flops import flop_formulas
 
 
 def count_flops(call: Callable[[], Any]) -> int:

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fastmllm.bench.meters import flop_formulas, milliseconds
+from fastmllm.bench.meters import milliseconds
+from fastmllm.models.flops import flop_formulas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -48,6 +48,11 @@ class Batch:
     image_paths: list[str]
     shown: torch.Tensor | None = None
 
+    @property
+    def num_visual_tokens(self) -> int:
+        """Positions that take visual tokens."""
+        return self.image_index.numel()
+
 
 def sequence_length(tokens: Tokens, num_visual_tokens: int, with_answer: bool = True) -> int:
     """Return the length of a sample in a batch."""

@@ -27,6 +27,8 @@ class Inputs:
         counts: visual tokens of each image in the text, on the host.
         grids: frames, rows and columns of them, where they are a grid (Qwen-VL), or None.
         ids: names of the samples.
+        encoder_pixels: all that the encoders are given, and of that what shows something of a picture (`Plan`); (0, 0)
+            where a processor made the batch.
     """
 
     input_ids: Tensor
@@ -38,6 +40,23 @@ class Inputs:
     counts: tuple[int, ...] = ()
     grids: tuple[tuple[int, int, int], ...] | None = None
     ids: tuple[str, ...] = ()
+    encoder_pixels: tuple[int, int] = (0, 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """T', rows of the spliced batch."""
+        return self.plan.source.numel()
+
+    @property
+    def num_targets(self) -> int:
+        """Rows with a label."""
+        return self.plan.num_targets
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual tokens in the text, and those beside it up to the last one that a row sees."""
+        across = 0 if self.media_stop is None or not self.media_stop.numel() else int(self.media_stop.max())
+        return sum(self.counts) + across
 
     @property
     def num_samples(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ def pack(
         )  # fmt: skip
     else:
         packed = make_inputs(ids, labels=targets, images=seen.arguments)
+    used = sum(min(plan.effective_pixels, plan.encoder_pixels) for plan in plans)
+    packed = replace(packed, encoder_pixels=(sum(plan.encoder_pixels for plan in plans), used))
     if across is None:
         return packed
     if across == "sample":

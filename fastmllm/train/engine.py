@@ -11,13 +11,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmllm.train.meters import MeterConfig
 from fastmllm.train.partition import Piece, adopt_masters, partition, share_of
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -41,6 +42,7 @@ class EngineConfig:
         heartbeat_s: seconds after which a rank whose process does not answer ends the job (`watchdog`), however long a
             step takes; 0 = only `timeout_s` counts.
         workers: processes of each rank that read the shards of a stage with sources; 0 = none.
+        meters: where the figures of a step go, and what MFU is a share of.
     """
 
     zero_stage: int = 2
@@ -51,6 +53,7 @@ class EngineConfig:
     timeout_s: float = 600.0
     heartbeat_s: float = 15.0
     workers: int = 0
+    meters: MeterConfig = field(default_factory=MeterConfig)
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -307,6 +310,15 @@ class Engine:
         total = torch.tensor(counts, dtype=torch.int64)
         torch.distributed.all_reduce(total, group=self._hosts)
         return [int(value) for value in total]
+
+    def counts_of_ranks(self, *counts: int) -> list[list[int]]:
+        """Return every rank's host integers, rank by rank."""
+        if self.world_size == 1:
+            return [list(counts)]
+        mine = torch.tensor(counts, dtype=torch.int64)
+        ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(ranks, mine, group=self._hosts)
+        return [rank.tolist() for rank in ranks]
 
     def gather(self, value: Any) -> list[Any]:
         """Give every rank the list of every rank's value (a small picklable object)."""

@@ -41,9 +41,11 @@ from fastmllm.train.elastic import (
 )
 from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
 from fastmllm.train.grpo import Prompts
-from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log
+from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log, report_table
 from fastmllm.train.rollouts import Rollouts
+from fastmllm.train.sinks import Sinks, check_sinks
 from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
+from fastmllm.train.step_meter import StepMeter
 from fastmllm.train.watchdog import Watchdog
 
 META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
@@ -149,6 +151,7 @@ class Trainer:
             raise ValueError(f"trainer: on_mismatch is {on_mismatch!r}; choose error or fresh")
         if save_every < 0 or keep < 1:
             raise ValueError(f"trainer: save_every ({save_every}) must not be negative, keep ({keep}) must be positive")
+        check_sinks(engine_config.meters.log)
         self.model, self.stage, self.engine_config, self.batches = model, stage, engine_config, batches
         self.module, self.rollouts = model if objective is None else objective(model), rollouts
         self.out_dir = Path(out_dir)
@@ -199,6 +202,7 @@ class Trainer:
         if stale is None and (finished := self._finished()) is not None:
             return finished
         check = None if not stale and latest_checkpoint(self.checkpoints) else self._gradient_check()
+        meter = StepMeter(self.model, self.engine_config.meters, self.engine_config.dtype)
         engine = create_engine(self.module, self.groups, self.engine_config, clip=self.stage.clip)
         try:
             with self._signals(), self._watchdog(engine):
@@ -214,7 +218,7 @@ class Trainer:
                 if self.rollouts is not None:
                     with engine.whole():
                         self.rollouts.begin()
-                records, seconds = self._loop(engine, check)
+                records, seconds = self._loop(engine, check, meter)
                 engine.close()
                 self.model.eval()
                 result = self._finish(engine.rank, records, seconds)
@@ -223,6 +227,8 @@ class Trainer:
                 check.close()
             engine.abandon()
             raise
+        finally:
+            meter.flops.close()
         if self._signal:  # it came during the last step
             raise TrainingInterrupted(128 + self._signal)
         return result
@@ -278,14 +284,19 @@ class Trainer:
     def _is_first(self) -> bool:
         return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
-    def _loop(self, engine: Engine, check: GradientCheck | None) -> tuple[list[StepRecord], float]:
+    def _loop(self, engine: Engine, check: GradientCheck | None, meter: StepMeter) -> tuple[list[StepRecord], float]:
         stage, quiet = self.stage, engine.rank != 0
         start, seconds = self._resume(engine)
         if not quiet:
             self.console.print(stage_table(self.model, self.groups, f"{stage.name}: what learns"))
         set_modes(self.model)
-        records = [record for record in read_log(self.out_dir / "log.jsonl") if record.step <= start]
+        written = read_log(self.out_dir / "log.jsonl")
+        records = [record for record in written if record.step <= start]
         log = None if quiet else MeterLog(self.out_dir / "log.jsonl", first_step=start + 1)
+        sinks = Sinks(
+            () if quiet else self.engine_config.meters.log, self.out_dir, stage.name,
+            fingerprint([self.fingerprint, str(self.out_dir.resolve())]), start + 1, written[-1].step if written else 0,
+        )  # fmt: skip
         progress = ProgressReport(self.console, stage.name, start=start, steps=stage.steps, quiet=quiet)
         began = time.perf_counter()
         try:
@@ -293,18 +304,14 @@ class Trainer:
                 upcoming = ahead.submit(self._micro_batches, min(start, stage.steps - 1), engine.rank)
                 for step in range(start, stage.steps):
                     tick = time.perf_counter()
-                    micro = self._answered(engine, step, upcoming.result())
-                    tokens, targets, stop = engine.sum_over_ranks(
-                        sum(batch.input_ids.numel() for batch in micro),
-                        sum(batch.num_targets for batch in micro),
-                        self._signal,
-                    )
+                    micro = self._answered(engine, step, meter.wait(upcoming.result))
+                    targets, stop = engine.sum_over_ranks(sum(batch.num_targets for batch in micro), self._signal)
                     if stop:
                         self._save(engine, step, seconds + time.perf_counter() - began)
                         self._leave(quiet, step)
                     if step + 1 < stage.steps:
                         upcoming = ahead.submit(self._micro_batches, step + 1, engine.rank)
-                    record = self._step(engine, step, micro, tokens, targets, tick)
+                    record = self._step(engine, step, micro, targets, tick, meter)
                     # equal rewards in every group teach nothing: what learns shows at the first step that does
                     if check is not None and (self.rollouts is None or record.grad_norm > 0):
                         check.verify(engine.gather(check.close()))
@@ -312,6 +319,7 @@ class Trainer:
                     records.append(record)
                     if log is not None:
                         log.write(record)
+                    sinks.write(record.step, record.figures())
                     progress.update(record)
                     if self.on_step is not None:
                         self.on_step(record)
@@ -321,6 +329,9 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+            sinks.close()
+        if not quiet:
+            self.console.print(report_table(records, f"{stage.name}: what it took"))
         return records, seconds + time.perf_counter() - began
 
     def _resume(self, engine: Engine) -> tuple[int, float]:
@@ -353,7 +364,7 @@ class Trainer:
             return list(self.rollouts(step, cast(list[Prompts], micro)))
 
     def _step(
-        self, engine: Engine, step: int, micro: list[BatchLike], tokens: int, targets: int, tick: float
+        self, engine: Engine, step: int, micro: list[BatchLike], targets: int, tick: float, meter: StepMeter
     ) -> StepRecord:
         if targets == 0:
             names = [name for batch in micro for name in batch.ids]
@@ -362,9 +373,11 @@ class Trainer:
         engine.set_hyperparameters(factor)
         losses = []
         for batch in micro:
-            loss = engine.loss_sum(batch)
+            with meter.flops.forward():
+                loss = engine.loss_sum(batch)
             # The engine averages over ranks; this makes it the sum over all targets of the step / their number.
-            engine.backward(loss * (engine.world_size / targets))
+            with meter.flops.backward():
+                engine.backward(loss * (engine.world_size / targets))
             engine.step()
             losses.append(loss.detach())
         total, norm = engine.read(torch.stack(losses).sum())
@@ -375,11 +388,10 @@ class Trainer:
             step=step + 1,
             loss=loss_mean,
             lr=self.groups[0]["lr"] * factor,
-            tokens=tokens,
             targets=targets,
-            step_ms=1000 * (time.perf_counter() - tick),
             grad_norm=norm,
             reward=None if self.rollouts is None else sum(engine.gather(self.rollouts.reward_sum)) / targets,
+            **meter.fields(engine, micro, tick),
         )
 
     def _raise_non_finite(

@@ -56,7 +56,8 @@ def test_two_ranks_are_one_process_with_their_batches(two_ranks: Path, tmp_path:
     assert losses(two_ranks / f"plain{zero_stage}") == pytest.approx(losses(tmp_path / "one"), abs=1e-6, rel=0)
     same_weights(two_ranks / f"plain{zero_stage}", tmp_path / "one")
     one, two = (read_log(path / "log.jsonl") for path in (tmp_path / "one", two_ranks / f"plain{zero_stage}"))
-    assert [(record.tokens, record.targets) for record in one] == [(record.tokens, record.targets) for record in two]
+    for name in ("tokens", "targets", "samples", "model_tflop", "hardware_tflop"):
+        assert [getattr(record, name) for record in one] == [getattr(record, name) for record in two]
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

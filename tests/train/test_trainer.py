@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -275,13 +276,16 @@ def test_the_log_and_the_lines(tmp_path: Path) -> None:
     result = trainer(tmp_path, toy(), console=console, changes={"steps": 30}).run()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
-    assert set(lines[0]) == {"step", "loss", "lr", "tokens", "targets", "step_ms", "grad_norm", "reward"}
+    assert set(lines[0]) == {field.name for field in fields(StepRecord)}
+    assert (lines[0]["tokens"], lines[0]["samples"], lines[0]["padding"]) == (6, 1, 0)
     assert lines[1]["lr"] == pytest.approx(1e-2)
     assert lines[0]["grad_norm"] > 0
     assert result.loss_last == pytest.approx(sum(line["loss"] for line in lines[-3:]) / 3)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "what learns" in printed
     assert 8 <= printed.count("ms/step") <= 12
+    assert printed.count("tokens/s") == printed.count("ms/step") + 1
+    assert printed.index("step 30/30") < printed.index("what it took") < printed.index("peak memory, GiB")
     assert printed.index("what learns") < printed.index("step 1/30")
 
 
