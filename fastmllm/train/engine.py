@@ -234,6 +234,7 @@ class Engine:
                 config=config.to_dict(clip=clip, num_trainable=num_trainable),
                 dist_init_required=False,
             )
+        self._deep = len(self._forward_stack())
         self._engine._copy_recovery_script = lambda path: None  # 50 KB of scripts in every checkpoint
         self._write = self._engine.checkpoint_engine.save
         self._write_problem: Exception | None = None
@@ -274,6 +275,7 @@ class Engine:
         if self.config.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
             self._norm = nn.utils.clip_grad_norm_(self._learning, self._clip or math.inf)
         self._engine.step()
+        del self._forward_stack()[self._deep :]  # a recomputed layer ends early, and its hooks leave it there
         if self.config.zero_stage > 0:
             self._norm = self._engine.get_global_grad_norm()
 
@@ -405,7 +407,7 @@ def create_engine(
 
     Args:
         model: moved to this rank's device; cast when config.dtype is bfloat16 (buffers keep their dtype).
-        groups: parameter groups of `stages.apply_rules` (params, lr, weight_decay, betas).
+        groups: parameter groups of `rules.apply_rules` (params, lr, weight_decay, betas).
         config: how to spread the step.
         clip: largest global gradient norm; 0 does not clip.
 

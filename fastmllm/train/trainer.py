@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from fastmllm.models.recompute import recomputing
 from fastmllm.train.checkpoint import (
     CheckpointError,
     atomic_file,
@@ -39,7 +40,9 @@ from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_
 from fastmllm.train.grpo import Prompts
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log
 from fastmllm.train.rollouts import Rollouts
-from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
+from fastmllm.train.rules import apply_rules, recomputed_by
+from fastmllm.train.stages import GradientCheck, StageConfig, set_modes
+from fastmllm.train.table import stage_table
 
 META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
 
@@ -149,11 +152,12 @@ class Trainer:
         self.groups = apply_rules(
             model, stage.trainable, weight_decay=stage.weight_decay, betas=stage.betas, eps=stage.eps
         )
+        self._recomputed = recomputed_by(model, stage.trainable)
         # What is learned from what: equal recipes give equal results, up to rounding.
         self.recipe: dict[str, Any] = json.loads(
             json.dumps(
                 {
-                    "stage": asdict(stage),
+                    "stage": stage.identity(),
                     "dtype": engine_config.dtype.replace("auto", "float32"),  # both cast nothing
                     "micro_batches": engine_config.accumulation * self.world_size,
                     "frozen_weights": model_fingerprint(model, trainable=False),
@@ -203,7 +207,8 @@ class Trainer:
             if self.rollouts is not None:
                 with engine.whole():
                     self.rollouts.begin()
-            records, seconds = self._loop(engine, check)
+            with recomputing([module for modules in self._recomputed.values() for module in modules]):
+                records, seconds = self._loop(engine, check)
         except BaseException:
             if check is not None:
                 check.close()
@@ -268,7 +273,7 @@ class Trainer:
         stage, quiet = self.stage, engine.rank != 0
         start, seconds = self._resume(engine)
         if not quiet:
-            self.console.print(stage_table(self.model, self.groups, f"{stage.name}: what learns"))
+            self.console.print(stage_table(self.model, self.groups, f"{stage.name}: what learns", self._recomputed))
         set_modes(self.model)
         records = [record for record in read_log(self.out_dir / "log.jsonl") if record.step <= start]
         log = None if quiet else MeterLog(self.out_dir / "log.jsonl", first_step=start + 1)
