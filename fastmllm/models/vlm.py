@@ -217,6 +217,10 @@ class VLM(nn.Module):
         hidden, labels, _ = self._scored(batch)
         return self.language.lm_head(hidden, labels, batch.num_targets)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """Return (T', V) logits of all rows, sample after sample."""
+        return self.language.logits(self.start(batch)[0])
+
     def log_probs(self, batch: Batch) -> Tensor:
         """Return the log-probability of each sequence's labels, (S,) fp32; no logits of other rows are computed."""
         hidden, labels, cu_seqlens = self._scored(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -67,6 +67,7 @@ def apply_rules(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
+    frozen: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Let the parameters that a rule names learn, freeze all others.
 
@@ -75,6 +76,7 @@ def apply_rules(
         rules: learning rate, or `Rule`, by role or fnmatch pattern; the last match wins, a rate of 0 freezes.
         weight_decay: for parameters of two or more dimensions, where a rule has none of its own.
         betas, eps: of AdamW, written into the groups.
+        frozen: names that no rule trains: what learns through adapters instead.
 
     Returns:
         optimizer groups: name (its role or pattern), params, names, lr, weight_decay, betas, eps.
@@ -91,7 +93,8 @@ def apply_rules(
             have = ", ".join(roles) or "this model has none"
             raise ValueError(f"rule {key!r}: checkpointing is of a role, not of a pattern; roles: {have}")
         for name in named_by(key, names, roles):
-            chosen[params[name]] = (name, key)
+            if name not in frozen:
+                chosen[params[name]] = (name, key)
     for name in reversed(names):
         if params[name] in chosen:
             chosen[params[name]] = (name, chosen[params[name]][1])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmllm.data.shards import SourceConfig
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.grpo import GRPOConfig
+from fastmllm.train.lora import LoRAConfig
 from fastmllm.train.prefer import PreferConfig
 from fastmllm.train.rules import Rule, named_by, roles_of
 
@@ -48,6 +49,7 @@ class StageConfig:
             own answers and whether they are right.
         prefer, grpo: of a stage of that kind.
         image_size: side of the square that images are resized to, pixels; None = the model's own.
+        lora: roles that learn through adapters, merged at the stage's end; None = weights learn.
         zero_stage, offload: of the engine in this stage; None = the recipe's.
     """
 
@@ -72,6 +74,7 @@ class StageConfig:
     prefer: PreferConfig = field(default_factory=PreferConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     image_size: int | None = None
+    lora: LoRAConfig | None = None
     zero_stage: int | None = None
     offload: str | None = None
 
@@ -86,6 +89,8 @@ class StageConfig:
             raise ValueError(f"{where}: learning rates must be finite and not negative: {', '.join(bad)}")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"{where}: image_size ({self.image_size}) must be at least 1")
+        if lacks := [role for role in (() if self.lora is None else self.lora.roles) if role not in self.trainable]:
+            raise ValueError(f"{where}: lora is for {lacks[0]}, which has no rule; add it to trainable with a rate")
         self.engine(EngineConfig())  # refuses what no engine has
         if self.balance_steps < 0 or (self.balance_steps and not self.sources):
             raise ValueError(f"{where}: balance_steps ({self.balance_steps}) is for sources and must not be negative")
