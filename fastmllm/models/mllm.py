@@ -243,7 +243,8 @@ class MLLM(nn.Module):
         inputs = inputs.to(self.device)
         plan = inputs.plan
         x = self.language.embed(inputs.input_ids)
-        visual = None if inputs.images is None else self.images(**inputs.images)
+        # not by its call: ZeRO-3 gathers in the backward pass for modules whose output is a tensor, not a Visual
+        visual = None if inputs.images is None else self.images.forward(**inputs.images)
         deepstack = media = None
         if self.looks_across:
             media = self._media(visual, inputs)

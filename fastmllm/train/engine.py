@@ -360,11 +360,13 @@ class Engine:
     def close(self) -> None:
         """Give the model back whole: full parameters, nothing of DeepSpeed on them."""
         params = [param for param, _ in self._param_keys]
-        if self.config.zero_stage == 3:
-            with self._deepspeed.zero.GatheredParameters(params):
-                values = [param.detach().clone() for param in params]
-        else:  # trainable parameters are views of one flat buffer
-            values = [param.detach().clone() if param.requires_grad else param.detach() for param in params]
+        values = []
+        for param in params:  # one at a time: all of them gathered, and cloned, would be the model twice
+            if self.config.zero_stage == 3:
+                with self._deepspeed.zero.GatheredParameters([param]):
+                    values.append(param.detach().clone())
+            else:  # trainable parameters are views of one flat buffer
+                values.append(param.detach().clone() if param.requires_grad else param.detach())
         self._engine.destroy()
         self._restore_process()
         for (param, keys), value in zip(self._param_keys, values, strict=True):
