@@ -54,7 +54,7 @@ EXTRAS = {
         "pybind11>=2.13",
         "types-PyYAML",
         "accelerate",  # transformers' GGUF reader, an oracle of the tests
-        "peft",  # the drop-in survives these
+        "peft",  # stages with lora; the drop-in survives these two
         "trl",
         "torch-abi-audit",
         "pycxxfilt",  # undeclared needs of torch-abi-audit

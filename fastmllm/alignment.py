@@ -50,12 +50,16 @@ def _keep(model: VLM, stage: StageConfig) -> int:
     return stage.visual_tokens[0] if stage.visual_tokens else model.config.visual_tokens
 
 
+def _size(model: VLM, stage: StageConfig) -> int:
+    return stage.image_size or model.config.image_size
+
+
 def packed(model: VLM, stage: StageConfig, samples: Sequence[Sample], with_answers: bool = True) -> Batch:
     """Pack samples, with pixels only where features are not cached."""
     features = {} if model.feature_cache is None else model.feature_cache.features
     cached = all(sample.image is None or sample.image in features for sample in samples)
     return collate_for(
-        model, samples, keep=_keep(model, stage), image_size=model.config.image_size, load_pixels=not cached,
+        model, samples, keep=_keep(model, stage), image_size=_size(model, stage), load_pixels=not cached,
         with_answers=with_answers,
     )  # fmt: skip
 
@@ -128,6 +132,7 @@ def reference_of(
     identity: dict[str, Any] = {
         "model": asdict(model.config),
         "keep": stage.visual_tokens[:1],
+        "image_size": stage.image_size,
         "placement": repr(model.placement),
         "tokenizer": hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest(),
     }
@@ -175,7 +180,7 @@ def rollouts_of(model: VLM, stage: StageConfig) -> Rollouts:
     def collate(samples: Sequence[Sample], tokens: list[list[int]], prompts: Batch) -> Batch:
         return replace(
             collate_for(
-                model, samples, keep=_keep(model, stage), image_size=model.config.image_size, load_pixels=False,
+                model, samples, keep=_keep(model, stage), image_size=_size(model, stage), load_pixels=False,
                 with_answers=True, answers=tokens,
             ),
             pixels=prompts.pixels,

@@ -31,6 +31,7 @@ from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.grpo import GRPOObjective
 from fastmllm.train.prefer import PreferenceObjective
+from fastmllm.train.rules import apply_rules
 from fastmllm.train.stages import StageConfig
 from fastmllm.train.trainer import BatchLike, StageResult, Trainer
 
@@ -99,22 +100,29 @@ def batches_of(model: VLM, samples: Mapping[str, Sequence[Sample]], stage: Stage
     weights = available(stage, samples)
     sampler = MixtureSampler(samples, weights or None, batch_size=stage.batch_size, seed=stage.seed)
     counts = stage.visual_tokens or (model.config.visual_tokens,)
+    size = stage.image_size or model.config.image_size
 
     def batch(index: int) -> Batch:
-        chosen = sampler.batch_samples(index)
-        cached = model.feature_cache is not None and all(
-            s.image is None or s.image in model.feature_cache.features for s in chosen
-        )
+        chosen, cache = sampler.batch_samples(index), model.feature_cache
+        cached = cache is not None and all(s.image is None or s.image in cache.features for s in chosen)
         return collate_for(
             model,
             chosen,
             keep=tokens_an_image(counts, stage.seed, index),
-            image_size=model.config.image_size,
+            image_size=size,
             load_pixels=not cached,
             with_answers=True,
         )
 
     return batch
+
+
+def drop_stale_features(model: VLM, stage: StageConfig) -> None:
+    """Forget cached features where the stage changes the encoder, or shows it other pixels; not only in this stage."""
+    cache = model.feature_cache
+    apply_rules(model, stage.trainable)
+    if cache is not None and (model.vision_learns or stage.image_size not in (None, cache.image_size)):
+        model.feature_cache = None
 
 
 def train_stage(
@@ -142,8 +150,9 @@ def train_stage(
         on_mismatch: what to do when out_dir holds another recipe's run: "error" or "fresh".
         console: where progress goes.
     """
-    engine = engine_for(model.config, engine)
-    recipe = {"model": asdict(model.config), "version": fastmllm.__version__}
+    engine = stage.engine(engine_for(model.config, engine))
+    drop_stale_features(model, stage)
+    recipe: dict[str, Any] = {"model": asdict(model.config), "version": fastmllm.__version__}
     batches: Callable[[int], BatchLike]
     objective: Callable[[nn.Module], nn.Module] | None = None
     rollouts = None

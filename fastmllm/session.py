@@ -34,7 +34,7 @@ from fastmllm.recipe import Recipe
 from fastmllm.run import cache_features, images_of, load_model, questions_of, screen_splits, train_stage
 from fastmllm.train.checkpoint import atomic_file, fingerprint
 from fastmllm.train.engine import launched_world_size
-from fastmllm.train.stages import apply_rules
+from fastmllm.train.rules import apply_rules
 from fastmllm.train.trainer import StageResult
 
 
@@ -244,17 +244,17 @@ def check_recipe(recipe: Recipe, model: VLM) -> None:
     stride = model.vision.stride
     for where, size in (
         ("model.image_size", recipe.model.image_size),
+        *((f"stage {s.name!r}: image_size", s.image_size) for s in recipe.stages if s.image_size is not None),
         *(("bench.image_sizes", s) for s in recipe.bench.image_sizes),
     ):
         if size < stride or size % stride:
             raise ValueError(f"{where}: {size} px is not a multiple of {stride}, the stride of {recipe.model.vision}")
-    grid = model.grid(recipe.model.image_size) ** 2
-    wanted = {("model.visual_tokens", recipe.model.visual_tokens, recipe.model.compress)}
-    wanted |= {
-        (f"stage {s.name!r}: visual_tokens", k, recipe.model.compress) for s in recipe.stages for k in s.visual_tokens
-    }
-    for where, keep, method in sorted(wanted):
-        _check_count(where, grid, keep, method)
+    grid, method = model.grid(recipe.model.image_size) ** 2, recipe.model.compress
+    _check_count("model.visual_tokens", grid, recipe.model.visual_tokens, method)
+    for stage in recipe.stages:
+        grid = model.grid(stage.image_size or recipe.model.image_size) ** 2
+        for keep in stage.visual_tokens or (recipe.model.visual_tokens,):
+            _check_count(f"stage {stage.name!r}: visual_tokens", grid, keep, method)
     for size, keep, method in cells(recipe.bench, stride):
         _check_count("bench.visual_tokens", model.grid(size) ** 2, keep, "pool" if method == "none" else method)
 

@@ -54,7 +54,7 @@ class StreamedBatches:
         row_of = partial(
             prepare,
             tokenizer=model.tokenizer,
-            image_size=model.config.image_size,
+            image_size=stage.image_size or model.config.image_size,
             image_token_id=IMAGE_TOKEN_ID,
             template=template_of(model),
             vocab_size=model.language.config.vocab_size,

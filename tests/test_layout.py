@@ -28,7 +28,7 @@ OWNERS = {
     "flash_attn_interface": {"kernels/_flash_attn.py"},
     "deepspeed": {"fastmllm/train/engine.py"},
     "transformers": {"fastmllm/hf/trainer.py"},
-    "peft": set(),
+    "peft": {"fastmllm/train/lora.py"},
     "trl": set(),
     "liger_kernel": {"fastmllm/hf/fused/liger.py"},
     "gguf": {"fastmllm/models/weights/gguf_file.py"},

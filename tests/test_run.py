@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_vlm import colour_photos, tiny_vlm
 
 import fastmllm
-from fastmllm import demo, session
+from fastmllm import demo, run, session
 from fastmllm.config import ConfigError
 from fastmllm.data.build import DataConfig, build
 from fastmllm.eval.intervals import share
@@ -20,6 +20,7 @@ from fastmllm.eval.runner import Report, Row
 from fastmllm.recipe import Recipe
 from fastmllm.run import available, batches_of, cache_features, engine_for, images_of, questions_of, screen_splits
 from fastmllm.train.checkpoint import CheckpointError
+from fastmllm.train.engine import EngineConfig
 from fastmllm.train.stages import StageConfig
 
 RECIPE = """
@@ -268,3 +269,27 @@ def test_recipe_errors_name_the_key(tmp_path):
 def test_stored_metrics_are_json(finished):
     root, _, _ = finished
     assert json.loads((root / "out" / "metrics.json").read_text())["name"] == "colours"
+
+
+def test_a_stage_has_its_own_roles_resolution_and_engine(tmp_path):
+    splits = build(DataConfig(path=str(colour_photos(tmp_path / "photos", count=2)), cache=str(tmp_path / "cache")))
+    model, seen = tiny_vlm(), []
+    cache_features(model, images_of(splits))
+    stage = StageConfig(name="first", steps=1, batch_size=2, trainable={"connector": 1e-2}, visual_tokens=(1,))
+    tower = replace(stage, name="tower", trainable={"vision": 1e-2}, image_size=16, zero_stage=3)
+    model.vision.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[1:3])))
+    before = model.vision.blocks[0].attn.qkv.weight.clone()
+    run.train_stage(model, splits, stage, EngineConfig(zero_stage=1), tmp_path)
+    assert not seen  # features come from the cache
+    assert torch.equal(model.vision.blocks[0].attn.qkv.weight, before)
+    run.train_stage(model, splits, tower, EngineConfig(zero_stage=1), tmp_path)
+    assert seen == [(16, 16)]
+    assert model.feature_cache is None  # it is of another encoder now
+    assert not torch.equal(model.vision.blocks[0].attn.qkv.weight, before)
+    layouts = [json.loads(next((tmp_path / name).glob("checkpoints/*/meta.json")).read_text())["layout"]["zero_stage"]
+               for name in ("first", "tower")]  # fmt: skip
+    assert layouts == [1, 3]
+    with pytest.raises(ValueError, match="stage 'tower': image_size: 20 px is not a multiple of 8"):
+        session.check_recipe(Recipe(name="r", stages=(replace(tower, image_size=20),), model=model.config), model)
+    with pytest.raises(ValueError, match="stage 'tower': visual_tokens"):
+        session.check_recipe(Recipe(name="r", stages=(replace(tower, visual_tokens=(16,)),), model=model.config), model)

@@ -9,6 +9,7 @@ the whole batch; so is the mean of the losses.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,8 @@ def _check(name: str, image: Tensor, text: Tensor) -> None:
 class ClipLoss(nn.Module):
     """Softmax loss: every image finds its text among all texts, every text its image; the mean of both.
 
-    The logits are never whole in memory (`linear_cross_entropy`). The scale is `exp(logit_scale)`, learned; CLIP keeps
-    it at or below 100: `clamp_scale` after each step.
+    The logits are never whole in memory (`linear_cross_entropy`). The scale is `exp(logit_scale)`, learned, and lies in
+    1..100, as CLIP's: what is used is bounded, not the parameter, whose master copy an optimizer may keep elsewhere.
 
     Args:
         temperature: the scale starts at 1 / temperature.
@@ -57,7 +58,7 @@ class ClipLoss(nn.Module):
         """
         _check("ClipLoss", image, text)
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        n, scale = image.shape[0], self.logit_scale.exp().to(image.dtype)
+        n, scale = image.shape[0], _Bounded.apply(self.logit_scale, 0.0, math.log(100.0)).exp().to(image.dtype)
         images, texts = gather(image, group), gather(text, group)
         start = place(group)[0] * n
         labels = torch.arange(start, start + n, device=image.device)
@@ -65,10 +66,21 @@ class ClipLoss(nn.Module):
         find_image = linear_cross_entropy(scale * text, images, labels, num_targets=n)
         return (find_text + find_image) / 2
 
-    @torch.no_grad()
-    def clamp_scale(self, largest: float = 100.0) -> None:
-        """Bring the scale back into 1..largest."""
-        self.logit_scale.clamp_(0.0, math.log(largest))
+
+class _Bounded(torch.autograd.Function):
+    """Clamp; the gradient passes inside of the bounds, and outside where it leads back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (low, high), grad = ctx.saved_tensors, ctx.bounds, grads[0]
+        outward = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
+        return torch.where(outward, 0, grad), None, None
 
 
 class SiglipLoss(nn.Module):

@@ -5,18 +5,18 @@ Layers that look at images can be inserted before, inside and behind the decoder
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastmllm.compression.tokens import segments
 from fastmllm.kernels.cross_attention import segment_ranges
 from fastmllm.models.decoder import DecoderLayer, LanguageConfig, Pass
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.media import Deepstack, Media
+from fastmllm.models.recompute import is_recomputed, recompute
 from fastmllm.models.reduction import Reduction
 from fastmllm.models.rope import rope_frequencies, rope_tables
 from fastmllm.modules.lm_head import LMHead
@@ -47,7 +47,6 @@ class LanguageModel(nn.Module):
         config: the shape.
 
     Attributes:
-        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         cross_layers: modules that look at media, by the decoder layer that they stand before; "depth" as a number is
             behind the last one. What they must have: `Media.show`.
         inner_layers: the same, inside of a decoder layer between attention and MLP (CogAgent).
@@ -56,7 +55,6 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
         self.model = _Decoder(config)
         self.lm_head = LMHead(config.width, config.vocab_size)
         self.cross_layers = nn.ModuleDict()
@@ -72,6 +70,15 @@ class LanguageModel(nn.Module):
         """Make the head the embedding table again, where the config says so (after an assigning load)."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each layer is recomputed in the backward pass instead of keeping its activations."""
+        return all(is_recomputed(layer) for layer in self.model.layers)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        recompute((*self.model.layers, *self.cross_layers.values()), on)
 
     @property
     def head_weight(self) -> Tensor:
@@ -192,7 +199,7 @@ class LanguageModel(nn.Module):
             inner = None
             if media is not None and str(index) in self.inner_layers:
                 inner = partial(media.show, self.inner_layers[str(index)], ~index)
-            x = self._run(layer, x, context, inner)
+            x = layer(x, context, inner)
             if deepstack is not None:
                 x = deepstack.add(x, index)
         x = self._cross(self.config.depth, x, media)
@@ -235,15 +242,10 @@ class LanguageModel(nn.Module):
             probed=frozenset() if reduction is None else reduction.probed,
         )  # fmt: skip
 
-    def _run(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     def _cross(self, index: int, x: Tensor, media: Media | None) -> Tensor:
         if media is None or str(index) not in self.cross_layers:
             return x
-        return self._run(media.show, self.cross_layers[str(index)], index, x)
+        return media.show(self.cross_layers[str(index)], index, x)
 
     def _check(self, inputs_embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: KVCache | None) -> None:
         if inputs_embeds.dim() != 2 or inputs_embeds.shape[1] != self.config.width:

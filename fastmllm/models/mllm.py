@@ -22,6 +22,7 @@ from fastmllm.models.language import LanguageModel
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.packing import Packing, Sample, pack
 from fastmllm.models.reduction import Reduction, VisualRows
+from fastmllm.models.roles import LANGUAGE, named_roles
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
 
 if TYPE_CHECKING:
@@ -85,6 +86,12 @@ class MLLM(nn.Module):
         if any(True for compressor in placement.compressors for _ in compressor.parameters()):
             raise ValueError("MLLM: a compressor with weights has no place in a published checkpoint")
         self._placement = placement
+
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Return role ("vision", "connector", "cross_attention", "llm", "embeddings") -> names of its parameters."""
+        images = {"images.": "connector", "images.vision.": "vision", "images.high.": "vision"}
+        inside = {"images.vision.merger.": "connector", "images.vision.deepstack.": "connector"}  # Qwen's
+        return named_roles(self, images | inside | LANGUAGE)
 
     @classmethod
     def from_config(cls, config: MLLMConfig, seed: int = 0) -> MLLM:
@@ -236,7 +243,8 @@ class MLLM(nn.Module):
         inputs = inputs.to(self.device)
         plan = inputs.plan
         x = self.language.embed(inputs.input_ids)
-        visual = None if inputs.images is None else self.images(**inputs.images)
+        # not by its call: ZeRO-3 gathers in the backward pass for modules whose output is a tensor, not a Visual
+        visual = None if inputs.images is None else self.images.forward(**inputs.images)
         deepstack = media = None
         if self.looks_across:
             media = self._media(visual, inputs)

@@ -20,6 +20,7 @@ from fastmllm.models.encoder import Encoder
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.reduction import IGNORED, Reduction, VisualRows
+from fastmllm.models.roles import LANGUAGE, named_roles
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 from fastmllm.modules.projector import Projector
@@ -59,7 +60,8 @@ class ModelConfig:
         visual_tokens: K, tokens an image keeps; the default of training and generation.
         compress: how the encoder's grid becomes K tokens.
         connector_width: hidden width of the two-layer connector; None takes the language model's.
-        train_vision: the encoder is trained too (otherwise it runs without graph and may be cached).
+        train_vision: the encoder learns from the first stage on: nothing is cached of it. Whether it learns in a stage,
+            the stage's rules say.
         dtype: "auto" is bfloat16 where the processor multiplies it natively, else float32.
         prefix, prompt_lead, middle, answer_lead, suffix, between, system: the text around image, prompt and answer, as
             in `fastmllm.data.text.ChatTemplate`. The default suits a frozen SmolLM2: it starts with a token that
@@ -140,6 +142,16 @@ class VLM(nn.Module):
         self._placement = placement
         self.compressors = nn.ModuleList(placement.compressors).to(self.language.head_weight)
 
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Return role ("vision", "connector", "llm", "embeddings") -> names of its parameters."""
+        parts = {"vision.": "vision", "connector.": "connector", "compressors.": "connector"}
+        return named_roles(self, parts | LANGUAGE)
+
+    @property
+    def vision_learns(self) -> bool:
+        """Whether the encoder is trained; it runs without graph otherwise."""
+        return any(param.requires_grad for param in self.vision.parameters())
+
     @property
     def device(self) -> torch.device:
         return self.language.head_weight.device
@@ -150,7 +162,7 @@ class VLM(nn.Module):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Encode uint8 (I, H, W, 3) into the full grid (I, N, Dv); without graph unless the encoder is trained."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vision):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns):
             return self.vision(pixels.to(self.device))
 
     def embed_batch(self, batch: Batch) -> Tensor:
@@ -164,7 +176,7 @@ class VLM(nn.Module):
                 "every image needs the same number of places, and every place an image"
             )
         if images == 0:
-            # every rank runs the connector once a step, image or not: sharded parameters are gathered in step
+            # every rank runs encoder and connector once a step, image or not: sharded parameters are gathered in step
             return embeddings + 0.0 * self._nothing().sum() if self.training else embeddings
         tokens = self._placed_tokens(batch, places // images)
         if batch.shown is not None:  # what several places show was encoded once
@@ -205,6 +217,10 @@ class VLM(nn.Module):
         hidden, labels, _ = self._scored(batch)
         return self.language.lm_head(hidden, labels, batch.num_targets)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """Return (T', V) logits of all rows, sample after sample."""
+        return self.language.logits(self.start(batch)[0])
+
     def log_probs(self, batch: Batch) -> Tensor:
         """Return the log-probability of each sequence's labels, (S,) fp32; no logits of other rows are computed."""
         hidden, labels, cu_seqlens = self._scored(batch)
@@ -226,12 +242,16 @@ class VLM(nn.Module):
         return hidden, reduction.labels, reduction.cu_seqlens
 
     def _nothing(self) -> Tensor:
-        """Run connector and compressor on an image of zeros."""
+        """Run encoder, compressor and connector on an image of zeros; the encoder not where features are cached."""
         compressor, weight = self.placement.connector, self.language.head_weight
         side = self.grid(self.config.image_size)
+        features = weight.new_zeros(1, side * side, self.vision.width)
+        if self.feature_cache is None:
+            pixels = torch.zeros(1, *[self.config.image_size] * 2, 3, dtype=torch.uint8)
+            features = self.encode_images(pixels).to(weight.dtype)
         if compressor is None or not any(True for _ in compressor.parameters()):
-            return self.connector(weight.new_zeros(1, self.vision.width))
-        tokens, _ = compressor(Tokens.of(weight.new_zeros(1, side * side, self.vision.width), [(side, side)]))
+            return self.connector(features[:, 0])
+        tokens, _ = compressor(Tokens.of(features, [(side, side)]))
         return self.connector(tokens.x)
 
     def _placed_tokens(self, batch: Batch, keep: int) -> Tensor:
@@ -247,7 +267,7 @@ class VLM(nn.Module):
                 f"{type(self.vision).__name__}, pixels {'given' if batch.pixels is not None else 'missing'}"
             )
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vision):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns):
                 tokens, probe = self.vision.encode(batch.pixels.to(self.device), probe_layer=layer, merge=merge)
         if compressor is not None:
             tokens, _ = compressor(tokens, Evidence(probe=probe))

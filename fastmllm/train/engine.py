@@ -243,6 +243,7 @@ class Engine:
                 config=config.to_dict(clip=clip, num_trainable=num_trainable),
                 dist_init_required=False,
             )
+        self._deep = len(self._forward_stack())
 
     def _same_start(self) -> None:
         """Give every rank rank 0's parameters."""
@@ -279,6 +280,7 @@ class Engine:
         if self.config.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
             self._norm = nn.utils.clip_grad_norm_(self._learning, self._clip or math.inf)
         self._engine.step()
+        del self._forward_stack()[self._deep :]  # a recomputed layer ends early, and its hooks leave it there
         if self.config.zero_stage > 0:
             self._norm = self._engine.get_global_grad_norm()
 
@@ -370,11 +372,13 @@ class Engine:
     def close(self) -> None:
         """Give the model back whole: full parameters, nothing of DeepSpeed on them."""
         params = [param for param, _ in self._param_keys]
-        if self.config.zero_stage == 3:
-            with self._deepspeed.zero.GatheredParameters(params):
-                values = [param.detach().clone() for param in params]
-        else:  # trainable parameters are views of one flat buffer
-            values = [param.detach().clone() if param.requires_grad else param.detach() for param in params]
+        values = []
+        for param in params:  # one at a time: all of them gathered, and cloned, would be the model twice
+            if self.config.zero_stage == 3:
+                with self._deepspeed.zero.GatheredParameters([param]):
+                    values.append(param.detach().clone())
+            else:  # trainable parameters are views of one flat buffer
+                values.append(param.detach().clone() if param.requires_grad else param.detach())
         self._engine.destroy()
         self._restore_process()
         for (param, keys), value in zip(self._param_keys, values, strict=True):
@@ -417,7 +421,7 @@ def create_engine(
 
     Args:
         model: moved to this rank's device; cast when config.dtype is bfloat16 (buffers keep their dtype).
-        groups: parameter groups of `stages.apply_rules` (params, lr, weight_decay, betas).
+        groups: parameter groups of `rules.apply_rules` (params, lr, weight_decay, betas).
         config: how to spread the step.
         clip: largest global gradient norm; 0 does not clip.
 

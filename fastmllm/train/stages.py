@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from fastmllm.data.shards import SourceConfig
+from fastmllm.train.engine import EngineConfig
 from fastmllm.train.grpo import GRPOConfig
+from fastmllm.train.lora import LoRAConfig
 from fastmllm.train.prefer import PreferConfig
+from fastmllm.train.rules import Rule, named_by, roles_of
 
 KINDS = ("instruct", "prefer", "grpo")
 
@@ -27,17 +27,20 @@ class StageConfig:
     Args:
         name: for folders, logs and messages.
         steps: optimizer steps.
-        trainable: learning rate by parameter pattern (fnmatch over parameter names); everything else is frozen.
-            A later pattern overrides an earlier one; a rate of 0 freezes.
+        trainable: learning rate, or `Rule`, by role of the model ("vision", "connector", "cross_attention", "llm",
+            "embeddings") or by parameter pattern (fnmatch over parameter names); everything else is frozen. A later
+            rule overrides an earlier one; a rate of 0 freezes.
         batch_size: samples in a micro-batch; the samples of a step are this times accumulation times ranks.
-        weight_decay: for parameters of two or more dimensions; norms, biases and gates have none.
+        weight_decay: for parameters of two or more dimensions, where a rule has none of its own; norms, biases and
+            gates have none.
         betas, eps: of AdamW.
         warmup: steps over which the learning rate rises from 0.
         schedule: "cosine" (down to `final` of the rate) or "constant".
         final: fraction of the learning rate that a cosine ends at.
         clip: largest global gradient norm; 0 does not clip.
         seed: of dropout and whatever else the model draws; a rank adds its number.
-        may_be_zero: patterns of parameters that may get an all-zero gradient at step 1 (behind a zero-init gate).
+        may_be_zero: roles or patterns of parameters that may get an all-zero gradient at step 1 (behind a zero-init
+            gate).
         mixture: task -> weight of the questions drawn; empty = by their number.
         visual_tokens: token counts an image may take, one drawn a micro-batch; empty = the model's own.
         sources: shards to learn from instead of a mixture of the data's questions.
@@ -45,11 +48,14 @@ class StageConfig:
         kind: what is learned from: "instruct", answers; "prefer", pairs of a right and a wrong one; "grpo", the model's
             own answers and whether they are right.
         prefer, grpo: of a stage of that kind.
+        image_size: side of the square that images are resized to, pixels; None = the model's own.
+        lora: roles that learn through adapters, merged at the stage's end; None = weights learn.
+        zero_stage, offload: of the engine in this stage; None = the recipe's.
     """
 
     name: str
     steps: int
-    trainable: Mapping[str, float]
+    trainable: Mapping[str, float | Rule]
     batch_size: int = 1
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -67,6 +73,10 @@ class StageConfig:
     kind: str = "instruct"
     prefer: PreferConfig = field(default_factory=PreferConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    image_size: int | None = None
+    lora: LoRAConfig | None = None
+    zero_stage: int | None = None
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
@@ -74,8 +84,14 @@ class StageConfig:
             raise ValueError(f"{where}: steps ({self.steps}) and batch_size ({self.batch_size}) must be at least 1")
         if not self.trainable:
             raise ValueError(f"{where}: trainable is empty, so nothing learns; add a rule such as connector.*: 1e-3")
-        if bad := [f"{pattern}: {rate}" for pattern, rate in self.trainable.items() if not 0 <= rate < math.inf]:
+        rates = {key: rule.lr if isinstance(rule, Rule) else rule for key, rule in self.trainable.items()}
+        if bad := [f"{key}: {rate}" for key, rate in rates.items() if not 0 <= rate < math.inf]:
             raise ValueError(f"{where}: learning rates must be finite and not negative: {', '.join(bad)}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"{where}: image_size ({self.image_size}) must be at least 1")
+        if lacks := [role for role in (() if self.lora is None else self.lora.roles) if role not in self.trainable]:
+            raise ValueError(f"{where}: lora is for {lacks[0]}, which has no rule; add it to trainable with a rate")
+        self.engine(EngineConfig())  # refuses what no engine has
         if self.balance_steps < 0 or (self.balance_steps and not self.sources):
             raise ValueError(f"{where}: balance_steps ({self.balance_steps}) is for sources and must not be negative")
         if self.mixture and self.sources:
@@ -98,6 +114,26 @@ class StageConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"{where}: betas {self.betas} must be two numbers in 0..1")
 
+    def engine(self, config: EngineConfig) -> EngineConfig:
+        """Return the engine's configuration in this stage.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+        own = {"zero_stage": self.zero_stage, "offload": self.offload}
+        try:
+            return replace(config, **{key: value for key, value in own.items() if value is not None})  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"stage {self.name!r}: {error}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides on what is learned: all but how it is spread and what is recomputed."""
+        values = asdict(self)
+        for rule in values["trainable"].values():
+            if isinstance(rule, dict):
+                del rule["checkpointing"]
+        return {key: value for key, value in values.items() if key not in ("zero_stage", "offload")}
+
     def factor(self, step: int) -> float:
         """Return what multiplies every learning rate at a step, counted from 0."""
         if step < self.warmup:
@@ -106,76 +142,6 @@ class StageConfig:
             return 1.0
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def apply_rules(
-    model: nn.Module,
-    rules: Mapping[str, float],
-    *,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-) -> list[dict[str, Any]]:
-    """Let the parameters that a rule names learn, freeze all others.
-
-    Args:
-        model: its parameters' requires_grad is set; a tied parameter answers to each of its names.
-        rules: learning rate by fnmatch pattern; the last match wins, a rate of 0 freezes.
-        weight_decay: for parameters of two or more dimensions.
-        betas, eps: of AdamW, written into the groups.
-
-    Returns:
-        optimizer groups: name (its pattern), params, names, lr, weight_decay, betas, eps.
-
-    Raises:
-        ValueError: a rule matches no parameter (lists near names), or every match was overridden, or none learns.
-    """
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    chosen: dict[nn.Parameter, tuple[str, str]] = {}  # parameter -> its first name, the rule that won
-    for pattern in rules:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern.rstrip("*."), _prefixes(names), n=4, cutoff=0.4) or names[:4]
-            raise ValueError(f"rule {pattern!r} matches no parameter; near names: {', '.join(near)}")
-    for name, param in model.named_parameters(remove_duplicate=False):
-        for pattern in rules:
-            if fnmatchcase(name, pattern):
-                first = chosen[param][0] if param in chosen else name
-                chosen[param] = (first, pattern)
-    groups: list[dict[str, Any]] = []
-    for pattern, rate in rules.items():
-        mine = {first: param for param, (first, winner) in chosen.items() if winner == pattern}
-        if not mine:
-            raise ValueError(f"rule {pattern!r} decides nothing: later rules override all that it matches; remove it")
-        for decay in dict.fromkeys((weight_decay, 0.0)):
-            part = {name: param for name, param in mine.items() if (weight_decay if param.ndim >= 2 else 0.0) == decay}
-            if part and rate > 0:
-                groups.append(
-                    {
-                        "name": pattern,
-                        "names": list(part),
-                        "params": list(part.values()),
-                        "lr": float(rate),
-                        "weight_decay": decay,
-                        "betas": tuple(betas),
-                        "eps": eps,
-                    }
-                )
-    if not groups:
-        raise ValueError(f"no parameter learns: every rule has rate 0 ({', '.join(rules)})")
-    learning = {param for group in groups for param in group["params"]}
-    for param in model.parameters():
-        param.requires_grad_(param in learning)
-    return groups
-
-
-def _prefixes(names: Iterable[str]) -> list[str]:
-    """All dotted prefixes of names, so that a wrong module name finds its neighbours."""
-    seen: dict[str, None] = {}
-    for name in names:
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            seen[".".join(parts[:end])] = None
-    return list(seen)
 
 
 def set_modes(model: nn.Module) -> None:
@@ -189,44 +155,6 @@ def set_modes(model: nn.Module) -> None:
         set_modes(child)
 
 
-def stage_table(model: nn.Module, groups: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """Draw what learns and what is frozen, by module; neighbours of one kind share a row."""
-    rates = {param: group["lr"] for group in groups for param in group["params"]}
-    named = {name: (param.numel(), rates.get(param, 0.0)) for name, param in model.named_parameters()}
-    table = Table(title=title)
-    for column, justify in (("module", "left"), ("parameters", "right"), ("trainable", "right"), ("lr", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for label, count, rate in _rows("", named):
-        table.add_row(label, f"{count:,}", f"{count:,}" if rate else "-", f"{rate:g}" if rate else "frozen")
-    total = sum(count for count, _ in named.values())
-    learning = sum(count for count, rate in named.values() if rate)
-    table.add_section()
-    table.add_row("total", f"{total:,}", f"{learning:,}", f"{100 * learning / max(1, total):.2f} %")
-    return table
-
-
-def _rows(prefix: str, named: Mapping[str, tuple[int, float]]) -> list[tuple[str, int, float]]:
-    """Split a module until its parameters are of one kind; merge neighbours whose labels differ in a number."""
-    children: dict[str, dict[str, tuple[int, float]]] = {}
-    for name, value in named.items():
-        children.setdefault(name[len(prefix) :].split(".")[0], {})[name] = value
-    rows: list[tuple[str, int, float]] = []
-    start = None  # first number of the run that the last row stands for
-    for child, inner in children.items():
-        label, kinds = prefix + child, {rate for _, rate in inner.values()}
-        if len(kinds) > 1:
-            rows += _rows(label + ".", inner)
-            start = None
-            continue
-        count, rate = sum(size for size, _ in inner.values()), kinds.pop()
-        if child.isdigit() and start is not None and rows[-1][2] == rate:
-            rows[-1] = (f"{prefix}{start}-{child}", rows[-1][1] + count, rate)
-        else:
-            rows.append((label, count, rate))
-            start = child if child.isdigit() else None
-    return rows
-
-
 class GradientCheck:
     """Watch the first step: every parameter that was declared trainable must receive a gradient that is not zero.
 
@@ -236,10 +164,13 @@ class GradientCheck:
     def __init__(self, model: nn.Module, groups: Sequence[Mapping[str, Any]], may_be_zero: Sequence[str] = ()) -> None:
         self._model = model
         self._names = [name for group in groups for name in group["names"]]
-        for pattern in may_be_zero:
-            if not any(fnmatchcase(name, pattern) for name in self._names):
-                raise ValueError(f"may_be_zero pattern {pattern!r} matches no trainable parameter")
-        self._may_be_zero = tuple(may_be_zero)
+        roles = roles_of(model)
+        self._may_be_zero: set[str] = set()
+        for key in may_be_zero:
+            fits = set(named_by(key, self._names, roles)).intersection(self._names)
+            if not fits:
+                raise ValueError(f"may_be_zero: {key!r} names no trainable parameter")
+            self._may_be_zero |= fits
         self._largest: dict[str, Tensor] = {}
         params = [param for group in groups for param in group["params"]]
         self._hooks = [
@@ -286,9 +217,7 @@ class GradientCheck:
         zero = [
             name
             for name in self._names
-            if "reached" not in seen[name]
-            and name not in unreached
-            and not any(fnmatchcase(name, pattern) for pattern in self._may_be_zero)
+            if "reached" not in seen[name] and name not in unreached and name not in self._may_be_zero
         ]
         stray = [
             name for name, param in self._model.named_parameters() if not param.requires_grad and param.grad is not None

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from fastmllm.models.recompute import recomputing
 from fastmllm.train.checkpoint import (
     CheckpointError,
     atomic_file,
@@ -41,11 +42,14 @@ from fastmllm.train.elastic import (
 )
 from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
 from fastmllm.train.grpo import Prompts
+from fastmllm.train.lora import STARTS_AT_ZERO, Adapters
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log, report_table
 from fastmllm.train.rollouts import Rollouts
+from fastmllm.train.rules import apply_rules, recomputed_by
 from fastmllm.train.sinks import Sinks, check_sinks
-from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
+from fastmllm.train.stages import GradientCheck, StageConfig, set_modes
 from fastmllm.train.step_meter import StepMeter
+from fastmllm.train.table import stage_table
 from fastmllm.train.watchdog import Watchdog
 
 META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
@@ -158,14 +162,17 @@ class Trainer:
         self.on_mismatch, self.save_every, self.keep, self.on_step = on_mismatch, save_every, keep, on_step
         self.console = console or Console()
         self.world_size = launched_world_size()
+        self.adapters = None if stage.lora is None else Adapters(model, stage.lora, stage.seed)
         self.groups = apply_rules(
-            model, stage.trainable, weight_decay=stage.weight_decay, betas=stage.betas, eps=stage.eps
-        )
+            model, stage.trainable, weight_decay=stage.weight_decay, betas=stage.betas, eps=stage.eps,
+            frozen=() if self.adapters is None else self.adapters.frozen(),
+        )  # fmt: skip
+        self._recomputed = recomputed_by(model, stage.trainable)
         # What is learned from what: equal recipes give equal results, up to rounding.
         self.recipe: dict[str, Any] = json.loads(
             json.dumps(
                 {
-                    "stage": asdict(stage),
+                    "stage": stage.identity(),
                     "dtype": engine_config.dtype.replace("auto", "float32"),  # both cast nothing
                     "micro_batches": engine_config.accumulation * self.world_size,
                     "frozen_weights": model_fingerprint(model, trainable=False),
@@ -183,6 +190,7 @@ class Trainer:
         }
         self.fingerprint = fingerprint(self.recipe)
         self._signal = 0
+        self._seen: BatchLike | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -218,14 +226,19 @@ class Trainer:
                 if self.rollouts is not None:
                     with engine.whole():
                         self.rollouts.begin()
-                records, seconds = self._loop(engine, check, meter)
+                with recomputing([module for modules in self._recomputed.values() for module in modules]):
+                    records, seconds = self._loop(engine, check, meter)
                 engine.close()
                 self.model.eval()
+                if self.adapters is not None:
+                    self._merge(engine.rank, self.adapters)
                 result = self._finish(engine.rank, records, seconds)
         except BaseException:
             if check is not None:
                 check.close()
             engine.abandon()
+            if self.adapters is not None:
+                self.adapters.remove()
             raise
         finally:
             meter.flops.close()
@@ -240,7 +253,26 @@ class Trainer:
         return Watchdog(engine, self.engine_config.heartbeat_s, what=self.stage.name, kept=kept)
 
     def _gradient_check(self) -> GradientCheck:
-        return GradientCheck(self.model, self.groups, self.stage.may_be_zero)
+        gates = self.stage.may_be_zero if self.adapters is None else (*self.stage.may_be_zero, STARTS_AT_ZERO)
+        return GradientCheck(self.model, self.groups, gates)
+
+    def _merge(self, rank: int, adapters: Adapters) -> None:
+        """Store the adapters (rank 0), then merge them; what is checked is the last batch that this rank saw."""
+        if rank == 0:
+            adapters.save(self.out_dir / "adapter")
+        logits = getattr(self.model, "logits", None)
+        batch = getattr(self._seen, "batch", self._seen) if logits else self._seen
+        problem = ""
+        try:
+            adapters.merge(lambda: self.module(batch) if logits is None else logits(batch))
+        except CheckpointError as error:
+            problem = str(error)
+            adapters.remove()
+        problems = [problem] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(problems, problem)
+        if any(problems):
+            raise CheckpointError(f"{self.stage.name}: {next(filter(None, problems))}, in {self.out_dir / 'adapter'}")
 
     def _stale(self) -> str | None:
         """Return how out_dir's run differs from this one, None when it does not or is empty."""
@@ -266,6 +298,8 @@ class Trainer:
             return None
         result = StageResult(**self._read_result()["result"])
         weights = self.out_dir / "trainable.safetensors"
+        if self.adapters is not None:
+            self.adapters.remove()
         try:
             load_trainable(self.model, weights)
         except CheckpointError as error:
@@ -288,7 +322,7 @@ class Trainer:
         stage, quiet = self.stage, engine.rank != 0
         start, seconds = self._resume(engine)
         if not quiet:
-            self.console.print(stage_table(self.model, self.groups, f"{stage.name}: what learns"))
+            self.console.print(stage_table(self.model, self.groups, f"{stage.name}: what learns", self._recomputed))
         set_modes(self.model)
         written = read_log(self.out_dir / "log.jsonl")
         records = [record for record in written if record.step <= start]
@@ -306,6 +340,7 @@ class Trainer:
                     tick = time.perf_counter()
                     micro = self._answered(engine, step, meter.wait(upcoming.result))
                     targets, stop = engine.sum_over_ranks(sum(batch.num_targets for batch in micro), self._signal)
+                    self._seen = micro[0]
                     if stop:
                         self._save(engine, step, seconds + time.perf_counter() - began)
                         self._leave(quiet, step)
@@ -326,6 +361,7 @@ class Trainer:
                     # after the last step too: the export may find a full disk
                     if self.save_every and ((step + 1) % self.save_every == 0 or step + 1 == stage.steps):
                         self._save(engine, step + 1, seconds + time.perf_counter() - began)
+                self._seen = self._seen or upcoming.result()[0]  # a run that had only its export to do
         finally:
             if log is not None:
                 log.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,19 @@ def test_it_learns_to_tell_pairs_apart(kind: type, formula) -> None:
 def test_the_scale_is_kept_in_bounds() -> None:
     loss = ClipLoss()
     assert loss.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    image, text = features(6)
     for start, bound in ((7.0, 100.0), (-3.0, 1.0)):
+        results = []
+        for value in (start, math.log(bound)):
+            torch.nn.init.constant_(loss.logit_scale, value)
+            results.append(loss(image, text))
+        assert results[0] == pytest.approx(results[1].item(), rel=1e-5)
+    # pairs that are wrong want a smaller scale, pairs that are right a larger one: only what leads back passes
+    for start, other, passes in ((7.0, text.flip(0), True), (7.0, image, False), (-3.0, text.flip(0), False),
+                                 (-3.0, image, True)):  # fmt: skip
         torch.nn.init.constant_(loss.logit_scale, start)
-        loss.clamp_scale()
-        assert loss.logit_scale.exp().item() == pytest.approx(bound)
+        (grad,) = torch.autograd.grad(loss(image, other), loss.logit_scale)
+        assert (grad != 0) == passes
     siglip = SiglipLoss()
     assert siglip.logit_scale.exp().item() == pytest.approx(10)
     assert siglip.logit_bias.item() == -10

@@ -22,7 +22,7 @@ from fastmllm.train.checkpoint import (
     save_trainable,
     set_aside,
 )
-from fastmllm.train.stages import apply_rules
+from fastmllm.train.rules import apply_rules
 
 
 @contextmanager

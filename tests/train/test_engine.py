@@ -12,7 +12,7 @@ from train_toy import RULES, sample, stage, toy, trainer, values
 from fastmllm.train.engine import EngineConfig, create_engine, launched_world_size
 from fastmllm.train.engine import __file__ as engine_file
 from fastmllm.train.meters import StepRecord
-from fastmllm.train.stages import apply_rules
+from fastmllm.train.rules import apply_rules
 
 
 @pytest.mark.parametrize(
