@@ -64,11 +64,6 @@ class Inputs:
         return self.plan.cu_seqlens.numel() - 1
 
     @property
-    def num_targets(self) -> int:
-        """Tokens that are scored."""
-        return self.plan.num_targets
-
-    @property
     def position_ids(self) -> Tensor:
         """(T',), or (3, T') for M-RoPE."""
         return self.plan.position_ids
