@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmllm.data.packing import Batch
+from fastmllm.kernels.attention import attention
+from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.models.efficientnet import EfficientNet, EfficientNetConfig
 from fastmllm.models.flops import flop_formulas
 from fastmllm.models.vlm import ModelConfig
@@ -197,3 +199,30 @@ def test_depthwise_convolutions_cost_their_own_channel() -> None:
     with meter.forward():
         encoder(pixels)
     assert meter.take() == Work()
+
+
+@pytest.mark.parametrize("learns", ["q", "kv", "qkv", ""])
+def test_attention_needs_the_products_of_plain_torch(learns: str) -> None:
+    """Two products forward and those of the gradients, and once more the scores, which plain torch keeps."""
+    q, k, v = (torch.randn(6, 2, 8, requires_grad=name in learns) for name in "qkv")
+    starts, stops = torch.zeros(6, dtype=torch.int32), torch.full((6,), 6, dtype=torch.int32)
+    bounds = torch.tensor([0, 6], dtype=torch.int32)
+
+    def plain() -> Tensor:
+        scores = (q.transpose(0, 1) @ k.permute(1, 2, 0)).softmax(-1)
+        return (scores @ v.transpose(0, 1)).sum()
+
+    with FlopCounterMode(display=False) as counter:
+        loss = plain()
+        if learns:
+            loss.backward()
+    needed, product = counter.get_total_flops(), 2 * 2 * 8 * 36
+    for call in (
+        lambda: attention(q, k, v, bounds, max_seqlen_q=6).sum(),
+        lambda: cross_attention(q, k, v, starts, stops).sum(),
+    ):
+        meter = FlopMeter(nn.Identity())
+        with meter.forward():
+            call()
+        work = meter.take()
+        assert (work.model, work.hardware) == (needed, needed + bool(learns) * product)
