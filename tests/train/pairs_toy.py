@@ -90,7 +90,7 @@ def pair_run(out: Path, photos: Path, kind: str, size: int, ranks: int, *, seed:
     torch.manual_seed(seed)
     model = qformer(seed) if kind == "qformer" else contrastive(kind, seed)
     around = {"first": (CLS,), "last": ()} if kind == "qformer" else {"first": (), "last": (END,)}
-    changes = {"steps": 4, "trainable": PAIR_RULES[kind], "clip": 1.0, "eps": 1e-5} | options.pop("changes", {})
+    changes = {"steps": 3, "trainable": PAIR_RULES[kind], "clip": 1.0, "eps": 1e-5} | options.pop("changes", {})
     return trainer(
         out, model, changes=changes, batches=lambda index: pairs(photos, index, size, ranks, **around), **options
     )

@@ -32,7 +32,7 @@ def train(name: str, zero_stage: int, **changes: Any) -> Any:
 
 
 for stage in (2, 3):
-    for kind in ("clip", "siglip", "qformer"):
+    for kind in ("clip", "qformer") if stage == 2 else ("clip", "siglip", "qformer"):
         pair_run(OUT / f"{kind}{stage}", PHOTOS, kind, 2, 2, engine={"zero_stage": stage}).run()
     train(f"lora{stage}", stage, lora=LoRAConfig(roles=("vision", "llm"), r=2), trainable=RULES)
 for stage in (0, 1, 2, 3):
