@@ -30,17 +30,16 @@ from fastmllm.train.checkpoint import (
     save_trainable,
     set_aside,
 )
-from fastmllm.train.elastic import (
+from fastmllm.train.elastic import load_checkpoint, save_checkpoint
+from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
+from fastmllm.train.grpo import Prompts
+from fastmllm.train.inventory import (
     find_checkpoint,
     latest_checkpoint,
-    load_checkpoint,
     read_meta,
     readable_meta,
     remove_leftovers,
-    save_checkpoint,
 )
-from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
-from fastmllm.train.grpo import Prompts
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log
 from fastmllm.train.rollouts import Rollouts
 from fastmllm.train.stages import GradientCheck, StageConfig, apply_rules, set_modes, stage_table
