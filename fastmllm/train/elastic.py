@@ -21,22 +21,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastmllm.train.checkpoint import CheckpointError, atomic_file, damaged, fingerprint, flush, full_disk, read_json
+from fastmllm.train.checkpoint import CheckpointError, atomic_file, damaged, fingerprint, flush, full_disk
+from fastmllm.train.inventory import NAME, Group, latest_checkpoint, remedy_for, remove_leftovers
 from fastmllm.train.partition import Piece
 from fastmllm.train.pieces import read_pieces, sums_of, write_pieces
 
-NAME = "step-????????"
 
-
-class EngineLike(Protocol):
+class EngineLike(Group, Protocol):
     """Name what a checkpoint needs of `engine.Engine`."""
 
     model: nn.Module
-    rank: int
-    world_size: int
     device: torch.device
 
-    def gather(self, value: Any) -> list[Any]: ...
     def pieces(self, *, own: bool = False) -> list[Piece]: ...
     def adopt_pieces(self) -> None: ...
 
@@ -142,128 +138,6 @@ def _raise_together(engine: EngineLike, problem: Exception | None, temporary: Pa
     raise CheckpointError(full_disk(final, problems[0].strip().splitlines()[0], kept)) from problem
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove half-written checkpoints whose process is gone."""
-    for path in folder.glob("*.tmp-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def alive(pid: int) -> bool:
-    """True while a process of this host runs; one that has ended and is only not collected yet does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    stat = Path(f"/proc/{pid}/stat")  # of Linux alone
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
-
-
-# --- finding ----------------------------------------------------------------------------------------------------
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint's folder, or None; nothing in it is checked."""
-    found = _newest_first(folder)
-    return found[0] if found else None
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    # The renaming makes a folder complete; `latest` is for people, and may be one behind after a kill.
-    return [path for path in sorted(folder.glob(NAME), reverse=True) if (path / "meta.json").exists()]
-
-
-def read_meta(checkpoint: Path, needed: Sequence[str] = ("step",)) -> dict[str, Any]:
-    """Return what `save_checkpoint` was given as meta, and `files`.
-
-    Raises:
-        CheckpointError: damaged, or one of the needed keys is missing.
-    """
-    path, remedy = checkpoint / "meta.json", _remedy(checkpoint)
-    meta = read_json(path, (*needed, "files", "checksum"), remedy)
-    if meta.pop("checksum") != fingerprint(meta):
-        raise damaged(path, ValueError("its checksum is another one"), remedy)
-    return meta
-
-
-def _remedy(checkpoint: Path) -> str:
-    return f"put a whole copy there, or delete {checkpoint}, then the run starts from an earlier step"
-
-
-def readable_meta(folder: Path, needed: Sequence[str]) -> dict[str, Any] | None:
-    """Return the newest meta that can be read, None without checkpoints; this process alone looks.
-
-    Raises:
-        CheckpointError: there are checkpoints and none can be read.
-    """
-    problem: CheckpointError | None = None
-    for path in _newest_first(folder):
-        try:
-            return read_meta(path, needed)
-        except CheckpointError as error:
-            problem = problem or error
-    if problem is not None:
-        raise problem
-    return None
-
-
-def find_checkpoint(engine: EngineLike, folder: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint of which every file is what was written; called by all ranks, which share the work.
-
-    Damaged ones that are newer are renamed to `<name>.damaged`.
-
-    Returns:
-        the checkpoint's folder, None without any; what was wrong with newer ones.
-
-    Raises:
-        CheckpointError: there are checkpoints and none is whole.
-    """
-    problems: list[str] = []
-    found = _newest_first(folder)
-    for path in found:
-        wrong: str | None = None
-        try:
-            _verify(path, engine.rank, engine.world_size)
-        except CheckpointError as error:
-            wrong = str(error)
-        if not (told := [text for text in engine.gather(wrong) if text]):
-            if engine.rank == 0:
-                for bad in found[: found.index(path)]:
-                    _rename_damaged(bad)
-            engine.gather(None)
-            return path, problems
-        problems.append(told[0])
-    if problems:
-        raise CheckpointError("; ".join(problems))
-    return None, []
-
-
-def _rename_damaged(path: Path) -> None:
-    target = path.with_name(f"{path.name}.damaged")
-    shutil.rmtree(target, ignore_errors=True)  # an earlier one of the same step
-    os.replace(path, target)
-
-
-def _verify(checkpoint: Path, rank: int, ranks: int) -> None:
-    """Check every `ranks`-th file of a checkpoint.
-
-    Raises:
-        CheckpointError: one is missing, shorter or different.
-    """
-    for name, (size, checksum) in sorted(read_meta(checkpoint)["files"].items())[rank::ranks]:
-        path = checkpoint / name
-        try:
-            found = sums_of(path)
-        except OSError as error:
-            raise damaged(path, error, _remedy(checkpoint)) from error
-        if found != (size, checksum):
-            what = f"{found[0]} of {size} bytes" if found[0] != size else f"checksum {found[1]}, written was {checksum}"
-            raise damaged(path, ValueError(what), _remedy(checkpoint))
-
-
 # --- loading ----------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +159,7 @@ def load_checkpoint(engine: EngineLike, checkpoint: Path) -> list[Any] | None:
         read_pieces(engine.pieces(), files[at:] + files[:at])
         extra = _load_rank(engine, checkpoint, ranks)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        problem = damaged(checkpoint, error, _remedy(checkpoint))
+        problem = damaged(checkpoint, error, remedy_for(checkpoint))
     if told := [text for text in engine.gather(None if problem is None else str(problem)) if text]:
         raise CheckpointError(told[0]) from problem
     engine.adopt_pieces()

@@ -31,17 +31,16 @@ from fastmllm.train.checkpoint import (
     save_trainable,
     set_aside,
 )
-from fastmllm.train.elastic import (
+from fastmllm.train.elastic import load_checkpoint, save_checkpoint
+from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
+from fastmllm.train.grpo import Prompts
+from fastmllm.train.inventory import (
     find_checkpoint,
     latest_checkpoint,
-    load_checkpoint,
     read_meta,
     readable_meta,
     remove_leftovers,
-    save_checkpoint,
 )
-from fastmllm.train.engine import Engine, EngineConfig, create_engine, launched_world_size
-from fastmllm.train.grpo import Prompts
 from fastmllm.train.lora import STARTS_AT_ZERO, Adapters
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log, report_table
 from fastmllm.train.rollouts import Rollouts

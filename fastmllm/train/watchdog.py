@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastmllm.train.elastic import alive
+from fastmllm.train.inventory import Group, alive
 
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set where the store is torchrun's, not rank 0's
 LEFT, FAILED = "left", "failed: "
@@ -33,13 +33,9 @@ class RankLostError(RuntimeError):
     """A rank does not answer any more."""
 
 
-class Ranks(Protocol):
+class Ranks(Group, Protocol):
     """Name what is needed of `engine.Engine`."""
 
-    rank: int
-    world_size: int
-
-    def gather(self, value: Any) -> list[Any]: ...
     def store(self) -> Any: ...
 
 

@@ -20,14 +20,13 @@ from torch import nn
 from train_toy import toy, trainer, values
 
 from fastmllm.train.checkpoint import CheckpointError
-from fastmllm.train.elastic import (
+from fastmllm.train.elastic import load_checkpoint, save_checkpoint
+from fastmllm.train.inventory import (
     find_checkpoint,
     latest_checkpoint,
-    load_checkpoint,
     read_meta,
     readable_meta,
     remove_leftovers,
-    save_checkpoint,
 )
 from fastmllm.train.partition import KINDS, Piece
 

@@ -1,4 +1,4 @@
-"""One recipe on two hosts under torchrun: two network namespaces, or two loopback addresses."""
+"""One recipe on two hosts under torchrun: two network namespaces, or loopback addresses where none are permitted."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from test_trainer import Stop, losses, stop_after
 from train_toy import toy, trainer
 
 from fastmllm.train.checkpoint import CheckpointError
-from fastmllm.train.elastic import latest_checkpoint
+from fastmllm.train.inventory import latest_checkpoint
 from fastmllm.train.meters import read_log
 
 HERE = Path(__file__).parent

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from train_toy import ToyBatch, joined, sample, toy, trainer, values
 
 from fastmllm.train.checkpoint import CheckpointError
-from fastmllm.train.elastic import latest_checkpoint
+from fastmllm.train.inventory import latest_checkpoint
 from fastmllm.train.meters import StepRecord, read_log
 from fastmllm.train.trainer import NonFiniteLossError, TrainingInterrupted
 
