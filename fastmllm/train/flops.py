@@ -57,7 +57,7 @@ class FlopMeter:
 
     def __init__(self, model: nn.Module, vision: nn.Module | None = None) -> None:
         self._work, self._again, self._counting = Work(), False, False
-        self._in_vision = 0
+        self._in_vision = False
         # what is counted on the device -> its number, and the model, hardware and vision operations of one
         self._unread: dict[tuple[Any, ...], tuple[Callable[[], Tensor], list[float]]] = {}
         self._spans: list[tuple[Any, Any]] = []
@@ -65,9 +65,9 @@ class FlopMeter:
         for module in model.modules():
             if product_weight(module) is not None:
                 self._hooks.append(module.register_forward_hook(self._product_hook(module)))
-        if vision is not None:
-            self._hooks.append(vision.register_forward_pre_hook(self._enter))
-            self._hooks.append(vision.register_forward_hook(self._leave, always_call=True))
+        self._vision, self._forward = vision, None if vision is None else vision.__dict__.get("forward")
+        if vision is not None:  # not by hooks: MLLM calls its `forward`
+            vision.forward = self._timed(vision.forward)  # type: ignore[method-assign]
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -110,6 +110,11 @@ class FlopMeter:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._vision is not None:
+            del self._vision.forward
+            if self._forward is not None:
+                self._vision.forward = self._forward  # type: ignore[method-assign]
+            self._vision = None
 
     def _cost(self, flops: float, model: float, hardware: float) -> tuple[float, float, float]:
         """Return model, hardware and vision operations of a product.
@@ -122,7 +127,7 @@ class FlopMeter:
             return 0.0, flops, 0.0
         learning = torch.is_grad_enabled()
         needed = flops * (1 + model * learning)
-        return needed, flops * (1 + hardware * learning), needed * (self._in_vision > 0)
+        return needed, flops * (1 + hardware * learning), needed * self._in_vision
 
     def _add(self, flops: float, model: float, hardware: float) -> None:
         for name, value in zip(("model", "hardware", "vision"), self._cost(flops, model, hardware), strict=True):
@@ -182,15 +187,18 @@ class FlopMeter:
             key = ("labels", id(labels), ignore_index)
             self._add_later(key, lambda: (labels != ignore_index).sum(), each, gradients, done)
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._in_vision += 1
-        if self._counting and not self._again and self._in_vision == 1:
-            self._spans.append((_now(), None))
+    def _timed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if not self._counting or self._again or self._in_vision:
+                return forward(*args, **kwargs)
+            start, self._in_vision = _now(), True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._in_vision = False
+                self._spans.append((start, _now()))
 
-    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        self._in_vision -= 1
-        if self._spans and self._in_vision == 0 and self._spans[-1][1] is None:
-            self._spans[-1] = (self._spans[-1][0], _now())
+        return timed
 
 
 def wanted(tensor: Any) -> bool:
