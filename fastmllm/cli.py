@@ -1,4 +1,4 @@
-"""The command line: fastmllm {demo, train, eval, generate, bench, data, backends}."""
+"""The command line: fastmllm {demo, train, plan, eval, generate, bench, data, backends}."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -39,6 +39,50 @@ def train(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/d
     from fastmllm.session import Session
 
     Session(_load(recipe, overrides), out).train()
+
+
+def plan(
+    what: Annotated[Literal["train"], tyro.conf.Positional],
+    recipe: RecipePath,
+    overrides: Overrides = (),
+    gpus: int = 8,
+    device: str = "h100",
+    gpus_per_node: int = 8,
+    model: str | None = None,
+    text_tokens: int = 256,
+    images: int = 1,
+    image_size: int = 672,
+    utilisation: float = 0.4,
+    recompute: bool = False,
+    json: bool = False,
+) -> None:
+    """Say what each stage of a recipe would hold, send and take on many accelerators; no weight is loaded.
+
+    Args:
+        what: is planned.
+        recipe: a YAML file.
+        overrides: changes to it, such as engine.zero_stage=3.
+        gpus: ranks.
+        device: a100, h100, h200, b200, or cpu (measured now).
+        gpus_per_node: of them in one machine.
+        model: a published model's name (llava-1.5-7b, qwen2-vl-72b, ...) or a folder with config.json, in place of the
+            recipe's model.
+        text_tokens: of a sample.
+        images: of a sample.
+        image_size: side in pixels of an image, for --model.
+        utilisation: of the device's peak.
+        recompute: with gradient checkpointing of every layer.
+        json: for programs.
+    """
+    from fastmllm.training_plan import Assumptions, plan_training, print_plan
+
+    assumed = Assumptions(
+        utilisation=utilisation, text_tokens=text_tokens, images=images, image_size=image_size, recompute=recompute
+    )
+    found = plan_training(
+        _load(recipe, overrides), gpus, device=device, ranks_per_node=gpus_per_node, model=model, assumed=assumed
+    )
+    print_plan(found, as_json=json)
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
@@ -120,6 +164,7 @@ def _load(recipe: Path, overrides: tuple[str, ...]):
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
+    "plan": plan,
     "eval": evaluate,
     "generate": generate,
     "bench": bench,

@@ -25,7 +25,7 @@ def count_flops(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follow every storage that the calls inside create, until it is freed."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _LiveBytes() as meter:
+    with LiveBytes() as meter:
         call()
     return meter.peak
 

@@ -107,7 +107,7 @@ class VLM(nn.Module):
         connector: (..., Dv) -> (..., D).
         language: decoder over packed embeddings.
         config: sizes and defaults.
-        tokenizer: of the language model; kept beside the weights so that a VLM can talk.
+        tokenizer: of the language model; kept beside the weights so that a VLM can talk. None: it has no weights either.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class VLM(nn.Module):
         connector: nn.Module,
         language: LanguageModel,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
     ) -> None:
         super().__init__()
         self.vision: Encoder = vision
@@ -311,9 +311,14 @@ def build_vlm(config: ModelConfig, cache: Path | None = None, seed: int = 0) -> 
     vision = load_vision(config.vision, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        width = config.connector_width or language.config.width
         std = language.model.embed_tokens.weight.float().std().item()
-        connector = Projector(vision.width, language.config.width, hidden=width, norm=True, out_std=std).to(dtype)
+        connector = make_connector(config, vision.width, language.config.width, std).to(dtype)
     model = VLM(vision, connector, language, config, load_tokenizer(config.language, cache=cache))
     model.requires_grad_(False)
     return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def make_connector(config: ModelConfig, vision_width: int, width: int, out_std: float) -> Projector:
+    """Make the fresh connector of a recipe's model; `out_std` is of the language model's embeddings."""
+    hidden = config.connector_width or width
+    return Projector(vision_width, width, hidden=hidden, norm=True, out_std=out_std)

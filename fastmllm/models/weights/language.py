@@ -33,6 +33,7 @@ __all__ = [
     "WHEELS",
     "language_config",
     "language_fields",
+    "language_shape",
     "load_language",
     "load_tokenizer",
     "save_language",
@@ -98,6 +99,21 @@ def load_language(
     if kept is not None:
         _keep(kept, config, state)
     return _build(config, state, dtype, str(path))
+
+
+def language_shape(name_or_path: str | Path) -> LanguageModel:
+    """Build a language model without weights, on the device that torch is set to ("meta").
+
+    Args:
+        name_or_path: as for `load_language`; a folder needs its config.json only.
+
+    Raises:
+        ValueError: unknown name, or an architecture that the decoder does not compute.
+    """
+    path = _resolve(name_or_path)
+    if path.is_dir():
+        return LanguageModel(language_config(read_config(path), str(path / "config.json")))
+    return LanguageModel(GgufFile(path).config())
 
 
 def load_tokenizer(name_or_path: str | Path, cache: Path | None = None) -> Tokenizer:

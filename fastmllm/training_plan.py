@@ -1,0 +1,304 @@
+"""A recipe on paper: what each training stage would hold, send and take on any number of accelerators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+
+from fastmllm.bench.roofline import measure_rates
+from fastmllm.models.mllm import MLLM
+from fastmllm.models.shapes import mllm_shape, vlm_shape
+from fastmllm.models.vlm import VLM, native_bfloat16
+from fastmllm.recipe import Recipe
+from fastmllm.simulated_step import Load, Step, simulate
+from fastmllm.train.devices import DEVICES, KINDS, Device, cpu_device
+from fastmllm.train.engine import EngineConfig
+from fastmllm.train.plan import Collective, Layout, ParamSize, StateBytes, collectives, param_sizes, state_bytes
+from fastmllm.train.stages import StageConfig, apply_rules, set_modes
+
+UPDATE = 28  # bytes that AdamW moves for an element: master and two averages read and written, gradient read
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assumptions:
+    """What a plan takes for granted; each can be given.
+
+    Args:
+        utilisation: of the device's peak by the products of a step.
+        link_share: of the nominal rate that collectives reach.
+        memory_share: of the device's memory that tensors can have; context, NCCL and fragmentation have the rest.
+        text_tokens: of a sample, all scored.
+        images: of a sample.
+        image_size: side in pixels, of published models; a recipe's own model says its size.
+        recompute: every layer keeps its input only.
+    """
+
+    utilisation: float = 0.4
+    link_share: float = 0.8
+    memory_share: float = 0.92
+    text_tokens: int = 256
+    images: int = 1
+    image_size: int = 672
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("utilisation", "link_share", "memory_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"plan: {name} is {getattr(self, name)}; give a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """What one stage costs a rank; bytes, seconds.
+
+    Args:
+        name: of the stage.
+        parameters, trainable: elements.
+        state: what ZeRO leaves on the rank that holds most.
+        total: the most that is there at once, activations included.
+        step: a micro-batch.
+        activations: without and with recomputation of all layers.
+        collectives: of a step.
+        near, far: bytes that a rank sends in a step to its node and to others.
+        compute_s, communication_s, update_s: of a step.
+        samples_per_s: of all ranks, when communication hides behind computation, and when nothing does.
+        smallest: ZeRO stage whose total fits, or None.
+    """
+
+    name: str
+    parameters: int
+    trainable: int
+    state: StateBytes
+    total: int
+    step: Step
+    activations: tuple[int, int]
+    collectives: list[Collective]
+    near: int
+    far: int
+    compute_s: float
+    communication_s: float
+    update_s: float
+    samples_per_s: tuple[float, float]
+    smallest: int | None
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of a step, when communication hides behind computation, and when nothing does."""
+        hidden = max(self.compute_s, self.communication_s) + self.update_s
+        return hidden, self.compute_s + self.communication_s + self.update_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """The stages of a recipe, and what they were planned for."""
+
+    model: str
+    device: Device
+    layout: Layout
+    assumed: Assumptions
+    stages: list[StagePlan]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self) | {"notes": notes(self)}
+
+
+def plan_training(
+    recipe: Recipe,
+    ranks: int,
+    *,
+    device: str = "h100",
+    ranks_per_node: int = 8,
+    model: str | None = None,
+    assumed: Assumptions | None = None,
+) -> TrainingPlan:
+    """Plan every stage of a recipe.
+
+    Args:
+        recipe: its rules, batch sizes and engine count; its data is not looked at.
+        ranks: accelerators.
+        device: one of `KINDS`.
+        ranks_per_node: accelerators of a machine.
+        model: a published checkpoint's name or a folder with config.json, instead of the recipe's model.
+        assumed: what the recipe does not say.
+
+    Raises:
+        ValueError: an unknown device or model, a rule that matches nothing in it, ranks that fill no whole nodes.
+    """
+    if device not in KINDS:
+        raise ValueError(f"plan: unknown device {device!r}; choose one of {', '.join(KINDS)}")
+    assumed = assumed or Assumptions()
+    dtype = recipe.engine.dtype if recipe.engine.dtype != "auto" else recipe.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device != "cpu" or native_bfloat16() else "float32"
+    layout = Layout(engine=replace(recipe.engine, dtype=dtype), ranks=ranks, ranks_per_node=ranks_per_node)
+    if device == "cpu":
+        rates = measure_rates(getattr(torch, dtype))
+        machine = cpu_device(rates.flops, rates.bytes, dtype)
+    else:
+        machine = DEVICES[device]
+    shape: VLM | MLLM = vlm_shape(recipe.model) if model is None else mllm_shape(model)
+    shape.to(getattr(torch, dtype))
+    name = model or f"{recipe.model.vision} + {recipe.model.language}"
+    stages = [_plan_stage(shape, stage, layout, machine, assumed) for stage in recipe.stages]
+    return TrainingPlan(model=name, device=machine, layout=layout, assumed=assumed, stages=stages)
+
+
+def _plan_stage(
+    model: VLM | MLLM, stage: StageConfig, layout: Layout, device: Device, assumed: Assumptions
+) -> StagePlan:
+    engine = layout.engine
+    groups = apply_rules(model, stage.trainable, weight_decay=stage.weight_decay, betas=stage.betas, eps=stage.eps)
+    set_modes(model)
+    load = _load(model, stage, assumed)
+    both = [simulate(model, load, recompute) for recompute in (False, True)]
+    step = both[assumed.recompute]
+    params = param_sizes(model, groups, engine.dtype)
+    state = state_bytes(params, layout)
+    sent = collectives(params, layout, step.backward_elements)
+    near, far = (sum(part) for part in zip(*(c.traffic(layout) for c in sent), strict=True)) if sent else (0, 0)
+    learning = sum(param.numel for param in params if param.group is not None)
+    compute = step.flops * engine.accumulation / (device.flops[engine.dtype] * assumed.utilisation)
+    speed = assumed.link_share
+    share = learning if engine.zero_stage == 0 else -(-learning // layout.ranks)
+    update = UPDATE * share / device.bandwidth
+    if engine.offload == "cpu":  # gradients go to the host, new weights come back
+        update += 2 * share * 2 / (device.host * speed)
+    plan = StagePlan(
+        name=stage.name, parameters=sum(param.numel for param in params), trainable=learning, state=state,
+        total=state.total(step.activations), step=step, activations=(both[0].activations, both[1].activations),
+        collectives=sent, near=near, far=far, compute_s=compute,
+        communication_s=near / (device.link * speed) + far / (device.network * speed), update_s=update,
+        samples_per_s=(0.0, 0.0), smallest=_smallest(params, layout, step.activations, _room(device, layout, assumed)),
+    )  # fmt: skip
+    samples = stage.batch_size * engine.accumulation * layout.ranks
+    fast, slow = plan.seconds
+    return replace(plan, samples_per_s=(samples / fast, samples / slow))
+
+
+def _load(model: VLM | MLLM, stage: StageConfig, assumed: Assumptions) -> Load:
+    """Say what a micro-batch of a stage holds: pairs for "prefer", groups of answers for "grpo"."""
+    answers = {"prefer": 2, "grpo": stage.grpo.group}.get(stage.kind, 1)
+    visual = max(stage.visual_tokens or (model.config.visual_tokens,)) if isinstance(model, VLM) else 0
+    return Load(
+        samples=stage.batch_size * answers, text_tokens=assumed.text_tokens, images=assumed.images,
+        image_size=assumed.image_size, visual_tokens=visual,
+    )  # fmt: skip
+
+
+def _room(device: Device, layout: Layout, assumed: Assumptions) -> float:
+    """Return the bytes that a rank may fill; the ranks of a CPU machine share its memory."""
+    ranks = min(layout.ranks, layout.ranks_per_node) if device.name not in {d.name for d in DEVICES.values()} else 1
+    return device.memory * assumed.memory_share / ranks
+
+
+def _smallest(params: Sequence[ParamSize], layout: Layout, activations: int, room: float) -> int | None:
+    for stage in range(1 if layout.engine.dtype == "bfloat16" else 0, 4):
+        offload = layout.engine.offload if stage >= 2 else "none"
+        engine: EngineConfig = replace(layout.engine, zero_stage=stage, offload=offload)
+        if state_bytes(params, replace(layout, engine=engine)).total(activations) <= room:
+            return stage
+    return None
+
+
+def notes(plan: TrainingPlan) -> list[str]:
+    """List what the figures rest on."""
+    given, engine, device = plan.assumed, plan.layout.engine, plan.device
+    return [
+        f"{device.name}: {device.flops[engine.dtype] / 1e12:.4g} TFLOP/s dense {engine.dtype} at "
+        f"{given.utilisation:.0%} utilisation, {device.memory / GB:.0f} GB of which tensors have "
+        f"{given.memory_share:.0%}, {device.link / GB:.0f} GB/s in a node and {device.network / GB:.0f} GB/s between "
+        f"nodes in one direction, of which collectives reach {given.link_share:.0%} ({device.source})",
+        f"a sample is {given.images} image(s) and {given.text_tokens} text tokens, all scored; every micro-batch is "
+        "alike, attention computes its segments only (flash), logits never exist whole",
+        "pixels are encoded in every step: cached features would spare a frozen encoder's share",
+        "activations are counted on a run without numbers, gradients at their worst moment, and added, though the two "
+        "do not peak together: an upper bound, to which allocator fragmentation comes",
+        "gradients of stages 1 and 2 are all-reduced, as DeepSpeed 0.19 does by default, not reduce-scattered; stage 3 "
+        "keeps parameters of up to 1e5 elements everywhere and up to 1e9 gathered elements alive",
+        "rings are hierarchical: first inside of a node, then between nodes, each accelerator on its own network card",
+        "steps are given with communication wholly hidden behind computation, and with nothing hidden; loading of data, "
+        "the CPU's AdamW under offload, and sampling in grpo stages are not in them",
+    ]
+
+
+def show(plan: TrainingPlan, console: Console) -> None:
+    """Print one table a training stage, then what they assume."""
+    engine, layout = plan.layout.engine, plan.layout
+    nodes = -(-layout.ranks // layout.ranks_per_node)
+    console.print(
+        f"{plan.model}: {layout.ranks} x {plan.device.name} on {nodes} node(s), ZeRO-{engine.zero_stage}, "
+        f"{engine.dtype}, offload {engine.offload}, {engine.accumulation} micro-batch(es) a step",
+        highlight=False,
+    )
+    for stage in plan.stages:
+        console.print(Group(_memory_table(plan, stage), _step_table(stage)))
+        console.print(_verdict(plan, stage), highlight=False)
+    console.print("Assumed:", *(f"- {note}" for note in notes(plan)), sep="\n", highlight=False)
+
+
+def _memory_table(plan: TrainingPlan, stage: StagePlan) -> Table:
+    state = stage.state
+    share = f"{stage.trainable / 1e9:,.3g} of {stage.parameters / 1e9:,.4g} B parameters learn"
+    table = Table("memory of a rank", "GB", title=f"{stage.name}: {share}", title_justify="left")
+    table.columns[1].justify = "right"
+    kept, saved = stage.activations
+    rows = {
+        "parameters": state.parameters, "fp32 master weights": state.masters, "AdamW moments": state.moments,
+        "gradients, at the worst moment of backward": state.backward, "parameters gathered": state.gathered,
+        f"activations ({'with' if plan.assumed.recompute else 'without'} checkpointing)": stage.step.activations,
+        "the most at once": stage.total, "in host memory": state.host,
+        f"activations {'without' if plan.assumed.recompute else 'with'} checkpointing": (
+            kept if plan.assumed.recompute else saved
+        ),
+    }  # fmt: skip
+    for name, size in rows.items():
+        if size:
+            table.add_row(name, f"{size / GB:,.2f}", end_section=name == "the most at once")
+    return table
+
+
+def _step_table(stage: StagePlan) -> Table:
+    table = Table("a step, of a rank", "", title_justify="left")
+    table.columns[1].justify = "right"
+    step = stage.step
+    visual = f"{step.visual_tokens:,} visual"
+    table.add_row("tokens of a micro-batch", f"{step.tokens:,} rows, {visual}")
+    for sent in stage.collectives:
+        if sent.payload:
+            table.add_row(f"{sent.kind} of {sent.what}", f"{sent.payload / GB:,.2f} GB")
+    table.add_row("sent inside of the node", f"{stage.near / GB:,.2f} GB")
+    table.add_row("sent to other nodes", f"{stage.far / GB:,.2f} GB", end_section=True)
+    table.add_row("computation", f"{1000 * stage.compute_s:,.1f} ms")
+    table.add_row("communication", f"{1000 * stage.communication_s:,.1f} ms")
+    table.add_row("update", f"{1000 * stage.update_s:,.1f} ms")
+    fast, slow = stage.seconds
+    table.add_row("step, communication hidden or not", f"{1000 * fast:,.1f} to {1000 * slow:,.1f} ms")
+    most, least = stage.samples_per_s
+    table.add_row("samples a second, all ranks", f"{least:,.1f} to {most:,.1f}")
+    return table
+
+
+def _verdict(plan: TrainingPlan, stage: StagePlan) -> str:
+    room = _room(plan.device, plan.layout, plan.assumed)
+    chosen = plan.layout.engine.zero_stage
+    fits = f"ZeRO-{chosen} {'fits' if stage.total <= room else 'does not fit'} into {room / GB:,.1f} GB"
+    if stage.smallest is not None:
+        return f"{fits}; the smallest ZeRO stage that fits is {stage.smallest}"
+    return f"{fits}, nor does any other: try --recompute, engine.offload=cpu, a smaller batch_size or more --gpus"
+
+
+def print_plan(plan: TrainingPlan, *, as_json: bool, out: Path | None = None) -> None:
+    """Print a plan for people or for programs."""
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=1))
+    else:
+        show(plan, Console())
