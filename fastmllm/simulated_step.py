@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmllm.bench.meters import LiveBytes, flop_formulas
+from fastmllm.bench.meters import LiveBytes
 from fastmllm.data.packing import Batch
 from fastmllm.kernels.linear_cross_entropy import GRADIENT_CHUNK
+from fastmllm.models.flops import flop_formulas
 from fastmllm.models.inputs import IGNORE, Inputs
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
@@ -72,7 +73,7 @@ def batch_of(model: VLM | MLLM, load: Load) -> Batch | Inputs:
     """Make a micro-batch of a load; blank pictures."""
     if isinstance(model, MLLM):
         picture = np.zeros((load.image_size, load.image_size, 3), np.uint8)
-        sample = [*[picture] * load.images, *[1] * load.text_tokens]
+        sample: list[Any] = [*[picture] * load.images, *[1] * load.text_tokens]
         labels = [IGNORE] * load.images + [1] * load.text_tokens
         return model.pack([sample] * load.samples, [labels] * load.samples)
     side, places = model.config.image_size, load.images * load.visual_tokens
@@ -169,7 +170,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Return the operators' FLOPs; where they read boundaries, which have no numbers here, all segments are the longest."""
+    """Return what operators compute; boundaries, which have no numbers here, are those of equal, longest segments."""
     found = flop_formulas()
     for name, make in (("attention", _boundaries), ("cross_attention", _ranges)):
         for backward, first in (("", 0), ("_bwd", 1)):

@@ -225,8 +225,8 @@ def notes(plan: TrainingPlan) -> list[str]:
         "gradients of stages 1 and 2 are all-reduced, as DeepSpeed 0.19 does by default, not reduce-scattered; stage 3 "
         "keeps parameters of up to 1e5 elements everywhere and up to 1e9 gathered elements alive",
         "rings are hierarchical: first inside of a node, then between nodes, each accelerator on its own network card",
-        "steps are given with communication wholly hidden behind computation, and with nothing hidden; loading of data, "
-        "the CPU's AdamW under offload, and sampling in grpo stages are not in them",
+        "steps are given with communication wholly hidden behind computation, and with nothing hidden; loading of "
+        "data, the CPU's AdamW under offload, and sampling in grpo stages are not in them",
     ]
 
 
@@ -291,6 +291,11 @@ def _verdict(plan: TrainingPlan, stage: StagePlan) -> str:
     room = _room(plan.device, plan.layout, plan.assumed)
     chosen = plan.layout.engine.zero_stage
     fits = f"ZeRO-{chosen} {'fits' if stage.total <= room else 'does not fit'} into {room / GB:,.1f} GB"
+    if stage.state.start > room:
+        fits += (
+            f" (but the engine puts all {stage.state.start / GB:,.1f} GB of parameters on each device before it shares "
+            "them out, which does not)"
+        )
     if stage.smallest is not None:
         return f"{fits}; the smallest ZeRO stage that fits is {stage.smallest}"
     return f"{fits}, nor does any other: try --recompute, engine.offload=cpu, a smaller batch_size or more --gpus"

@@ -5,15 +5,15 @@ Nothing is downloaded and no weight takes memory, so that a model of 90B paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fastmllm.data.resolution import Fixed, InternVL, Mllama, Native, Policy
 from fastmllm.models.families import build
-from fastmllm.models.mllm import MLLM, Blueprint
+from fastmllm.models.mllm import MLLM
 from fastmllm.models.packing import Packing
 from fastmllm.models.vlm import VLM, ModelConfig, make_connector
 from fastmllm.models.weights.folder import read_config
@@ -21,7 +21,7 @@ from fastmllm.models.weights.language import language_shape
 from fastmllm.models.weights.vision import vision_shape
 
 if TYPE_CHECKING:
-    from fastmllm.models.vision import VisionTransformer
+    from tokenizers import Tokenizer
 
 Raw = dict[str, Any]
 
@@ -101,24 +101,6 @@ PUBLISHED: Mapping[str, Raw] = {
     ),
 }  # fmt: skip
 
-_POLICIES: Mapping[str, Callable[[Blueprint, Raw], Policy]] = {
-    "llava": lambda parts, _: _fixed(parts.images.vision, cross=False),
-    "llava_next": lambda parts, _: parts.images.policy,
-    "llava_onevision": lambda parts, _: parts.images.policy,
-    "internvl": lambda parts, _: InternVL(
-        image_size=parts.images.vision.config.image_size, patch_size=parts.images.vision.config.patch_size
-    ),
-    "idefics": lambda parts, _: _fixed(parts.images.vision, cross=True),
-    "mllama": lambda parts, _: Mllama(
-        image_size=parts.images.vision.config.tile_size, patch_size=parts.images.vision.config.patch_size,
-        max_tiles=parts.images.vision.config.max_tiles,
-    ),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), lambda parts, _: Native(
-        patch_size=parts.images.vision.config.patch_size, merge_size=parts.images.vision.config.merge_size,
-        temporal_patch_size=parts.images.vision.config.temporal_patch_size,
-    )),
-}  # fmt: skip
-
 
 def mllm_shape(name: str | Path) -> MLLM:
     """Build a published model without weights.
@@ -145,13 +127,8 @@ def mllm_shape(name: str | Path) -> MLLM:
         parts = build(raw, str(name))
         model = MLLM(parts, raw)
     if model.packing is None:
-        kind = raw["model_type"]
-        if kind not in _POLICIES:
-            raise ValueError(
-                f"fastmllm::mllm_shape: {name}: no resolution policy is known for a {kind}; known: {', '.join(_POLICIES)}"
-            )
         token = parts.placeholders[0] if parts.placeholders else raw.get("image_token_index", 0)
-        model.packing = Packing(policy=_POLICIES[kind](parts, raw), image_token=token)
+        model.packing = Packing(policy=_policy(raw["model_type"], parts.images, str(name)), image_token=token)
     return model
 
 
@@ -165,10 +142,25 @@ def vlm_shape(config: ModelConfig) -> VLM:
     with torch.device("meta"):
         language, vision = language_shape(config.language).to(dtype), vision_shape(config.vision).to(dtype)
         connector = make_connector(config, vision.width, language.config.width, 1.0).to(dtype)
-        model = VLM(vision, connector, language, config, None)
+        model = VLM(vision, connector, language, config, cast("Tokenizer", None))  # it has no weights
     model.requires_grad_(False)
     return model
 
 
-def _fixed(vision: VisionTransformer, cross: bool) -> Fixed:
-    return Fixed(image_size=vision.config.image_size, patch_size=vision.config.patch_size, cross=cross)
+def _policy(kind: str, images: Any, origin: str) -> Policy:
+    """Return the resolution policy of a family, with the defaults of its checkpoints' preprocessors."""
+    size = images.vision.config
+    match kind:
+        case "llava" | "idefics":
+            return Fixed(image_size=size.image_size, patch_size=size.patch_size, cross=kind == "idefics")
+        case "llava_next" | "llava_onevision":
+            return images.policy
+        case "internvl":
+            return InternVL(image_size=size.image_size, patch_size=size.patch_size)
+        case "mllama":
+            return Mllama(image_size=size.tile_size, patch_size=size.patch_size, max_tiles=size.max_tiles)
+        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
+            return Native(
+                patch_size=size.patch_size, merge_size=size.merge_size, temporal_patch_size=size.temporal_patch_size
+            )  # fmt: skip
+    raise ValueError(f"fastmllm::mllm_shape: {origin}: pictures of {kind!r} come through its processor only")

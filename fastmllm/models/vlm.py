@@ -107,7 +107,7 @@ class VLM(nn.Module):
         connector: (..., Dv) -> (..., D).
         language: decoder over packed embeddings.
         config: sizes and defaults.
-        tokenizer: of the language model; kept beside the weights so that a VLM can talk. None: it has no weights either.
+        tokenizer: of the language model; kept beside the weights so that a VLM can talk.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class VLM(nn.Module):
         connector: nn.Module,
         language: LanguageModel,
         config: ModelConfig,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer,
     ) -> None:
         super().__init__()
         self.vision: Encoder = vision

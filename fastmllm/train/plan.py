@@ -74,6 +74,7 @@ class StateBytes:
         update: the same in the optimizer's step.
         gathered: parameters of other ranks that are here at once in a pass (stage 3).
         host: in the memory of the machine, for this rank (offload).
+        start: all parameters, which the engine puts on the device before it shares them out.
     """
 
     parameters: int
@@ -84,6 +85,7 @@ class StateBytes:
     update: int
     gathered: int
     host: int
+    start: int
 
     def total(self, activations: int) -> int:
         """Return the most that is there at once: in the passes, or in the step, when activations are gone."""
@@ -152,7 +154,7 @@ def state_bytes(params: Sequence[ParamSize], layout: Layout) -> StateBytes:
         held = learning * size
         return StateBytes(
             parameters=whole, masters=0, moments=learning * MOMENTS, gradients=held,
-            backward=held + min(learning, FLAT_REDUCE) * size, update=held, gathered=0, host=0,
+            backward=held + min(learning, FLAT_REDUCE) * size, update=held, gathered=0, host=0, start=whole,
         )  # fmt: skip
     if engine.zero_stage == 3:
         shares = [sum(-(-param.numel // ranks) for param in group) for group in groups]
@@ -184,7 +186,7 @@ def state_bytes(params: Sequence[ParamSize], layout: Layout) -> StateBytes:
         backward, update = bucket + 2 * largest, fixed + (largest if engine.zero_stage == 2 else 0)
     return StateBytes(
         parameters=parameters, masters=masters, moments=moments, gradients=held, backward=backward, update=update,
-        gathered=gathered, host=host,
+        gathered=gathered, host=host, start=whole,
     )  # fmt: skip
 
 
