@@ -71,7 +71,7 @@ def plan(
         images: of a sample.
         image_size: side in pixels of an image, for --model.
         utilisation: of the device's peak.
-        recompute: with gradient checkpointing of every layer.
+        recompute: gradient checkpointing of every layer, not only of the roles that the recipe says.
         json: for programs.
     """
     from fastmllm.training_plan import Assumptions, plan_training, print_plan

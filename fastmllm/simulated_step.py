@@ -5,8 +5,7 @@ What autograd would keep, recompute and multiply is then counted, not guessed, f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmllm.bench.meters import LiveBytes
@@ -24,6 +22,7 @@ from fastmllm.kernels.linear_cross_entropy import GRADIENT_CHUNK
 from fastmllm.models.flops import flop_formulas
 from fastmllm.models.inputs import IGNORE, Inputs
 from fastmllm.models.mllm import MLLM
+from fastmllm.models.recompute import recomputing
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
 
 
@@ -35,7 +34,7 @@ class Load:
         samples: of the micro-batch.
         text_tokens: of a sample, all of them scored.
         images: of a sample.
-        image_size: side in pixels of an image before the resolution policy takes it.
+        image_size: side in pixels of an image, before a published model's resolution policy takes it.
         visual_tokens: that an image keeps, of a model whose recipe says so (`VLM`).
     """
 
@@ -76,7 +75,7 @@ def batch_of(model: VLM | MLLM, load: Load) -> Batch | Inputs:
         sample: list[Any] = [*[picture] * load.images, *[1] * load.text_tokens]
         labels = [IGNORE] * load.images + [1] * load.text_tokens
         return model.pack([sample] * load.samples, [labels] * load.samples)
-    side, places = model.config.image_size, load.images * load.visual_tokens
+    side, places = load.image_size, load.images * load.visual_tokens
     length, images = places + load.text_tokens, load.samples * load.images
     labels = ([IGNORE] * places + [1] * load.text_tokens) * load.samples
     starts = length * torch.arange(load.samples)
@@ -95,13 +94,13 @@ def batch_of(model: VLM | MLLM, load: Load) -> Batch | Inputs:
     )
 
 
-def simulate(model: VLM | MLLM, load: Load, recompute: bool = False) -> Step:
+def simulate(model: VLM | MLLM, load: Load, recomputed: Collection[nn.Module] = ()) -> Step:
     """Run a micro-batch forward and backward without numbers.
 
     Args:
         model: on the meta device; what learns is set, and modes too.
         load: the micro-batch.
-        recompute: every layer of every stack keeps its input only (gradient checkpointing).
+        recomputed: modules that keep their input only (gradient checkpointing).
 
     Raises:
         ValueError: the model refuses the load, or nothing learns.
@@ -113,7 +112,7 @@ def simulate(model: VLM | MLLM, load: Load, recompute: bool = False) -> Step:
     hooks += [module.register_forward_hook(partial(_note, used)) for module in model.modules()]
     try:
         with (
-            _recomputed(model if recompute else nn.Module()),
+            recomputing(recomputed),
             LiveBytes() as live,
             FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
         ):
@@ -146,27 +145,6 @@ def _drop(param: Tensor) -> None:
 def _note(used: set[nn.Module], module: nn.Module, args: Any, output: Any) -> None:
     if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
         used.add(module)
-
-
-@contextmanager
-def _recomputed(model: nn.Module) -> Iterator[None]:
-    """Let the outermost layers of a model's stacks keep only what they are given."""
-    layers = list(_layers(model))
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(module, nn.ModuleList):
-            yield child
-        else:
-            yield from _layers(child)
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from rich.table import Table
 
 from fastmllm.bench.roofline import measure_rates
 from fastmllm.models.mllm import MLLM
+from fastmllm.models.recompute import layers_of
 from fastmllm.models.shapes import mllm_shape, vlm_shape
 from fastmllm.models.vlm import VLM, native_bfloat16
 from fastmllm.recipe import Recipe
 from fastmllm.simulated_step import Load, Step, simulate
 from fastmllm.train.devices import DEVICES, KINDS, Device, cpu_device
 from fastmllm.train.engine import EngineConfig
+from fastmllm.train.lora import Adapters
 from fastmllm.train.plan import Collective, Layout, ParamSize, StateBytes, collectives, param_sizes, state_bytes
-from fastmllm.train.stages import StageConfig, apply_rules, set_modes
+from fastmllm.train.rules import apply_rules, recomputed_by, roles_of
+from fastmllm.train.stages import StageConfig, set_modes
 
 UPDATE = 28  # bytes that AdamW moves for an element: master and two averages read and written, gradient read
 GB = 1e9
@@ -38,7 +41,7 @@ class Assumptions:
         text_tokens: of a sample, all scored.
         images: of a sample.
         image_size: side in pixels, of published models; a recipe's own model says its size.
-        recompute: every layer keeps its input only.
+        recompute: every layer keeps its input only, not just those of the roles that the recipe says.
     """
 
     utilisation: float = 0.4
@@ -61,11 +64,12 @@ class StagePlan:
 
     Args:
         name: of the stage.
+        zero_stage, offload: of the engine in it.
         parameters, trainable: elements.
         state: what ZeRO leaves on the rank that holds most.
         total: the most that is there at once, activations included.
         step: a micro-batch.
-        activations: without and with recomputation of all layers.
+        activations: of a micro-batch when nothing and when every layer is recomputed.
         collectives: of a step.
         near, far: bytes that a rank sends in a step to its node and to others.
         compute_s, communication_s, update_s: of a step.
@@ -74,6 +78,8 @@ class StagePlan:
     """
 
     name: str
+    zero_stage: int
+    offload: str
     parameters: int
     trainable: int
     state: StateBytes
@@ -155,12 +161,28 @@ def plan_training(
 def _plan_stage(
     model: VLM | MLLM, stage: StageConfig, layout: Layout, device: Device, assumed: Assumptions
 ) -> StagePlan:
-    engine = layout.engine
-    groups = apply_rules(model, stage.trainable, weight_decay=stage.weight_decay, betas=stage.betas, eps=stage.eps)
+    adapters = None if stage.lora is None else Adapters(model, stage.lora, stage.seed)
+    try:
+        return _plan_model(model, stage, layout, device, assumed, () if adapters is None else adapters.frozen())
+    finally:
+        if adapters is not None:
+            adapters.remove()
+
+
+def _plan_model(
+    model: VLM | MLLM, stage: StageConfig, layout: Layout, device: Device, assumed: Assumptions, frozen: Collection[str]
+) -> StagePlan:
+    engine = stage.engine(layout.engine)
+    layout = replace(layout, engine=engine)
+    groups = apply_rules(
+        model, stage.trainable, weight_decay=stage.weight_decay, betas=stage.betas, eps=stage.eps, frozen=frozen
+    )
     set_modes(model)
     load = _load(model, stage, assumed)
-    both = [simulate(model, load, recompute) for recompute in (False, True)]
-    step = both[assumed.recompute]
+    layers = [layer for names in roles_of(model).values() for layer in layers_of(model, names)]
+    chosen = [module for modules in recomputed_by(model, stage.trainable).values() for module in modules]
+    plain, saving = simulate(model, load), simulate(model, load, layers)
+    step = saving if assumed.recompute else simulate(model, load, chosen) if chosen else plain
     params = param_sizes(model, groups, engine.dtype)
     state = state_bytes(params, layout)
     sent = collectives(params, layout, step.backward_elements)
@@ -173,8 +195,9 @@ def _plan_stage(
     if engine.offload == "cpu":  # gradients go to the host, new weights come back
         update += 2 * share * 2 / (device.host * speed)
     plan = StagePlan(
-        name=stage.name, parameters=sum(param.numel for param in params), trainable=learning, state=state,
-        total=state.total(step.activations), step=step, activations=(both[0].activations, both[1].activations),
+        name=stage.name, zero_stage=engine.zero_stage, offload=engine.offload,
+        parameters=sum(param.numel for param in params), trainable=learning, state=state,
+        total=state.total(step.activations), step=step, activations=(plain.activations, saving.activations),
         collectives=sent, near=near, far=far, compute_s=compute,
         communication_s=near / (device.link * speed) + far / (device.network * speed), update_s=update,
         samples_per_s=(0.0, 0.0), smallest=_smallest(params, layout, step.activations, _room(device, layout, assumed)),
@@ -188,9 +211,10 @@ def _load(model: VLM | MLLM, stage: StageConfig, assumed: Assumptions) -> Load:
     """Say what a micro-batch of a stage holds: pairs for "prefer", groups of answers for "grpo"."""
     answers = {"prefer": 2, "grpo": stage.grpo.group}.get(stage.kind, 1)
     visual = max(stage.visual_tokens or (model.config.visual_tokens,)) if isinstance(model, VLM) else 0
+    size = stage.image_size or model.config.image_size if isinstance(model, VLM) else assumed.image_size
     return Load(
         samples=stage.batch_size * answers, text_tokens=assumed.text_tokens, images=assumed.images,
-        image_size=assumed.image_size, visual_tokens=visual,
+        image_size=size, visual_tokens=visual,
     )  # fmt: skip
 
 
@@ -232,33 +256,32 @@ def notes(plan: TrainingPlan) -> list[str]:
 
 def show(plan: TrainingPlan, console: Console) -> None:
     """Print one table a training stage, then what they assume."""
-    engine, layout = plan.layout.engine, plan.layout
+    layout = plan.layout
     nodes = -(-layout.ranks // layout.ranks_per_node)
     console.print(
-        f"{plan.model}: {layout.ranks} x {plan.device.name} on {nodes} node(s), ZeRO-{engine.zero_stage}, "
-        f"{engine.dtype}, offload {engine.offload}, {engine.accumulation} micro-batch(es) a step",
+        f"{plan.model}: {layout.ranks} x {plan.device.name} on {nodes} node(s), {layout.engine.dtype}, "
+        f"{layout.engine.accumulation} micro-batch(es) a step",
         highlight=False,
     )
     for stage in plan.stages:
-        console.print(Group(_memory_table(plan, stage), _step_table(stage)))
+        console.print(Group(_memory_table(stage), _step_table(stage)))
         console.print(_verdict(plan, stage), highlight=False)
     console.print("Assumed:", *(f"- {note}" for note in notes(plan)), sep="\n", highlight=False)
 
 
-def _memory_table(plan: TrainingPlan, stage: StagePlan) -> Table:
+def _memory_table(stage: StagePlan) -> Table:
     state = stage.state
     share = f"{stage.trainable / 1e9:,.3g} of {stage.parameters / 1e9:,.4g} B parameters learn"
-    table = Table("memory of a rank", "GB", title=f"{stage.name}: {share}", title_justify="left")
+    title = f"{stage.name}: {share}, ZeRO-{stage.zero_stage}, offload {stage.offload}"
+    table = Table("memory of a rank", "GB", title=title, title_justify="left")
     table.columns[1].justify = "right"
     kept, saved = stage.activations
     rows = {
         "parameters": state.parameters, "fp32 master weights": state.masters, "AdamW moments": state.moments,
         "gradients, at the worst moment of backward": state.backward, "parameters gathered": state.gathered,
-        f"activations ({'with' if plan.assumed.recompute else 'without'} checkpointing)": stage.step.activations,
+        "activations": stage.step.activations,
         "the most at once": stage.total, "in host memory": state.host,
-        f"activations {'without' if plan.assumed.recompute else 'with'} checkpointing": (
-            kept if plan.assumed.recompute else saved
-        ),
+        "activations if every layer is kept": kept, "activations if every layer is recomputed": saved,
     }  # fmt: skip
     for name, size in rows.items():
         if size:
@@ -289,8 +312,7 @@ def _step_table(stage: StagePlan) -> Table:
 
 def _verdict(plan: TrainingPlan, stage: StagePlan) -> str:
     room = _room(plan.device, plan.layout, plan.assumed)
-    chosen = plan.layout.engine.zero_stage
-    fits = f"ZeRO-{chosen} {'fits' if stage.total <= room else 'does not fit'} into {room / GB:,.1f} GB"
+    fits = f"ZeRO-{stage.zero_stage} {'fits' if stage.total <= room else 'does not fit'} into {room / GB:,.1f} GB"
     if stage.state.start > room:
         fits += (
             f" (but the engine puts all {stage.state.start / GB:,.1f} GB of parameters on each device before it shares "

@@ -125,7 +125,7 @@ def param_sizes(model: nn.Module, groups: Sequence[Mapping[str, Any]], dtype: st
 
     Args:
         model: on any device, "meta" too.
-        groups: of `stages.apply_rules`.
+        groups: of `rules.apply_rules`.
         dtype: of the engine; "bfloat16" casts all, others nothing.
     """
     number = {param: k for k, group in enumerate(groups) for param in group["params"]}

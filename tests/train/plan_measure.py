@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastmllm.bench.meters import LiveBytes
 from fastmllm.train.engine import Engine, EngineConfig, create_engine
 from fastmllm.train.plan import Layout, collectives, param_sizes, state_bytes
-from fastmllm.train.stages import apply_rules
+from fastmllm.train.rules import apply_rules
 
 BUCKET = 300_000  # elements: less than the largest weight
 

@@ -13,7 +13,7 @@ from plan_measure import measure
 
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.plan import Collective, Layout, ParamSize, collectives, param_sizes, state_bytes
-from fastmllm.train.stages import apply_rules
+from fastmllm.train.rules import apply_rules
 
 HERE = Path(__file__).parent
 STATE = ("parameters", "masters", "moments", "gradients", "alive")
@@ -21,9 +21,9 @@ OPERATORS = {"all-reduce": "allreduce_", "all-gather": "_allgather_base_", "redu
 
 
 def agrees(row: dict[str, Any]) -> None:
-    """Hold state within 5 %, and the worst moments of backward and update, which are bounds, from -3 to 8 %."""
+    """Hold state within 5 %, and the worst moments of backward and update, which are bounds, from -3 to 10 %."""
     for name, planned in row["planned"].items():
-        low, high = (0.95, 1.05) if name in STATE else (0.97, 1.08)
+        low, high = (0.95, 1.05) if name in STATE else (0.97, 1.1)
         measured = row["measured"][name]
         assert low * measured <= planned <= high * measured, f"{row['case']}: {name}: {planned}, measured {measured}"
 
