@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmllm.bench.meters import LiveBytes
-from fastmllm.train.engine import Engine, EngineConfig, create_engine
+from fastmllm.train.engine import Engine, EngineConfig, create_engine, init_ranks
 from fastmllm.train.plan import Layout, collectives, param_sizes, state_bytes
 from fastmllm.train.rules import apply_rules
 
@@ -77,10 +77,19 @@ def gradients(engine: Engine) -> list[Any]:
     return shares + [param.grad for param in engine.model.parameters()]
 
 
-def measure(zero_stage: int, dtype: str, frozen: bool, offload: str, accumulation: int) -> dict[str, Any]:
+def measure(*case: Any) -> dict[str, Any]:
     """Take two steps; return measured and planned bytes of the second, by name."""
-    everything = not frozen or offload == "cpu"  # a walk over all objects takes a second
-    before = alive() if everything else {}
+    init_ranks()
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage often, and `alive` walks over all objects: of this case only
+    try:
+        return _measure(*case)
+    finally:
+        gc.unfreeze()
+
+
+def _measure(zero_stage: int, dtype: str, frozen: bool, offload: str, accumulation: int) -> dict[str, Any]:
+    before = alive()
     torch.manual_seed(0)
     model = Towers()
     rules = {"connector.*": 1e-3, "layers.*": 1e-3} | ({} if frozen else {"vision.*": 1e-4})
@@ -132,9 +141,8 @@ def measure(zero_stage: int, dtype: str, frozen: bool, offload: str, accumulatio
         for part in (measured, planned):
             for name in ("masters", "moments", "gradients", "backward", "update"):
                 del part[name]
-    if everything:
-        measured["alive"] = sum(size for key, size in alive().items() if key not in before)
-        planned["alive"] = plan.parameters + plan.masters + plan.moments + plan.host + left
+    measured["alive"] = sum(size for key, size in alive().items() if key not in before)
+    planned["alive"] = plan.parameters + plan.masters + plan.moments + plan.host + left
     sums: Counter[str] = Counter()
     for item in collectives(params, layout, backward_elements=0):
         sums[item.kind] += item.payload
