@@ -119,10 +119,13 @@ def test_offload_moves_the_optimizer(recipe: Recipe, tiny_model: str) -> None:
 
 def test_lora_learns_little_and_leaves_the_model_plain(recipe: Recipe, tiny_model: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    adapted = Recipe.load(tmp_path / "recipe.yaml", ['stages.1.lora={"roles": ["llm"], "r": 2}'])
-    plain, lora = (plan_training(r, 8, model=tiny_model).stages[1] for r in (recipe, adapted))
-    assert 0 < lora.trainable < plain.trainable
-    assert lora.parameters > plain.parameters
+    trains = 'stages.0.trainable={"llm": 1e-3}'
+    both = ([trains], [trains, 'stages.0.lora={"roles": ["llm"], "r": 2}'])
+    recipes = [Recipe.load(tmp_path / "recipe.yaml", overrides) for overrides in both]
+    plain, lora = (plan_training(recipe, 8, model=tiny_model).stages for recipe in recipes)
+    assert 0 < lora[0].trainable < plain[0].trainable
+    assert lora[0].parameters == plain[0].parameters + lora[0].trainable
+    assert (lora[1].parameters, lora[1].trainable) == (plain[1].parameters, plain[1].trainable)
 
 
 def test_the_command_prints_json(
