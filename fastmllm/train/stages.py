@@ -167,7 +167,10 @@ class GradientCheck:
         roles = roles_of(model)
         self._may_be_zero: set[str] = set()
         for key in may_be_zero:
-            fits = set(named_by(key, self._names, roles)).intersection(self._names)
+            try:
+                fits = set(named_by(key, self._names, roles)).intersection(self._names)
+            except ValueError as error:
+                raise ValueError(f"may_be_zero: {error}") from error
             if not fits:
                 raise ValueError(f"may_be_zero: {key!r} names no trainable parameter")
             self._may_be_zero |= fits

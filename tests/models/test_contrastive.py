@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from oracle import assert_as_accurate
 from torch import Tensor
 
-from fastmllm.models.contrastive import ClipLoss, SiglipLoss
+from fastmllm.models.contrastive import ClipLoss, SiglipLoss, _Bounded
 
 
 def clip_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -83,14 +83,17 @@ def test_the_scale_is_kept_in_bounds() -> None:
         results = []
         for value in (start, math.log(bound)):
             torch.nn.init.constant_(loss.logit_scale, value)
-            results.append(loss(image, text))
-        assert results[0] == pytest.approx(results[1].item(), rel=1e-5)
-    # pairs that are wrong want a smaller scale, pairs that are right a larger one: only what leads back passes
-    for start, other, passes in ((7.0, text.flip(0), True), (7.0, image, False), (-3.0, text.flip(0), False),
-                                 (-3.0, image, True)):  # fmt: skip
-        torch.nn.init.constant_(loss.logit_scale, start)
-        (grad,) = torch.autograd.grad(loss(image, other), loss.logit_scale)
-        assert (grad != 0) == passes
+            results.append(loss(image, text).item())
+        assert results[0] == pytest.approx(results[1], rel=1e-5)
+    # a descent step goes against the gradient: outside of the bounds only what leads back passes
+    for start, slope, passes in ((7.0, 1.0, True), (7.0, -1.0, False), (-3.0, 1.0, False), (-3.0, -1.0, True),
+                                 (2.0, 1.0, True), (2.0, -1.0, True)):  # fmt: skip
+        x = torch.tensor(start, requires_grad=True)
+        (grad,) = torch.autograd.grad(slope * _Bounded.apply(x, 0.0, 4.0), x)
+        assert grad.item() == (slope if passes else 0.0)
+    torch.nn.init.constant_(loss.logit_scale, 7.0)
+    (grad,) = torch.autograd.grad(loss(image, text.flip(0)), loss.logit_scale)
+    assert grad > 0  # wrong pairs bring the scale down again
     siglip = SiglipLoss()
     assert siglip.logit_scale.exp().item() == pytest.approx(10)
     assert siglip.logit_bias.item() == -10

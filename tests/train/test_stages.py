@@ -131,7 +131,7 @@ def test_the_gradient_check_names_what_did_not_learn() -> None:
     seen(Gated(), {"gate": 1e-3, "branch.*": 1e-3}, ("branch.*",))
     with pytest.raises(RuntimeError, match=r"not part of the loss: aside\.weight, aside\.bias"):
         seen(Gated(), {"gate": 1e-3, "aside.*": 1e-3}, ("aside.*",))
-    with pytest.raises(ValueError, match="may_be_zero pattern 'brunch"):
+    with pytest.raises(ValueError, match="may_be_zero: rule 'brunch"):
         seen(Gated(), {"gate": 1e-3}, ("brunch.*",))
 
 
