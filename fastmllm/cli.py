@@ -74,7 +74,8 @@ def plan(
         recompute: gradient checkpointing of every layer, not only of the roles that the recipe says.
         json: for programs.
     """
-    from fastmllm.training_plan import Assumptions, plan_training, print_plan
+    from fastmllm.plan_table import print_plan
+    from fastmllm.training_plan import Assumptions, plan_training
 
     assumed = Assumptions(
         utilisation=utilisation, text_tokens=text_tokens, images=images, image_size=image_size, recompute=recompute

@@ -12,10 +12,11 @@ from tiny_compositions import tiny
 
 from fastmllm import cli
 from fastmllm.models.compose import compose
+from fastmllm.plan_table import notes, show
 from fastmllm.recipe import Recipe
 from fastmllm.train.devices import DEVICES
 from fastmllm.train.engine import EngineConfig
-from fastmllm.training_plan import Assumptions, notes, plan_training, show
+from fastmllm.training_plan import Assumptions, plan_training
 
 RECIPE = """
 name: two stages

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastmllm.bench.meters import LiveBytes
 from fastmllm.train.engine import Engine, EngineConfig, create_engine, init_ranks
-from fastmllm.train.plan import Layout, collectives, param_sizes, state_bytes
+from fastmllm.train.plan import Layout, param_sizes, state_bytes
 from fastmllm.train.rules import apply_rules
+from fastmllm.train.traffic import collectives
 
 BUCKET = 300_000  # elements: less than the largest weight
 

@@ -12,8 +12,9 @@ import torch
 from plan_measure import measure
 
 from fastmllm.train.engine import EngineConfig
-from fastmllm.train.plan import Collective, Layout, ParamSize, collectives, param_sizes, state_bytes
+from fastmllm.train.plan import Layout, ParamSize, param_sizes, state_bytes
 from fastmllm.train.rules import apply_rules
+from fastmllm.train.traffic import Collective, collectives
 
 HERE = Path(__file__).parent
 STATE = ("parameters", "masters", "moments", "gradients", "alive")
