@@ -65,7 +65,8 @@ class StepRecord:
         pixel_waste: share of the encoder's pixels that show nothing more of a picture; None where nobody planned them.
         wait_ms: the longest that a rank stood waiting for its batches.
         vision_ms, vision_max_ms: of the vision module's forward passes, mean of the ranks and the slowest.
-        vision_spread: by how much the rank with the most vision operations is above the mean; 0 = all have as many.
+        vision_spread: by how much the rank with the most vision operations is above the mean; 0 = all have as many. The
+            three are None where no image was encoded.
         memory_gib: the most that a rank held so far: tensors on a GPU, the process on a CPU.
         model_tflop: operations that the step needs, 10^12.
         hardware_tflop: operations that were done, with those that were computed again.
