@@ -17,8 +17,9 @@ from fastmllm.compression import METHODS, Attend, Placement, TopK, make
 from fastmllm.compression.published import PUBLISHED
 from fastmllm.compression.selection import take
 from fastmllm.hf import patch, unpatch
-from fastmllm.hf.compress.parts import Connector, Watched
+from fastmllm.hf.compress.parts import Connector
 from fastmllm.hf.compress.state import KEY
+from fastmllm.hf.compress.watch import Watched
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 LLAVA, QWEN = BY_NAME["llava"], BY_NAME["qwen2_5_vl"]
@@ -143,20 +144,10 @@ class Chosen(TopK):
         return take(tokens, self.best.pop(0), budgets)
 
 
-def test_a_tower_without_class_token_says_so():
-    kind = BY_NAME["paligemma"]
-    model = kind.build()
-    patch(model, compress=TopK(4, scorer="received", layer=-1, position="renumber"))
-    assert run(model, kind).shape[1] == 18
-    patch(model, compress=TopK(4, scorer="cls_row", layer=-1, position="renumber"))
-    with pytest.raises(ValueError, match="no class token"):
-        run(model, kind)
-
-
-@pytest.mark.parametrize("kind", [k for k in KINDS if not k.name.startswith(("llava", "paligemma"))], ids=repr)
-def test_attention_is_refused_where_tokens_are_not_its_own(kind):
-    with pytest.raises(ValueError, match="judges by attention"):
-        patch(kind.build(), compress="visionzip:4")
+def test_attention_is_refused_where_tokens_are_latents():
+    for tried in ("visionzip:4", make("topk", 4, scorer="received", **RENUMBER)):
+        with pytest.raises(ValueError, match="stand latents"):
+            patch(BY_NAME["idefics2"].build(), compress=tried)
 
 
 def test_latents_are_no_grid():

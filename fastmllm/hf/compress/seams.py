@@ -29,7 +29,8 @@ class Seam:
         prefix: of the names of its classes.
         connector: the name of the module between tower and language model; None: the tower itself projects.
         side: whether tokens are taken in front of the connector or behind it.
-        tower: the name of the module whose attention may be read, where a token of the connector is one of its own.
+        tower: the name of the module whose attention may be read: a token of the connector is one row of it, or is made
+            of r x r of them.
         grid: tokens are a grid, row by row.
         tiles: an image is several tiles, each of them compressed for itself.
         mrope: positions have three parts, time, row and column.
@@ -53,15 +54,15 @@ SEAMS: Mapping[str, Seam] = {
     "llava": Seam(prefix="Llava", tower="vision_tower"),
     "llava_next": Seam(prefix="LlavaNext", tower="vision_tower", tiles=True),
     "llava_onevision": Seam(prefix="LlavaOnevision", tower="vision_tower", tiles=True),
-    "internvl": Seam(prefix="InternVL"),
+    "internvl": Seam(prefix="InternVL", tower="vision_tower"),
     "paligemma": Seam(prefix="PaliGemma", tower="vision_tower"),
-    "gemma3": Seam(prefix="Gemma3", side="behind"),
+    "gemma3": Seam(prefix="Gemma3", side="behind", tower="vision_tower"),
     "idefics2": Seam(prefix="Idefics2", connector="connector", side="behind", grid=False),
-    "idefics3": Seam(prefix="Idefics3", connector="connector", side="behind"),
-    "smolvlm": Seam(prefix="SmolVLM", connector="connector", side="behind"),
-    "qwen2_vl": Seam(prefix="Qwen2VL", connector=None, mrope=True),
-    "qwen2_5_vl": Seam(prefix="Qwen2_5_VL", connector=None, mrope=True),
-    "qwen3_vl": Seam(prefix="Qwen3VL", connector=None, mrope=True),
+    "idefics3": Seam(prefix="Idefics3", connector="connector", side="behind", tower="vision_model"),
+    "smolvlm": Seam(prefix="SmolVLM", connector="connector", side="behind", tower="vision_model"),
+    "qwen2_vl": Seam(prefix="Qwen2VL", connector=None, tower="visual", mrope=True),
+    "qwen2_5_vl": Seam(prefix="Qwen2_5_VL", connector=None, tower="visual", mrope=True),
+    "qwen3_vl": Seam(prefix="Qwen3VL", connector=None, tower="visual", mrope=True),
 }
 
 
@@ -175,7 +176,9 @@ def check(compressor: Compressor, seam: Seam, model: Any) -> None:
         if getattr(compressor, option, None) in ABOUT_TEXT and type(compressor) in METHODS.values():
             refuse(f"{option}={getattr(compressor, option)!r} judges by what the connector does not see")
     if compressor.layer is not None and seam.tower is None:
-        refuse(f"it judges by attention, and a token {seam.place} is none that the tower's attention sees")
+        refuse(
+            f"it judges by attention, and {seam.place} stand latents: what the tower's patches receive is not theirs"
+        )
     if not seam.mrope and not isinstance(compressor.keep, int | float):
         refuse("its images, or their tiles, are of one size: one number or fraction for all of them")
     if getattr(model.config.vision_config, "model_type", None) == "pixtral":
