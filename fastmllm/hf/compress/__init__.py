@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastmllm.compression import Compressor, Placement
+from fastmllm.hf.compress.merging import merging
 from fastmllm.hf.compress.parts import Connector, Head, Owner, TiledOwner
 from fastmllm.hf.compress.seams import check, compressor_of, family_of, find
 from fastmllm.hf.compress.state import KEY, Compression
@@ -27,18 +28,22 @@ def compress_fusions(
     if compress is None:
         return
     name, module, seam = find(model)
-    compressor = compressor_of(compress, seam)
+    compressor, inside = compressor_of(compress, seam)
     check(compressor, seam, module)
     weight = next(p for p in module.parameters() if p.is_floating_point())
     owner, at, head = module, name, not family_of(module)[1].__name__.endswith("Model")
     if head:
         owner, at = module.model, f"{name}.model".lstrip(".")
         family_of(owner)
-    state = Compression(compressor.to(weight), seam, owner, head=module if head else None)
+    state = Compression(compressor.to(weight), seam, owner, head=module if head else None, inside=inside)
     if head:
         yield name, module, Head, {}, None
-    said = f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {seam.place}"
+    place = f"inside of {seam.tower}" if inside else seam.place
+    said = f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {place}"
     yield at, owner, TiledOwner if seam.tiles else Owner, {KEY: state}, said
+    if inside and seam.tower is not None:
+        yield from merging(getattr(owner, seam.tower), f"{at}.{seam.tower}".lstrip("."), compressor, state)
+        return
     if seam.connector is not None:
         yield f"{at}.{seam.connector}".lstrip("."), getattr(owner, seam.connector), Connector, {KEY: state}, None
     if compressor.layer is not None and seam.tower is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmllm.compression import Tokens
 from fastmllm.hf.compress.generation import generate
+from fastmllm.hf.compress.merging import same_layer
 from fastmllm.hf.compress.rows import Images, Rows
 from fastmllm.hf.compress.state import KEY, Compression
 from fastmllm.hf.compress.text import encode, refuse_other_inputs, remember, shorten_text
@@ -45,7 +46,9 @@ class Owner(Fusion):
             return state.again(call["pixel_values"])
         if state.seam.prefix == "Llava" and call.get("image_sizes") is not None:
             raise ValueError("compress: image_sizes: images packed into one row are not compressed")
-        state.now.images, state.now.listening = None, state.compressor.layer is not None
+        state.now.images, state.now.listening = None, state.inside or state.compressor.layer is not None
+        if state.inside:
+            same_layer(state, call)
         if state.attention is not None:
             watch(state)
         try:

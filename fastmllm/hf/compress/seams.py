@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastmllm.compression import METHODS, Compressor, Placement
+from fastmllm.compression import METHODS, BipartiteMerge, Compressor, Placement
 from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.fusion import ORIGINAL
 
@@ -31,6 +31,7 @@ class Seam:
         side: whether tokens are taken in front of the connector or behind it.
         tower: the name of the module whose attention may be read: a token of the connector is one row of it, or is made
             of r x r of them.
+        merges: tokens may merge inside of the tower: what comes behind it asks for no grid.
         grid: tokens are a grid, row by row.
         tiles: an image is several tiles, each of them compressed for itself.
         mrope: positions have three parts, time, row and column.
@@ -40,6 +41,7 @@ class Seam:
     connector: str | None = "multi_modal_projector"
     side: Literal["in front of", "behind"] = "in front of"
     tower: str | None = None
+    merges: bool = False
     grid: bool = True
     tiles: bool = False
     mrope: bool = False
@@ -51,11 +53,11 @@ class Seam:
 
 # package under transformers.models
 SEAMS: Mapping[str, Seam] = {
-    "llava": Seam(prefix="Llava", tower="vision_tower"),
-    "llava_next": Seam(prefix="LlavaNext", tower="vision_tower", tiles=True),
-    "llava_onevision": Seam(prefix="LlavaOnevision", tower="vision_tower", tiles=True),
+    "llava": Seam(prefix="Llava", tower="vision_tower", merges=True),
+    "llava_next": Seam(prefix="LlavaNext", tower="vision_tower", merges=True, tiles=True),
+    "llava_onevision": Seam(prefix="LlavaOnevision", tower="vision_tower", merges=True, tiles=True),
     "internvl": Seam(prefix="InternVL", tower="vision_tower"),
-    "paligemma": Seam(prefix="PaliGemma", tower="vision_tower"),
+    "paligemma": Seam(prefix="PaliGemma", tower="vision_tower", merges=True),
     "gemma3": Seam(prefix="Gemma3", side="behind", tower="vision_tower"),
     "idefics2": Seam(prefix="Idefics2", connector="connector", side="behind", grid=False),
     "idefics3": Seam(prefix="Idefics3", connector="connector", side="behind", tower="vision_model"),
@@ -108,8 +110,8 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
     raise ValueError(f"patch: cannot compress the visual tokens of {type(model).__name__}: {why}")
 
 
-def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> Compressor:
-    """Return what is to run at the connector.
+def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> tuple[Compressor, bool]:
+    """Return what is to run at the connector, or inside of the tower, and whether it is there.
 
     Args:
         compress: as `patch` takes it; "VisionZip" or "visionzip:64" name a published method, with its own budget or K.
@@ -121,18 +123,26 @@ def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> Compres
     if isinstance(compress, str):
         compress = _named(compress, seam)
     if isinstance(compress, Compressor):
-        return compress
+        return compress, False
     if not isinstance(compress, Placement):
         raise ValueError(f"patch: compress must be a Placement, a Compressor or a published name, got {compress!r}")
-    if compress.merge is not None or compress.stages:
-        inside = "the encoder" if compress.merge is not None else "the language model"
+    if compress.stages:
         raise ValueError(
-            f"patch: compress={compress}: inside of {inside} tokens are compressed in fastmllm's own models (VLM, "
-            "MLLM); in a model of transformers at the connector alone"
+            f"patch: compress={compress}: inside of the language model tokens are compressed in fastmllm's own models "
+            "(VLM, MLLM); in a model of transformers at the connector or inside of the tower"
         )
+    if compress.merge is not None:
+        if not seam.merges:
+            raise ValueError(
+                f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: what comes behind it makes one of "
+                "r x r patches, or reads where each stood, and merged tokens are no grid"
+            )
+        if compress.connector is not None:
+            raise ValueError("patch: compress both inside of the encoder and at the connector: choose one of them")
+        return BipartiteMerge(compress.merge, position="renumber"), True
     if compress.connector is None:
         raise ValueError("patch: compress=Placement() compresses nowhere: give its connector a compressor, or None")
-    return compress.connector
+    return compress.connector, False
 
 
 def _named(text: str, seam: Seam) -> Placement:

@@ -54,6 +54,7 @@ class Compression:
         head: the model with head, if there is one.
         cls_token: whether the tower has one.
         attention: the layer of the tower that is read.
+        inside: tokens merge inside of the tower.
         now: of the thread's call.
     """
 
@@ -63,6 +64,7 @@ class Compression:
     head: Any = None
     cls_token: bool = False
     attention: Any = None
+    inside: bool = False
     now: Call = field(default_factory=Call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
@@ -70,14 +72,14 @@ class Compression:
         if id(self.owner) not in memo:
             return self
         memo[id(self)] = copied = Compression(
-            self.compressor, self.seam, memo[id(self.owner)], cls_token=self.cls_token
+            self.compressor, self.seam, memo[id(self.owner)], cls_token=self.cls_token, inside=self.inside
         )
         copied.compressor, copied.attention = copy.deepcopy((self.compressor, self.attention), memo)
         copied.head = memo.get(id(self.head))
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = {n: getattr(self, n) for n in ("head", "cls_token", "attention", "owner")}
+        kept = {n: getattr(self, n) for n in ("head", "cls_token", "attention", "inside", "owner")}
         return _blank, (self.compressor, self.seam), (None, kept)
 
     @contextmanager

@@ -132,13 +132,18 @@ def watched(
     if whole is not None and wanted % len(layers) not in whole:
         refuse(f"{name} of {kind} looks inside of windows alone: take one of layers {', '.join(map(str, whole))}")
     state.attention = attention
-    state.cls_token = any(n.rpartition(".")[2] in CLASS_TOKENS for n, _ in tower.named_parameters())
+    state.cls_token = has_class_token(tower)
     if not state.cls_token and _first_row(compressor):
         refuse(f"{kind} has no class token whose attention could be read: take scorer (or relevance) 'received'")
     kept = {KEY: state}
     yield f"{at}.{name}", attention, WatchedCall, kept, None
     for part, fusion in parts_of(attention).items():
         yield f"{at}.{name}.{part}", getattr(attention, part), fusion, kept, None
+
+
+def has_class_token(tower: nn.Module) -> bool:
+    """Tell whether a tower puts a token of its own in front of the patches."""
+    return any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in tower.named_parameters())
 
 
 def _first_row(compressor: Any) -> bool:
