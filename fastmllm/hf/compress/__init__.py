@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastmllm.compression import Compressor, Placement
+from fastmllm.hf.compress.crossed import crossed, find_crossed
 from fastmllm.hf.compress.merging import merging
 from fastmllm.hf.compress.parts import Connector, Head, Owner, TiledOwner
 from fastmllm.hf.compress.seams import check, compressor_of, family_of, find
@@ -27,10 +28,13 @@ def compress_fusions(
     """
     if compress is None:
         return
-    name, module, seam = find(model)
+    name, module, seam = find_crossed(model) or find(model)
     compressor, inside = compressor_of(compress, seam)
     check(compressor, seam, module)
     weight = next(p for p in module.parameters() if p.is_floating_point())
+    if seam.crossed:
+        yield from crossed(name, module, Compression(compressor.to(weight), seam, module), compressor)
+        return
     owner, at, head = module, name, not family_of(module)[1].__name__.endswith("Model")
     if head:
         owner, at = module.model, f"{name}.model".lstrip(".")

@@ -32,14 +32,17 @@ def probe_of(state: Compression, tokens: Tokens) -> Probe | None:
     """
     if state.compressor.layer is None:
         return None
-    packed = "packed" in state.now.watched
-    return _of_packed(state, tokens) if packed else _of_batch(state, tokens)
+    turned = "cos" in state.now.watched
+    return _of_packed(state, tokens) if turned else _of_batch(state, tokens)
 
 
 def _of_batch(state: Compression, tokens: Tokens) -> Probe:
     """Of a tower whose images are (I, S, C) with a class token in front or none, all of one size."""
     dim = state.attention.head_dim
-    q, k = (state.now.watched.pop(name).unflatten(-1, (-1, dim)) for name in ("queries", "keys"))
+    if "packed" in state.now.watched:  # BLIP-2's
+        q, k, _ = state.now.watched.pop("packed").unflatten(-1, (3, -1, dim)).unbind(2)
+    else:
+        q, k = (state.now.watched.pop(name).unflatten(-1, (-1, dim)) for name in ("queries", "keys"))
     (images, rows), each = q.shape[:2], tokens.seqlens[0]
     side = math.isqrt(rows // each)  # patches of a token, along one edge
     lead = rows - each * side**2

@@ -14,9 +14,6 @@ from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.fusion import ORIGINAL
 
 TEXT = "its text has one place a token, so positions are renumbered"
-INSERTED = "its images stand in the text as cross-attention, not as tokens: there is nothing to shorten in front of it"
-QUERIES = "its connector makes 32 queries of an image already, a learned number that its language model was trained on"
-WITHOUT_PLACES = {"mllama": INSERTED, "idefics": INSERTED, "blip_2": QUERIES, "instructblip": QUERIES}
 OURS = {"forward", "generate", "get_image_features", "pack_image_features"}  # what the parts of a model replace
 ABOUT_TEXT = ("given", "external", "last_row", "text_rows")  # judged by the prompt, or by whoever calls
 
@@ -35,6 +32,7 @@ class Seam:
         grid: tokens are a grid, row by row.
         tiles: an image is several tiles, each of them compressed for itself.
         mrope: positions have three parts, time, row and column.
+        crossed: images are read by cross-attention, so that the text has no places for them.
     """
 
     prefix: str
@@ -45,9 +43,12 @@ class Seam:
     grid: bool = True
     tiles: bool = False
     mrope: bool = False
+    crossed: bool = False
 
     @property
     def place(self) -> str:
+        if self.crossed:
+            return "behind vision_model, for cross-attention"
         return "behind its merger" if self.connector is None else f"{self.side} {self.connector}"
 
 
@@ -92,13 +93,11 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
     Raises:
         ValueError: there is none.
     """
-    packages: list[str] = []
     around: dict[str, str] = {}
     for name, module in model.named_modules():
         package, cls = family_of(module)
         if package is None:
             continue
-        packages.append(package)
         seam = SEAMS.get(package)
         if seam and cls.__name__ in (f"{seam.prefix}ForConditionalGeneration", f"{seam.prefix}Model"):
             outside = [kind for prefix, kind in around.items() if name.startswith(prefix)]
@@ -106,8 +105,10 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
                 raise ValueError(f"patch: cannot compress {seam.prefix}: {outside[0]} around it reads the whole text")
             return name, module, seam
         around[f"{name}.".lstrip(".")] = cls.__name__
-    why = next((WITHOUT_PLACES[p] for p in packages if p in WITHOUT_PLACES), f"known families: {', '.join(SEAMS)}")
-    raise ValueError(f"patch: cannot compress the visual tokens of {type(model).__name__}: {why}")
+    raise ValueError(
+        f"patch: cannot compress the visual tokens of {type(model).__name__}: known families: {', '.join(SEAMS)}, "
+        "mllama, idefics, blip_2, instructblip"
+    )
 
 
 def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> tuple[Compressor, bool]:
@@ -134,8 +135,13 @@ def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> tuple[C
     if compress.merge is not None:
         if not seam.merges:
             raise ValueError(
-                f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: what comes behind it makes one of "
-                "r x r patches, or reads where each stood, and merged tokens are no grid"
+                f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: "
+                + (
+                    "we know no layers of its tower"
+                    if seam.crossed
+                    else "what comes behind it makes one of r x r "
+                    "patches, or reads where each stood, and merged tokens are no grid"
+                )
             )
         if compress.connector is not None:
             raise ValueError("patch: compress both inside of the encoder and at the connector: choose one of them")
@@ -177,7 +183,7 @@ def check(compressor: Compressor, seam: Seam, model: Any) -> None:
 
     if compressor.position == "calibrate":
         refuse("position='calibrate' needs a bias on attention that its language model does not take")
-    if compressor.position == "keep" and not seam.mrope:
+    if compressor.position == "keep" and not (seam.mrope or seam.crossed):
         refuse(f"{TEXT}: position='renumber'")
     if compressor.name in ("pixel_shuffle", "temporal_dedup"):
         wide = "its tokens become wider, and the connector's weights are for the width that they have"
@@ -185,6 +191,10 @@ def check(compressor: Compressor, seam: Seam, model: Any) -> None:
     for option in ("relevance", "scorer"):
         if getattr(compressor, option, None) in ABOUT_TEXT and type(compressor) in METHODS.values():
             refuse(f"{option}={getattr(compressor, option)!r} judges by what the connector does not see")
+    if compressor.layer is not None and seam.tower is None and seam.crossed:
+        refuse(
+            "it judges by attention, and its tower attends over all tiles of an image at once, of which some are none"
+        )
     if compressor.layer is not None and seam.tower is None:
         refuse(
             f"it judges by attention, and {seam.place} stand latents: what the tower's patches receive is not theirs"
