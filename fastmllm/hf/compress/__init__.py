@@ -53,3 +53,22 @@ def compress_fusions(
     if compressor.layer is not None and seam.tower is not None:
         tower = getattr(owner, seam.tower)
         yield from watched(tower, f"{at}.{seam.tower}".lstrip("."), compressor, state)
+
+
+def check_learns(model: nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer without the weights of a model's compressor: they would stay as they were drawn.
+
+    Raises:
+        ValueError: says so.
+    """
+    states = (module.__dict__[KEY] for module in model.modules() if KEY in module.__dict__)
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None or (state := next(states, None)) is None:
+        return
+    held = {id(p) for group in groups for p in group["params"]}
+    if lost := [name for name, p in state.compressor.named_parameters() if p.requires_grad and id(p) not in held]:
+        raise ValueError(
+            f"compress: the optimizer lacks {len(lost)} weights of {state.compressor.name} ({lost[0]}, ...), which are "
+            "none of the model's: patch the model first, and give Trainer(optimizers=...) one that has "
+            "compressor.parameters() too, or freeze them"
+        )

@@ -14,6 +14,7 @@ from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.fusion import ORIGINAL
 
 TEXT = "its text has one place a token, so positions are renumbered"
+TILED = "its tower attends over all tiles of an image at once, of which some are padding"
 OURS = {"forward", "generate", "get_image_features", "pack_image_features"}  # what the parts of a model replace
 ABOUT_TEXT = ("given", "external", "last_row", "text_rows")  # judged by the prompt, or by whoever calls
 
@@ -134,15 +135,11 @@ def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> tuple[C
         )
     if compress.merge is not None:
         if not seam.merges:
-            raise ValueError(
-                f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: "
-                + (
-                    "we know no layers of its tower"
-                    if seam.crossed
-                    else "what comes behind it makes one of r x r "
-                    "patches, or reads where each stood, and merged tokens are no grid"
-                )
+            grid = (
+                "what comes behind it makes one of r x r patches, or reads where each stood: merged tokens are no grid"
             )
+            why = "we know no layers of its tower" if seam.crossed else grid
+            raise ValueError(f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: {why}")
         if compress.connector is not None:
             raise ValueError("patch: compress both inside of the encoder and at the connector: choose one of them")
         return BipartiteMerge(compress.merge, position="renumber"), True
@@ -191,14 +188,9 @@ def check(compressor: Compressor, seam: Seam, model: Any) -> None:
     for option in ("relevance", "scorer"):
         if getattr(compressor, option, None) in ABOUT_TEXT and type(compressor) in METHODS.values():
             refuse(f"{option}={getattr(compressor, option)!r} judges by what the connector does not see")
-    if compressor.layer is not None and seam.tower is None and seam.crossed:
-        refuse(
-            "it judges by attention, and its tower attends over all tiles of an image at once, of which some are none"
-        )
     if compressor.layer is not None and seam.tower is None:
-        refuse(
-            f"it judges by attention, and {seam.place} stand latents: what the tower's patches receive is not theirs"
-        )
+        latents = f"{seam.place} stand latents: what the tower's patches receive is not theirs"
+        refuse(f"it judges by attention, and {TILED if seam.crossed else latents}")
     if not seam.mrope and not isinstance(compressor.keep, int | float):
         refuse("its images, or their tiles, are of one size: one number or fraction for all of them")
     if getattr(model.config.vision_config, "model_type", None) == "pixtral":
