@@ -12,6 +12,7 @@ from tiny_hf_fusion import FAMILIES, idefics
 
 from fastmllm.compression import Placement, make
 from fastmllm.hf import patch, unpatch
+from fastmllm.hf.compress.crossed import CROSSED
 from fastmllm.hf.rules import OPS
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -24,6 +25,10 @@ GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 @pytest.fixture(params=NAMES)
 def family(request):
     return BY_NAME[request.param]
+
+
+def test_every_known_family_is_here():
+    assert set(CROSSED) == set(NAMES)
 
 
 def build(family):

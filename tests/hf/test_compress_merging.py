@@ -15,8 +15,8 @@ from tiny_hf import CLIP, LLAMA
 from tiny_hf_compress import KINDS, ROWS
 
 from fastmllm.compression import Placement, make
+from fastmllm.compression.merge_schedule import merge_schedule
 from fastmllm.hf import patch, unpatch
-from fastmllm.models.vision_merge import merge_schedule
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 LLAVA = BY_NAME["llava"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from merge_by_hand import merge_round
 
+from fastmllm.compression.merge_schedule import merge_schedule
 from fastmllm.models.vision import VisionConfig, VisionTransformer
-from fastmllm.models.vision_merge import merge_schedule
 
 
 def tower(cls_token: bool, dtype: torch.dtype = torch.float64, **options) -> VisionTransformer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmllm.compression import Compressor, Probe
 from fastmllm.compression.budget import tokens_to_keep
+from fastmllm.compression.merge_schedule import merge_schedule
 from fastmllm.compression.tokens import cumulative
 from fastmllm.hf.compress.rows import Images
 from fastmllm.hf.compress.state import KEY, Compression
@@ -16,7 +18,6 @@ from fastmllm.hf.compress.watch import has_class_token
 from fastmllm.hf.fusion import ORIGINAL, Fusion
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.token_merge import token_merge
-from fastmllm.models.vision_merge import merge_schedule
 
 ENCODERS = {"CLIPEncoder": "CLIPEncoderLayer", "SiglipEncoder": "SiglipEncoderLayer"}
 
@@ -92,9 +93,8 @@ class MergingEncoder(Fusion):
         size = None
         for layer, merges in zip(module.layers, schedule, strict=True):
             x, size = layer(x, None, merges=merges, size=size, protected=lead, **kwargs)
-        from transformers.modeling_outputs import BaseModelOutput
-
-        return BaseModelOutput(last_hidden_state=x)  # type: ignore[arg-type]  # it says FloatTensor
+        made = sys.modules["transformers.modeling_outputs"].BaseModelOutput  # loaded with every tower
+        return made(last_hidden_state=x)
 
 
 def layers_read(config: Any, count: int) -> int:
