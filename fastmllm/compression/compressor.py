@@ -27,7 +27,8 @@ class Probe:
         lse: (H, T') its log-sum-exp.
         cu_seqlens: (S + 1,) int32 of its segments.
         max_seqlen: its longest segment, host.
-        columns: (T,) int64 rows of `k` that the visual tokens are, or None: all.
+        columns: (T,) int64 rows of `k` that the visual tokens are, or None: all. (T, M) where a connector has made one
+            token of M rows: what is read of it is the mean over its rows, of scores, keys and norms alike.
         causal: as in that attention.
         softmax_scale: as in that attention.
         cls_token: whether the first row of each segment is a class token.
@@ -70,17 +71,23 @@ class Probe:
             self.q, self.k, self.lse, self.cu_seqlens, max_seqlen_k=self.max_seqlen, causal=self.causal,
             softmax_scale=self.softmax_scale, reduce=reduce, rows=rows, row_weight=weight, key_bias=self.key_bias,
         )  # fmt: skip
-        return scores if self.columns is None else scores.index_select(0, self.columns)
+        return self.of_tokens(scores)
 
     def keys(self) -> Tensor:
         """Return the keys of the visual tokens, the mean over heads: (T, D) in the dtype of k."""
-        keys = self.k if self.columns is None else self.k.index_select(0, self.columns)
-        return keys.float().mean(1).to(keys.dtype)
+        return self.of_tokens(self.k.float().mean(1)).to(self.k.dtype)
 
     def key_norms(self) -> Tensor:
         """Return the L1 norm (T,) of each visual token's key, over all heads, fp32 or fp64."""
         norms = self.k.flatten(1).norm(p=1, dim=1, dtype=accumulator_dtype(self.k.dtype))
-        return norms if self.columns is None else norms.index_select(0, self.columns)
+        return self.of_tokens(norms)
+
+    def of_tokens(self, rows: Tensor) -> Tensor:
+        """Return (T, ...) of the visual tokens, of a tensor (N', ...) of the rows of `k`."""
+        if self.columns is None:
+            return rows
+        taken = rows.index_select(0, self.columns.flatten())
+        return taken if self.columns.dim() == 1 else taken.unflatten(0, self.columns.shape).mean(1)
 
 
 @dataclass(slots=True)

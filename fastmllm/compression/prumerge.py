@@ -85,7 +85,7 @@ def one_head(probe: Probe) -> Tensor:
     exps = (logits - most.index_select(0, owner)).exp()
     sums = pooled(exps[:, None], every, starts, torch.ones_like(exps))[:, 0]
     scores = exps / sums.index_select(0, owner)
-    return scores if probe.columns is None else scores.index_select(0, probe.columns)
+    return probe.of_tokens(scores)
 
 
 def _neighbours(
@@ -93,8 +93,7 @@ def _neighbours(
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens (K, M) whose keys are nearest to each kept one's, and their scores; 0 for what is none."""
     device = keep.device
-    keys = probe.k if probe.columns is None else probe.k.index_select(0, probe.columns)
-    keys = units(keys.flatten(1))
+    keys = units(probe.of_tokens(probe.k).flatten(1))
     every, chosen = Padding(tokens.seqlens, device), Padding(kept, device)
     ids, anchors = every.pad(torch.arange(len(keys), device=device)), chosen.pad(keep)
     cosine = every.mask(chosen.pad(keys.index_select(0, keep)) @ every.pad(keys).transpose(1, 2), -torch.inf)

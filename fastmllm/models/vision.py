@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fastmllm.compression.bipartite_merge import Merger
 from fastmllm.compression.budget import Budget, tokens_to_keep
 from fastmllm.compression.compressor import Probe, Watch
+from fastmllm.compression.merge_schedule import merge_schedule
 from fastmllm.compression.selection import take
 from fastmllm.compression.tokens import Tokens, boundaries, segments
 from fastmllm.kernels.attention import attention
 from fastmllm.models.encoder import Encoder
-from fastmllm.models.vision_merge import merge_schedule
 from fastmllm.modules.attention_pool import AttentionPool
 from fastmllm.modules.gelu_mlp import ACTIVATIONS, GeluMLP
 from fastmllm.modules.layer_norm import LayerNorm

@@ -17,8 +17,9 @@ from fastmllm.compression import METHODS, Attend, Placement, TopK, make
 from fastmllm.compression.published import PUBLISHED
 from fastmllm.compression.selection import take
 from fastmllm.hf import patch, unpatch
-from fastmllm.hf.compress.parts import Connector, Watched
+from fastmllm.hf.compress.parts import Connector
 from fastmllm.hf.compress.state import KEY
+from fastmllm.hf.compress.watch import Watched
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 LLAVA, QWEN = BY_NAME["llava"], BY_NAME["qwen2_5_vl"]
@@ -37,7 +38,7 @@ TAKEN = {  # of each method, options, and what says no in LLaVA (None: it is tak
 }
 # what says no to a published line in LLaVA
 SAID = {
-    "ToMe": "inside of the encoder", "DART": "inside of the language model", "FastV": "inside of the language model",
+    "DART": "inside of the language model", "FastV": "inside of the language model",
     "PyramidDrop": "inside of the language model", "SparseVLM": "inside of the language model",
     "DeepSeek-OCR": "inside of the encoder", "CDPruner": "relevance='given'", "EVS": "frames of videos",
     "DyCoke TTM": "frames of videos", "Perceiver": "weights of its own", "Q-Former": "weights of its own",
@@ -143,20 +144,10 @@ class Chosen(TopK):
         return take(tokens, self.best.pop(0), budgets)
 
 
-def test_a_tower_without_class_token_says_so():
-    kind = BY_NAME["paligemma"]
-    model = kind.build()
-    patch(model, compress=TopK(4, scorer="received", layer=-1, position="renumber"))
-    assert run(model, kind).shape[1] == 18
-    patch(model, compress=TopK(4, scorer="cls_row", layer=-1, position="renumber"))
-    with pytest.raises(ValueError, match="no class token"):
-        run(model, kind)
-
-
-@pytest.mark.parametrize("kind", [k for k in KINDS if not k.name.startswith(("llava", "paligemma"))], ids=repr)
-def test_attention_is_refused_where_tokens_are_not_its_own(kind):
-    with pytest.raises(ValueError, match="judges by attention"):
-        patch(kind.build(), compress="visionzip:4")
+def test_attention_is_refused_where_tokens_are_latents():
+    for tried in ("visionzip:4", make("topk", 4, scorer="received", **RENUMBER)):
+        with pytest.raises(ValueError, match="stand latents"):
+            patch(BY_NAME["idefics2"].build(), compress=tried)
 
 
 def test_latents_are_no_grid():
@@ -227,7 +218,6 @@ REFUSED = [
     (LLAVA, make("topk", 4, scorer="last_row", **RENUMBER), "does not see"),
     (LLAVA, make("topk", [4, 4, 4], scorer="norm", **RENUMBER), "one number or fraction"),
     (LLAVA, make("topk", 4, layer=-9, **RENUMBER), "has 3 whose queries"),
-    (LLAVA, Placement(merge=4), "inside of the encoder"),
     (LLAVA, Placement(stages=((0, make("topk", 4, scorer="norm")),)), "inside of the language model"),
 ]
 
@@ -241,24 +231,7 @@ def test_what_has_no_place_is_refused(kind, compress, why):
 
 
 def families_without_places():
-    vision = {**CLIP, "attention_heads": 4}
-    mllama = hf.MllamaConfig(
-        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 4,
-                       "intermediate_size": 64, "vision_output_dim": 64, "image_size": 28, "patch_size": 7,
-                       "max_num_tiles": 4, "intermediate_layers_indices": [0]},
-        text_config={**LLAMA, "cross_attention_layers": [1],
-                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    )  # fmt: skip
-    yield hf.MllamaForConditionalGeneration(mllama), "cross-attention"
-    blip = hf.Blip2Config(
-        vision_config=hf.Blip2VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                           num_attention_heads=4, image_size=28, patch_size=7),
-        qformer_config=hf.Blip2QFormerConfig(vocab_size=128, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
-                                             intermediate_size=48),
-        text_config=hf.LlamaConfig(**LLAMA), num_query_tokens=8,
-    )  # fmt: skip
-    yield hf.Blip2ForConditionalGeneration(blip), "32 queries"
-    yield hf.CLIPVisionModel(hf.CLIPVisionConfig(**vision)), "known families"
+    yield hf.CLIPVisionModel(hf.CLIPVisionConfig(**CLIP)), "known families"
     yield torch.nn.Linear(2, 2), "known families"
     sequence = hf.Gemma3ForSequenceClassification(BY_NAME["gemma3"].build().config)
     yield sequence, "reads the whole text"

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from merge_by_hand import merge_round
 
+from fastmllm.compression.merge_schedule import merge_schedule
 from fastmllm.models.vision import VisionConfig, VisionTransformer
-from fastmllm.models.vision_merge import merge_schedule
 
 
 def tower(cls_token: bool, dtype: torch.dtype = torch.float64, **options) -> VisionTransformer:
@@ -29,21 +30,7 @@ def formula(model: VisionTransformer, x: torch.Tensor, schedule: list[int], prot
         scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5 + size.log()
         attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
         x = x + block.scale1 * block.attn.proj(attended)
-        metric = torch.nn.functional.normalize(k.mean(1), dim=-1)
-        a, b = range(0, len(x), 2), range(1, len(x), 2)
-        similarity = metric[a] @ metric[b].T
-        similarity[[i for i, at in enumerate(a) if at < protected]] = -torch.inf
-        similarity[:, [i for i, at in enumerate(b) if at < protected]] = -torch.inf
-        best, partner = similarity.max(1)
-        chosen = best.argsort(descending=True)[:r].tolist()
-        rows = []
-        for at in range(len(x)):
-            if at % 2 == 0 and at // 2 in chosen:
-                continue
-            members = [at] + [a[i] for i in chosen if at % 2 and int(partner[i]) == at // 2]
-            mass = size[members]
-            rows.append(((x[members] * mass[:, None]).sum(0) / mass.sum(), mass.sum()))
-        x, size = torch.stack([row for row, _ in rows]), torch.stack([mass for _, mass in rows])
+        x, size = merge_round(x, k.mean(1), size, r, protected)
         x = x + block.scale2 * block.mlp(block.norm2(x))
     return model.norm(x)
 

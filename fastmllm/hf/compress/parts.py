@@ -10,50 +10,12 @@ from torch import Tensor
 
 from fastmllm.compression import Tokens
 from fastmllm.hf.compress.generation import generate
+from fastmllm.hf.compress.merging import same_layer
 from fastmllm.hf.compress.rows import Images, Rows
 from fastmllm.hf.compress.state import KEY, Compression
 from fastmllm.hf.compress.text import encode, refuse_other_inputs, remember, shorten_text
-from fastmllm.hf.fusion import Fusion, arguments, bound_forward, fuse, is_fused
-
-
-class Watched(Fusion):
-    """The projection to queries of the tower's layer whose attention is read; attention itself stays as it is."""
-
-    op = "compress"
-    what = "queries"
-
-    @classmethod
-    def leave(cls, module: Any, y: Tensor) -> Tensor:
-        state: Compression = module.__dict__[KEY]
-        if state.now.listening:
-            state.now.watched[cls.what] = y.detach().unflatten(-1, (-1, state.attention.head_dim))
-        return y
-
-    @staticmethod
-    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return Watched.leave(module, original(module, *args, **kwargs))
-
-
-class WatchedKeys(Watched):
-    """The same of keys."""
-
-    what = "keys"
-
-    @staticmethod
-    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return WatchedKeys.leave(module, original(module, *args, **kwargs))
-
-
-def watch(state: Compression) -> None:
-    """Watch the projections that stand in the layer now: LoRA puts one around them, and takes it away again."""
-    for name, fusion in (("q_proj", Watched), ("k_proj", WatchedKeys)):
-        projection = getattr(state.attention, name)
-        if KEY in projection.__dict__:
-            continue
-        if is_fused(projection):
-            raise ValueError(f"compress: {name} of the layer whose attention is read was replaced: patch again")
-        fuse(projection, (fusion,))
-        projection.__dict__[KEY] = state
+from fastmllm.hf.compress.watch import watch
+from fastmllm.hf.fusion import Fusion, arguments, bound_forward
 
 
 class Connector(Fusion):
@@ -84,15 +46,17 @@ class Owner(Fusion):
             return state.again(call["pixel_values"])
         if state.seam.prefix == "Llava" and call.get("image_sizes") is not None:
             raise ValueError("compress: image_sizes: images packed into one row are not compressed")
-        state.now.images, state.now.listening = None, state.compressor.layer is not None
+        state.now.images, state.now.listening = None, state.inside or state.compressor.layer is not None
+        if state.inside:
+            same_layer(state, call)
         if state.attention is not None:
             watch(state)
         try:
             out = original(module, **{**call, "return_dict": True})
+            return out if state.seam.connector is not None else _merged(state, module, out, call["image_grid_thw"])
         finally:
             state.now.listening = False
             state.now.watched.clear()
-        return out if state.seam.connector is not None else _merged(state, module, out, call["image_grid_thw"])
 
     @staticmethod
     def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

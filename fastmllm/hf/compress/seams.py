@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastmllm.compression import METHODS, Compressor, Placement
+from fastmllm.compression import METHODS, BipartiteMerge, Compressor, Placement
 from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.fusion import ORIGINAL
 
 TEXT = "its text has one place a token, so positions are renumbered"
-INSERTED = "its images stand in the text as cross-attention, not as tokens: there is nothing to shorten in front of it"
-QUERIES = "its connector makes 32 queries of an image already, a learned number that its language model was trained on"
-WITHOUT_PLACES = {"mllama": INSERTED, "idefics": INSERTED, "blip_2": QUERIES, "instructblip": QUERIES}
+TILED = "its tower attends over all tiles of an image at once, of which some are padding"
 OURS = {"forward", "generate", "get_image_features", "pack_image_features"}  # what the parts of a model replace
 ABOUT_TEXT = ("given", "external", "last_row", "text_rows")  # judged by the prompt, or by whoever calls
 
@@ -29,39 +27,46 @@ class Seam:
         prefix: of the names of its classes.
         connector: the name of the module between tower and language model; None: the tower itself projects.
         side: whether tokens are taken in front of the connector or behind it.
-        tower: the name of the module whose attention may be read, where a token of the connector is one of its own.
+        tower: the name of the module whose attention may be read: a token of the connector is one row of it, or is made
+            of r x r of them.
+        merges: tokens may merge inside of the tower: what comes behind it asks for no grid.
         grid: tokens are a grid, row by row.
         tiles: an image is several tiles, each of them compressed for itself.
         mrope: positions have three parts, time, row and column.
+        crossed: images are read by cross-attention, so that the text has no places for them.
     """
 
     prefix: str
     connector: str | None = "multi_modal_projector"
     side: Literal["in front of", "behind"] = "in front of"
     tower: str | None = None
+    merges: bool = False
     grid: bool = True
     tiles: bool = False
     mrope: bool = False
+    crossed: bool = False
 
     @property
     def place(self) -> str:
+        if self.crossed:
+            return "behind vision_model, for cross-attention"
         return "behind its merger" if self.connector is None else f"{self.side} {self.connector}"
 
 
 # package under transformers.models
 SEAMS: Mapping[str, Seam] = {
-    "llava": Seam(prefix="Llava", tower="vision_tower"),
-    "llava_next": Seam(prefix="LlavaNext", tower="vision_tower", tiles=True),
-    "llava_onevision": Seam(prefix="LlavaOnevision", tower="vision_tower", tiles=True),
-    "internvl": Seam(prefix="InternVL"),
-    "paligemma": Seam(prefix="PaliGemma", tower="vision_tower"),
-    "gemma3": Seam(prefix="Gemma3", side="behind"),
+    "llava": Seam(prefix="Llava", tower="vision_tower", merges=True),
+    "llava_next": Seam(prefix="LlavaNext", tower="vision_tower", merges=True, tiles=True),
+    "llava_onevision": Seam(prefix="LlavaOnevision", tower="vision_tower", merges=True, tiles=True),
+    "internvl": Seam(prefix="InternVL", tower="vision_tower"),
+    "paligemma": Seam(prefix="PaliGemma", tower="vision_tower", merges=True),
+    "gemma3": Seam(prefix="Gemma3", side="behind", tower="vision_tower"),
     "idefics2": Seam(prefix="Idefics2", connector="connector", side="behind", grid=False),
-    "idefics3": Seam(prefix="Idefics3", connector="connector", side="behind"),
-    "smolvlm": Seam(prefix="SmolVLM", connector="connector", side="behind"),
-    "qwen2_vl": Seam(prefix="Qwen2VL", connector=None, mrope=True),
-    "qwen2_5_vl": Seam(prefix="Qwen2_5_VL", connector=None, mrope=True),
-    "qwen3_vl": Seam(prefix="Qwen3VL", connector=None, mrope=True),
+    "idefics3": Seam(prefix="Idefics3", connector="connector", side="behind", tower="vision_model"),
+    "smolvlm": Seam(prefix="SmolVLM", connector="connector", side="behind", tower="vision_model"),
+    "qwen2_vl": Seam(prefix="Qwen2VL", connector=None, tower="visual", mrope=True),
+    "qwen2_5_vl": Seam(prefix="Qwen2_5_VL", connector=None, tower="visual", mrope=True),
+    "qwen3_vl": Seam(prefix="Qwen3VL", connector=None, tower="visual", mrope=True),
 }
 
 
@@ -89,13 +94,11 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
     Raises:
         ValueError: there is none.
     """
-    packages: list[str] = []
     around: dict[str, str] = {}
     for name, module in model.named_modules():
         package, cls = family_of(module)
         if package is None:
             continue
-        packages.append(package)
         seam = SEAMS.get(package)
         if seam and cls.__name__ in (f"{seam.prefix}ForConditionalGeneration", f"{seam.prefix}Model"):
             outside = [kind for prefix, kind in around.items() if name.startswith(prefix)]
@@ -103,12 +106,14 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
                 raise ValueError(f"patch: cannot compress {seam.prefix}: {outside[0]} around it reads the whole text")
             return name, module, seam
         around[f"{name}.".lstrip(".")] = cls.__name__
-    why = next((WITHOUT_PLACES[p] for p in packages if p in WITHOUT_PLACES), f"known families: {', '.join(SEAMS)}")
-    raise ValueError(f"patch: cannot compress the visual tokens of {type(model).__name__}: {why}")
+    raise ValueError(
+        f"patch: cannot compress the visual tokens of {type(model).__name__}: known families: {', '.join(SEAMS)}, "
+        "mllama, idefics, blip_2, instructblip"
+    )
 
 
-def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> Compressor:
-    """Return what is to run at the connector.
+def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> tuple[Compressor, bool]:
+    """Return what is to run at the connector, or inside of the tower, and whether it is there.
 
     Args:
         compress: as `patch` takes it; "VisionZip" or "visionzip:64" name a published method, with its own budget or K.
@@ -120,18 +125,27 @@ def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> Compres
     if isinstance(compress, str):
         compress = _named(compress, seam)
     if isinstance(compress, Compressor):
-        return compress
+        return compress, False
     if not isinstance(compress, Placement):
         raise ValueError(f"patch: compress must be a Placement, a Compressor or a published name, got {compress!r}")
-    if compress.merge is not None or compress.stages:
-        inside = "the encoder" if compress.merge is not None else "the language model"
+    if compress.stages:
         raise ValueError(
-            f"patch: compress={compress}: inside of {inside} tokens are compressed in fastmllm's own models (VLM, "
-            "MLLM); in a model of transformers at the connector alone"
+            f"patch: compress={compress}: inside of the language model tokens are compressed in fastmllm's own models "
+            "(VLM, MLLM); in a model of transformers at the connector or inside of the tower"
         )
+    if compress.merge is not None:
+        if not seam.merges:
+            grid = (
+                "what comes behind it makes one of r x r patches, or reads where each stood: merged tokens are no grid"
+            )
+            why = "we know no layers of its tower" if seam.crossed else grid
+            raise ValueError(f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: {why}")
+        if compress.connector is not None:
+            raise ValueError("patch: compress both inside of the encoder and at the connector: choose one of them")
+        return BipartiteMerge(compress.merge, position="renumber"), True
     if compress.connector is None:
         raise ValueError("patch: compress=Placement() compresses nowhere: give its connector a compressor, or None")
-    return compress.connector
+    return compress.connector, False
 
 
 def _named(text: str, seam: Seam) -> Placement:
@@ -166,7 +180,7 @@ def check(compressor: Compressor, seam: Seam, model: Any) -> None:
 
     if compressor.position == "calibrate":
         refuse("position='calibrate' needs a bias on attention that its language model does not take")
-    if compressor.position == "keep" and not seam.mrope:
+    if compressor.position == "keep" and not (seam.mrope or seam.crossed):
         refuse(f"{TEXT}: position='renumber'")
     if compressor.name in ("pixel_shuffle", "temporal_dedup"):
         wide = "its tokens become wider, and the connector's weights are for the width that they have"
@@ -175,7 +189,8 @@ def check(compressor: Compressor, seam: Seam, model: Any) -> None:
         if getattr(compressor, option, None) in ABOUT_TEXT and type(compressor) in METHODS.values():
             refuse(f"{option}={getattr(compressor, option)!r} judges by what the connector does not see")
     if compressor.layer is not None and seam.tower is None:
-        refuse(f"it judges by attention, and a token {seam.place} is none that the tower's attention sees")
+        latents = f"{seam.place} stand latents: what the tower's patches receive is not theirs"
+        refuse(f"it judges by attention, and {TILED if seam.crossed else latents}")
     if not seam.mrope and not isinstance(compressor.keep, int | float):
         refuse("its images, or their tiles, are of one size: one number or fraction for all of them")
     if getattr(model.config.vision_config, "model_type", None) == "pixtral":

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmllm.compression import Compressor, Evidence, Probe, Tokens
+from fastmllm.compression import Compressor, Evidence, Tokens
+from fastmllm.hf.compress.probes import probe_of
 from fastmllm.hf.compress.rows import Images
 from fastmllm.hf.compress.seams import Seam
 from fastmllm.hf.fusion import STATE
-from fastmllm.kernels.attention import attention
 
 KEY = STATE + "compression"  # where modules keep the one object
 
@@ -30,7 +30,7 @@ class Call(threading.local):
         busy: a call is under way whose text is shortened already.
         held: the image features that it has encoded already, of so many rows of `pixels`.
         owners: images of each row of its text.
-        watched: queries and keys of the layer that is read, (I, S, heads, head_dim), while `listening`.
+        watched: by name, what the layer that is read gives while `listening`: see `probes`.
     """
 
     def __init__(self) -> None:
@@ -54,6 +54,7 @@ class Compression:
         head: the model with head, if there is one.
         cls_token: whether the tower has one.
         attention: the layer of the tower that is read.
+        inside: tokens merge inside of the tower.
         now: of the thread's call.
     """
 
@@ -63,6 +64,7 @@ class Compression:
     head: Any = None
     cls_token: bool = False
     attention: Any = None
+    inside: bool = False
     now: Call = field(default_factory=Call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
@@ -70,14 +72,14 @@ class Compression:
         if id(self.owner) not in memo:
             return self
         memo[id(self)] = copied = Compression(
-            self.compressor, self.seam, memo[id(self.owner)], cls_token=self.cls_token
+            self.compressor, self.seam, memo[id(self.owner)], cls_token=self.cls_token, inside=self.inside
         )
         copied.compressor, copied.attention = copy.deepcopy((self.compressor, self.attention), memo)
         copied.head = memo.get(id(self.head))
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = {n: getattr(self, n) for n in ("head", "cls_token", "attention", "owner")}
+        kept = {n: getattr(self, n) for n in ("head", "cls_token", "attention", "inside", "owner")}
         return _blank, (self.compressor, self.seam), (None, kept)
 
     @contextmanager
@@ -98,7 +100,7 @@ class Compression:
     @torch.compiler.disable
     def reduce(self, tokens: Tokens) -> Tokens:
         """Compress, and note how many tokens each image had and has."""
-        kept, _ = self.compressor(tokens, Evidence(probe=self._probe(tokens)))
+        kept, _ = self.compressor(tokens, Evidence(probe=probe_of(self, tokens)))
         if kept.x.shape[1] != tokens.x.shape[1]:
             raise ValueError(
                 f"compress: {self.compressor.name} makes tokens {kept.x.shape[1]} wide of tokens {tokens.x.shape[1]} "
@@ -114,27 +116,6 @@ class Compression:
         tokens = tokens if self.seam.grid else replace(tokens, grid=None)
         kept = self.reduce(tokens)
         return x if kept is tokens else kept.dense()
-
-    def _probe(self, tokens: Tokens) -> Probe | None:
-        if self.compressor.layer is None:
-            return None
-        q, k = (self.now.watched.pop(name) for name in ("queries", "keys"))
-        images, rows = q.shape[:2]
-        lead = rows - tokens.seqlens[0]
-        if images != len(tokens.seqlens) or lead not in (0, 1):
-            raise ValueError(
-                f"compress: {self.compressor.name} judges by the attention of {rows} rows of {images} images, but "
-                f"there are {tokens.seqlens[:4]} tokens of {len(tokens.seqlens)}"
-            )
-        starts = torch.arange(images + 1, dtype=torch.int32, device=q.device) * rows
-        with torch.no_grad():
-            q, k = q.flatten(0, 1), k.flatten(0, 1)
-            _, lse = attention(q, k, k, starts, max_seqlen_q=rows, causal=False, return_lse=True)
-        columns = torch.arange(images * rows, device=q.device).view(images, rows)[:, lead:].flatten()
-        return Probe(
-            q=q, k=k, lse=lse, cu_seqlens=starts, max_seqlen=rows, columns=columns if lead else None,
-            cls_token=self.cls_token,
-        )  # fmt: skip
 
     def again(self, pixels: Tensor) -> Any:
         """Return what is held, in the order of a batch whose rows generation may have repeated for its beams."""

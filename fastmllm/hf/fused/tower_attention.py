@@ -68,15 +68,15 @@ class TowerAttention(Fusion):
     ) -> Tensor:  # fmt: skip
         rows, heads = hidden_states.shape[0], module.num_heads
         if torch.compiler.is_compiling():
-            cos, sin = map(_half, position_embeddings)
+            cos, sin = map(half_table, position_embeddings)
             max_seqlen = rows if max_seqlen is None else max_seqlen  # a bound: reading the maximum breaks the graph
         else:
-            cos, sin = (kept(table, "half", _half) for table in position_embeddings)
+            cos, sin = (kept(table, "half", half_table) for table in position_embeddings)
         q, k, v = vision_rope(module.qkv(hidden_states).view(rows, 3 * heads, module.head_dim), cos, sin, heads)
         out = attention(q, k, v, cu_seqlens.int(), max_seqlen_q=max_seqlen, softmax_scale=module.scaling)
         return module.proj(out.view(rows, -1))
 
 
-def _half(table: Tensor) -> Tensor:
+def half_table(table: Tensor) -> Tensor:
     """Return the first half of a table, (T, R/2) contiguous."""
     return table[:, : table.shape[1] // 2].contiguous()

@@ -73,6 +73,15 @@ def _parts(module: Any) -> list[_Part]:
     return parts
 
 
+def window_order(module: Any, grids: list[tuple[int, int, int]]) -> Tensor | None:
+    """Return which of its merged tokens a tower has at each place of its windows, host; None: it has no windows."""
+    for names, function, arguments in _parts(module):
+        if "window_index" in names:
+            made: Tensor = getattr(sys.modules[_MODULE], function)(torch.tensor(grids), *arguments)[0]
+            return made
+    return None
+
+
 def _upload(value: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":  # from pageable memory the host would wait
         value = value.pin_memory()
