@@ -214,7 +214,10 @@ FAMILIES = [
     ),
     Family(
         name="mllama", build=mllama, batch=mllama_batch, prompt=mllama_prompt,
-        ops=frozenset({"patch_embed", "layer_norm", "rms_norm", "gelu_mlp", "gated_residual", "linear_cross_entropy"}),
+        ops=frozenset(
+            {"patch_embed", "layer_norm", "rms_norm", "gelu_mlp", "gated_residual", "linear_cross_entropy"}
+            | {"cross_attention"}
+        ),
     ),
     Family(
         name="smolvlm", build=smolvlm, batch=pictures_batch, prompt=pictures_prompt,
