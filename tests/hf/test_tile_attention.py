@@ -30,6 +30,7 @@ SEEN = {  # which of the tiles each word sees, by sample; a row of ones is what 
 def attention():
     module = mllama().model.language_model.layers[1].cross_attn.eval()
     module.config._attn_implementation = "sdpa"
+    module.layer_idx = 0  # transformers 5.17 asks a cache's first layer whether there is an image
     return module
 
 

@@ -207,7 +207,10 @@ FAMILIES = [
             {"patch_embed", "layer_norm", "rms_norm", "gelu_mlp", "gated_residual", "image_kv_cache", "attention"}
         ),
     ),
-    Family(name="idefics2", build=idefics2, batch=pictures_batch, prompt=pictures_prompt, ops=MERGED | {"rms_norm"}),
+    Family(
+        name="idefics2", build=idefics2, batch=pictures_batch, prompt=pictures_prompt,
+        ops=MERGED | {"rms_norm", "cross_attention"},
+    ),
     Family(
         name="idefics3", build=idefics3, batch=pictures_batch, prompt=pictures_prompt,
         ops=MERGED | {"rms_norm", "pixel_shuffle"},

@@ -45,10 +45,8 @@ def spans(mask: Tensor, reorder: bool) -> Spans | None:
 def _read(mask: Tensor, reorder: bool) -> Spans | None:
     seen = mask if mask.dtype == torch.bool else mask == 0
     start, stop, count = _ends(seen)
-    # a row that sees nothing sees everything by softmax, unless its model says otherwise
-    valid = (count > 0).all()
-    if mask.dtype != torch.bool:
-        valid &= (seen | (mask <= torch.finfo(mask.dtype).min)).all()
+    # a row that sees nothing, which by softmax sees everything, has ends N apart and a count of 0: no span
+    valid = seen.new_ones(()) if mask.dtype == torch.bool else (seen | (mask <= torch.finfo(mask.dtype).min)).all()
     fits, whole = torch.stack([valid & (stop - start == count).all(), (count == seen.shape[-1]).all()]).tolist()
     if fits:
         return Spans(start.int(), stop.int(), None, whole)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmllm.hf.fused.gated_cross_attention import MllamaGatedLayer
+from fastmllm.hf.fused.gates import MllamaGatedLayer
 from fastmllm.hf.fused.liger import GatedMLP
 from fastmllm.hf.fused.loss import HeadLoss
 from fastmllm.hf.fused.mlp import GeluMLP
