@@ -56,6 +56,7 @@ EXTRAS = {
         "accelerate",  # transformers' GGUF reader, an oracle of the tests
         "peft",  # stages with lora; the drop-in survives these two
         "trl",
+        "liger-kernel",  # what the drop-in's gated MLPs compute with, in Triton's interpreter
         "torch-abi-audit",
         "pycxxfilt",  # undeclared needs of torch-abi-audit
         "abi3info",

@@ -15,12 +15,14 @@ from transformers import (
     IdeficsConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MllamaConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
     SiglipVisionConfig,
 )
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
+from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 Given = dict[str, Any]
@@ -120,6 +122,25 @@ def decoding(device: str, dtype: torch.dtype) -> Given:
     }
 
 
+def tile_attention() -> nn.Module:
+    """The cross-attention of one layer of Llama-3.2-11B-Vision."""
+    widths = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = MllamaConfig(text_config=widths).text_config
+    config._attn_implementation = "sdpa"
+    return MllamaTextCrossAttention(config, layer_idx=3)
+
+
+def tiles(device: str, dtype: torch.dtype) -> Given:
+    """256 words that see two tiles of four; the first four see no image, for which transformers shows them all."""
+    mask = torch.zeros(1, 1, 256, 4 * 1601)
+    mask[:, :, 4:, 2 * 1601 :] = torch.finfo(dtype).min
+    return {
+        "hidden_states": torch.randn(1, 256, 4096).to(device, dtype),
+        "cross_attention_states": torch.randn(4, 1601, 4096).to(device, dtype),
+        "attention_mask": mask.to(device, dtype),
+    }
+
+
 def llava(layers: int, tower: int = 4) -> LlavaForConditionalGeneration:
     """SigLIP-so400m and Qwen2-0.5B, as LLaVA-OneVision-0.5B joins them."""
     return LlavaForConditionalGeneration(
@@ -199,6 +220,10 @@ ALL = (
          step=True),
     Case(name="gated_decode", what="IDEFICS-9B gated layer, one token, 128 latents", build=gated_layer, inputs=decoding,
          goal=1.4),
+    Case(name="tile_attention", what="Llama-3.2-11B-Vision's cross-attention, 256 words, 2 of 4 tiles",
+         build=tile_attention, inputs=tiles, compiles=False),
+    Case(name="tile_attention_step", what="the same, forward and backward", build=tile_attention, inputs=tiles,
+         call=summed, step=True, compiles=False, rounds=3),
     Case(name="head_and_loss", what="896 × 151936, 512 rows, 85 % ignored, forward and backward",
          build=lambda: llava(0, 1), inputs=dialogue(512, images=0), call=loss, step=True, goal=4.0, compiles=False),
     Case(name="head_and_loss_all", what="the same, no row ignored", build=lambda: llava(0, 1),

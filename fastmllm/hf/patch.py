@@ -13,6 +13,7 @@ from fastmllm.hf.compress import compress_fusions
 from fastmllm.hf.fusion import Fusion, bound_forward, fuse, is_fused, restore
 from fastmllm.hf.report import Report, Row
 from fastmllm.hf.rules import OPS, fusions_of, known_class, unknown_families
+from fastmllm.hf.rules.dense import WHY, dense_attention
 
 
 class PatchError(ValueError):
@@ -87,6 +88,8 @@ def patch(
     for name, module, family in unknown_families(model):
         why = f"no rules for {family}: of its modules norms and patch convolutions alone are looked at"
         rows.append(Row(module=name, kind=type(module).__name__, op="–", backend=None, reason=why))
+    for name, module in dense_attention(model) if asked is None else ():
+        rows.append(Row(module=name, kind=type(module).__name__, op="–", backend=None, reason=WHY))
     kept: list[tuple[nn.Module, dict[str, Any]]] = []
     for name, module, fusion, state, said in compress_fusions(model, compress):
         if said is not None:

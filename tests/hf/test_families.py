@@ -10,6 +10,7 @@ from hf_checks import allowed, cast, distance, gradients, in_dtype, outputs, tra
 from tiny_hf_families import FAMILIES
 
 from fastmllm.hf import patch, unpatch
+from fastmllm.hf.fused import norms
 from fastmllm.hf.rules import OPS
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -18,6 +19,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.fixture(params=FAMILIES, ids=repr, scope="module")
 def family(request):
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_size():
+    """Let the operators compute at sizes where a CPU would not gain from them: these models are tiny."""
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(norms, "FEW", {})
+        yield
 
 
 @cache

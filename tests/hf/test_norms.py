@@ -16,6 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 from fastmllm.hf import patch, unpatch
+from fastmllm.hf.fused import norms
 from fastmllm.hf.fused.norms import FusedLayerNorm
 
 
@@ -130,3 +131,18 @@ def test_the_norm_behind_a_pooling_head_is_replaced_and_the_head_is_not():
     report = patch(head, ops=["layer_norm"])
     assert [row.module for row in report.rows] == ["layernorm"]
     torch.testing.assert_close(head(x), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 600])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_few_numbers_with_a_gradient_are_transformers(rows, learns, monkeypatch):
+    """Autograd's call of an operator costs more there than what the operator saves."""
+    called = []
+    monkeypatch.setattr(norms, "rms_norm", lambda x, *args, **options: called.append(1) or x)
+    monkeypatch.setattr(norms, "_agrees", lambda *args: True)
+    norm = LlamaRMSNorm(48)
+    report = patch(norm, ops=["rms_norm"])
+    with torch.set_grad_enabled(learns):
+        norm(torch.ones(rows, 48))
+    assert bool(called) == (rows * 48 >= norms.FEW[torch.float32] or not learns)
+    assert not report.fallbacks()

@@ -207,14 +207,20 @@ FAMILIES = [
             {"patch_embed", "layer_norm", "rms_norm", "gelu_mlp", "gated_residual", "image_kv_cache", "attention"}
         ),
     ),
-    Family(name="idefics2", build=idefics2, batch=pictures_batch, prompt=pictures_prompt, ops=MERGED | {"rms_norm"}),
+    Family(
+        name="idefics2", build=idefics2, batch=pictures_batch, prompt=pictures_prompt,
+        ops=MERGED | {"rms_norm", "cross_attention"},
+    ),
     Family(
         name="idefics3", build=idefics3, batch=pictures_batch, prompt=pictures_prompt,
         ops=MERGED | {"rms_norm", "pixel_shuffle"},
     ),
     Family(
         name="mllama", build=mllama, batch=mllama_batch, prompt=mllama_prompt,
-        ops=frozenset({"patch_embed", "layer_norm", "rms_norm", "gelu_mlp", "gated_residual", "linear_cross_entropy"}),
+        ops=frozenset(
+            {"patch_embed", "layer_norm", "rms_norm", "gelu_mlp", "gated_residual", "linear_cross_entropy"}
+            | {"cross_attention"}
+        ),
     ),
     Family(
         name="smolvlm", build=smolvlm, batch=pictures_batch, prompt=pictures_prompt,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastmllm.hf.fused.gated_cross_attention import GatedLayer, ImageKeysOnce
+from fastmllm.hf.fused.gated_cross_attention import ImageKeysOnce
+from fastmllm.hf.fused.gates import GatedLayer
 from fastmllm.hf.fused.latent_attention import PerceiverAttention
 from fastmllm.hf.fused.liger import GatedMLP
 from fastmllm.hf.fused.loss import HeadLoss

@@ -1,7 +1,4 @@
-"""Idefics2 (arXiv 2405.02246).
-
-Its resampler's attention stays transformers': one call already, with a mask where an image is padded.
-"""
+"""Idefics2 (arXiv 2405.02246)."""
 
 from __future__ import annotations
 
@@ -9,10 +6,13 @@ from fastmllm.hf.fused.insertion import MergeFeatures
 from fastmllm.hf.fused.liger import GatedMLP
 from fastmllm.hf.fused.loss import HeadLoss
 from fastmllm.hf.fused.mlp import GeluMLP
+from fastmllm.hf.fused.resampler_attention import PaddingFirst, ResamplerAttention
 
 RULES = {
     "Idefics2VisionMLP": (GeluMLP,),
     "Idefics2MLP": (GatedMLP,),
+    "Idefics2PerceiverResampler": (PaddingFirst,),
+    "Idefics2PerceiverAttention": (ResamplerAttention,),
     "Idefics2Model": (MergeFeatures,),
     "Idefics2ForConditionalGeneration": (HeadLoss,),
 }
