@@ -10,7 +10,8 @@ from torch import nn
 
 from fastmllm.compression import Compressor, Placement
 from fastmllm.hf.compress.parts import Connector, Head, Owner, TiledOwner, Watched, WatchedKeys
-from fastmllm.hf.compress.seams import check, compressor_of, family_of, find
+from fastmllm.hf.compress.seams import check, family_of, find, placement_of
+from fastmllm.hf.compress.staging import stage_fusions
 from fastmllm.hf.compress.state import KEY, Compression
 from fastmllm.hf.fusion import Fusion
 
@@ -27,7 +28,12 @@ def compress_fusions(
     if compress is None:
         return
     name, module, seam = find(model)
-    compressor = compressor_of(compress, seam)
+    placement = placement_of(compress, seam)
+    if placement.stages:
+        yield from stage_fusions(placement.stages, name, module, seam)
+    compressor = placement.connector
+    if compressor is None:
+        return
     check(compressor, seam, module)
     weight = next(p for p in module.parameters() if p.is_floating_point())
     owner, at, head = module, name, not family_of(module)[1].__name__.endswith("Model")

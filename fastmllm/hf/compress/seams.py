@@ -107,31 +107,29 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
     raise ValueError(f"patch: cannot compress the visual tokens of {type(model).__name__}: {why}")
 
 
-def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> Compressor:
-    """Return what is to run at the connector.
+def placement_of(compress: Placement | Compressor | str, seam: Seam) -> Placement:
+    """Return what is to run at the connector, and between layers of the language model.
 
     Args:
         compress: as `patch` takes it; "VisionZip" or "visionzip:64" name a published method, with its own budget or K.
         seam: where it is to run: it settles the positions of a method that is named.
 
     Raises:
-        ValueError: an unknown name, another place than the connector, or weights that nobody could train.
+        ValueError: an unknown name, a place inside of the encoder, or weights that nobody could train.
     """
     if isinstance(compress, str):
         compress = _named(compress, seam)
     if isinstance(compress, Compressor):
-        return compress
+        return Placement(connector=compress)
     if not isinstance(compress, Placement):
         raise ValueError(f"patch: compress must be a Placement, a Compressor or a published name, got {compress!r}")
-    if compress.merge is not None or compress.stages:
-        inside = "the encoder" if compress.merge is not None else "the language model"
+    if compress.merge is not None:
         raise ValueError(
-            f"patch: compress={compress}: inside of {inside} tokens are compressed in fastmllm's own models (VLM, "
-            "MLLM); in a model of transformers at the connector alone"
+            f"patch: compress={compress}: inside of the encoder tokens are merged in fastmllm's own models (VLM, MLLM)"
         )
-    if compress.connector is None:
+    if not compress.compressors:
         raise ValueError("patch: compress=Placement() compresses nowhere: give its connector a compressor, or None")
-    return compress.connector
+    return compress
 
 
 def _named(text: str, seam: Seam) -> Placement:
@@ -141,10 +139,11 @@ def _named(text: str, seam: Seam) -> Placement:
         raise ValueError(f"patch: compress={text!r}: unknown method; known: {', '.join(PUBLISHED)}")
     line = PUBLISHED[known[name.lower()]]
     try:
-        keep = None if not budget else float(budget) if "." in budget else int(budget)
+        keeps = [float(k) if "." in k else int(k) for k in budget.split("/") if budget]
     except ValueError:
         raise ValueError(f"patch: compress={text!r}: {budget!r} is neither a number of tokens nor a fraction") from None
     position = {"position": "keep"} if seam.mrope and line["at"] == "connector" else {}
+    keep = keeps if len(keeps) > 1 else keeps[0] if keeps else None  # one a layer
     made = placement(known[name.lower()], keep, **position)
     if any(True for compressor in made.compressors for _ in compressor.parameters()):
         raise ValueError(
