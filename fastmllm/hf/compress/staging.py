@@ -75,7 +75,7 @@ def _layers(text: Any, seam: Seam) -> Any:
     def refuse(why: str) -> None:
         raise ValueError(f"patch: cannot compress inside of the language model of {seam.prefix}: {why}")
 
-    if len(_kinds(text)) > 1:
+    if len(_kinds(text)) > 1 or seam.prefix == "Gemma3":
         refuse(TURNS)
     layers = getattr(text, "layers", ())
     for layer in layers:
