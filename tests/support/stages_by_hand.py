@@ -84,6 +84,8 @@ def logits(
     x, positions, total = given["inputs_embeds"], given["position_ids"], ids.shape[1]
     if positions is None:
         positions = torch.arange(total)[None]
+    if kind.mrope and positions.dim() == 2:
+        positions = positions.expand(3, 1, -1)
     turn = text.rotary_emb(x, positions[-3:] if positions.dim() == 3 else positions)
     images = _runs(ids[0], [kind.places[p] for p in row if isinstance(p, int)])
     left, question = torch.arange(total), total - answer

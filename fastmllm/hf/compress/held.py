@@ -55,6 +55,7 @@ def text(first: int, columns: int, batch: int, device: torch.device) -> Left:
     return Left(torch.arange(first, first + columns, device=device).expand(batch, -1))
 
 
+@torch.compiler.disable
 def held(cache: Any, layers: Sequence[int], batch: int) -> Held:
     """Return what a cache holds in front of layers.
 

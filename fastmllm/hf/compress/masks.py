@@ -41,7 +41,7 @@ def mask_of(
     rows, columns = queries.shape[1], keys.shape[1]
     if mask is None and not padded and bias is None and (rows == columns or rows == 1):
         return None
-    there = (keys != PAD)[:, None, None]
+    there = ((keys != PAD)[:, None] & (queries != PAD)[..., None])[:, None]
     if mask is None:
         seen = (keys[:, None] <= queries[..., None])[:, None]
     else:

@@ -4,45 +4,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmllm.compression import Compressor, Probe
-from fastmllm.compression.reduction import IGNORED, Reduction, VisualRows
-from fastmllm.compression.tokens import Grid, cumulative
+from fastmllm.compression.reduction import Reduction, VisualRows
+from fastmllm.compression.tokens import cumulative
 from fastmllm.hf.compress.held import Held, Left, text
 from fastmllm.hf.compress.listening import Listener
 from fastmllm.hf.compress.masks import gathered, mask_of
+from fastmllm.hf.compress.probing import Behind, probe_of
+from fastmllm.hf.compress.prompt import Prompt
 from fastmllm.hf.compress.rows import PAD, Images, Rows, shorten
-from fastmllm.kernels.attention import attention
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """What a call says about its text.
-
-    Args:
-        ids: (B, T) of the text that is new.
-        token: the id of a placeholder.
-        seqlens: placeholders of each image.
-        grid: of each image, if it is one.
-        mask: (B, P + T) on the host, 0 where the text is padded, or None.
-        labels: (B, T) on the host, already shifted, or None.
-        asked: columns up to where the question ends, where an answer follows it already; None: all of them.
-        left: rows of different lengths are padded in front.
-    """
-
-    ids: Tensor
-    token: int
-    seqlens: tuple[int, ...]
-    grid: tuple[Grid, ...] | None = None
-    mask: Tensor | None = None
-    labels: Tensor | None = None
-    asked: int | None = None
-    left: bool = False
 
 
 class Pass:
@@ -61,6 +36,7 @@ class Pass:
         layer: the last one that was entered.
     """
 
+    @torch.compiler.disable
     def __init__(
         self, stages: Sequence[tuple[int, Compressor]], held: Held, batch: tuple[int, int], device: torch.device,
         prompt: Prompt | None, flash: bool,
@@ -93,7 +69,7 @@ class Pass:
                 f"{sum(prompt.seqlens)}"
             )
         visual = VisualRows.of_batch(
-            index, prompt.seqlens, cumulative(counts, index.device), self._answers(prompt, valid), device, prompt.grid
+            index, prompt.seqlens, cumulative(counts, index.device), prompt.answers(valid), device, prompt.grid
         )
         self.reduction = Reduction(list(self.stages.items()), visual)
         for number, layer in enumerate(self.layers):
@@ -107,19 +83,11 @@ class Pass:
         self._at = self.new[0].index.flatten().index_select(0, self._slots[0])  # (Tp,) column of each row, packed
         self._valid, self._host = valid, prompt.mask
 
-    @staticmethod
-    def _answers(prompt: Prompt, valid: Tensor) -> Tensor | None:
-        """Return labels (Tp,) that say which rows are answers, or None."""
-        labels = prompt.labels
-        if labels is None and prompt.asked is not None and prompt.asked < valid.shape[1]:
-            labels = torch.zeros(valid.shape, dtype=torch.int64)
-            labels[:, : prompt.asked - 1] = IGNORED
-        return None if labels is None else labels[valid]
-
     def group(self, layer: int) -> int:
         """Return how many stages stand in front of a layer, its own included."""
         return bisect_right(self.layers, layer)
 
+    @torch.compiler.disable
     def enter(self, layer: int, x: Tensor, heard: Listener | None, cache: Any) -> Tensor:
         """Drop what a layer's stage drops of (B, T, D)."""
         self.layer = layer
@@ -163,6 +131,7 @@ class Pass:
         """Whether a group of layers sees other columns than the text has."""
         return number > 0 and (self.held.left[number - 1] is not None or any(r is not None for r in self.rows[:number]))
 
+    @torch.compiler.disable
     def arranged(self, layer: int, call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Return a layer's arguments for the rows that it sees."""
         number = self.group(layer)
@@ -206,41 +175,13 @@ class Pass:
     def _probe(self, number: int, heard: Listener, cache: Any) -> Probe:
         """Return the attention of the layer in front, over the rows of its group."""
         assert self.reduction is not None
-        (q, k), slots, reduction = heard.take(), self._slots[number], self.reduction
         if heard.window is not None and self.total > heard.window:
             raise ValueError(
                 f"compress: a text of {self.total} tokens is longer than the sliding window of {heard.window} of the "
                 "layers whose attention judges its images"
             )
-        q = q.flatten(0, 1).index_select(0, slots)
-        columns = cu_k = None
-        longest, bias = reduction.max_seqlen, reduction.key_bias
-        if not self.held.columns:
-            k = k.flatten(0, 1).index_select(0, slots)
-        else:
-            whole = self.whole(number)
-            k, columns, counts, at = self._cached(whole, cache.layers[heard.layer].keys.to(k))
-            cu_k, longest = cumulative(counts, q.device), max(counts)
-            bias = None if whole.bias is None else whole.bias.flatten().index_select(0, at)
-        k = k.to(q.dtype)
-        with torch.no_grad():
-            _, lse = attention(
-                q, k, k, reduction.cu_seqlens, cu_k, reduction.max_seqlen, longest, True, heard.attention.scaling, bias,
-                return_lse=True,
-            )  # fmt: skip
-        return Probe(
-            q=q, k=k, lse=lse, cu_seqlens=reduction.cu_seqlens, max_seqlen=longest, columns=columns, causal=True,
-            softmax_scale=heard.attention.scaling, key_bias=bias, cu_seqlens_k=cu_k,
-        )  # fmt: skip
-
-    def _cached(self, whole: Left, keys: Tensor) -> tuple[Tensor, Tensor, list[int], Tensor]:
-        """Pack keys (B, Hkv, N, D): them, where the call's rows stand among them, tokens of each row, their slots."""
-        index = whole.index.cpu()  # a wait, where a new image follows a cache
-        there = index != PAD
-        if self._host is not None:
-            there &= self._host.gather(1, index.clamp(min=0)) != 0
-        slots = there.flatten().nonzero()[:, 0].to(keys.device)
-        rank = (there.flatten().cumsum(0) - 1).view(index.shape)
-        new = index >= self.held.columns
-        columns = rank[new & there].to(keys.device)
-        return keys.transpose(1, 2).flatten(0, 1).index_select(0, slots), columns, there.sum(1).tolist(), slots
+        q, k = heard.take()
+        behind = None
+        if self.held.columns:
+            behind = Behind(self.whole(number), self.held.columns, self._host, cache.layers[heard.layer].keys)
+        return probe_of(q, k, self._slots[number], self.reduction, heard.attention.scaling, behind)

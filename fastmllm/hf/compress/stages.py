@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from fastmllm.compression import Compressor, PivotDedup
 from fastmllm.compression.reduction import IGNORED
 from fastmllm.hf.compress.held import HELD, Held, held
 from fastmllm.hf.compress.listening import Listener
-from fastmllm.hf.compress.passes import Pass, Prompt
+from fastmllm.hf.compress.passes import Pass
+from fastmllm.hf.compress.prompt import Prompt, image_lengths, images_of_rows
 from fastmllm.hf.compress.rows import Images, Rows
 from fastmllm.hf.compress.seams import Seam
 from fastmllm.hf.compress.state import encoded, repeated
@@ -134,6 +134,7 @@ class Stages:
                     call[name] = rows.take(call[name], IGNORED)
         return rows
 
+    @torch.compiler.disable
     def _prompt(self, call: dict[str, Any], have: Held, features: Any) -> Prompt:
         ids, mask, labels = call["input_ids"], call.get("attention_mask"), call.get("shift_labels")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -147,7 +148,7 @@ class Stages:
             left = bool((new[:, 0] == 0).any()) or (left and not bool((new[:, -1] == 0).any()))
         token = self.owner.config.image_token_id
         places = ids.cpu() == token
-        seqlens = _images(features, places)
+        seqlens = image_lengths(features, places)
         return Prompt(
             ids=ids, token=token, seqlens=seqlens, grid=self._grid(call, seqlens, places), mask=host,
             labels=None if labels is None else labels.cpu(), left=left,
@@ -161,7 +162,7 @@ class Stages:
         if self.seam.mrope:
             side, grids = self.owner.visual.spatial_merge_size, call.get("image_grid_thw")
             if grids is None and (grids := self.now.grids) is not None:
-                grids = grids[repeated(_owners(seqlens, places)[:: (n := len(seqlens) // len(grids))], n)]
+                grids = grids[repeated(images_of_rows(seqlens, places)[:: (n := len(seqlens) // len(grids))], n)]
             grid = tuple((t, h // side, w // side) for t, h, w in (() if grids is None else grids.tolist()))
         else:
             grid = tuple((1, math.isqrt(n), math.isqrt(n)) for n in seqlens)
@@ -179,24 +180,6 @@ def asks(compressor: Compressor) -> bool:
     """Tell whether a compressor judges by attention, not by keys alone (DART)."""
     by_keys = isinstance(compressor, PivotDedup) and compressor.pivots == "norm"
     return compressor.layer is not None and not by_keys
-
-
-def _images(features: Any, places: Tensor) -> tuple[int, ...]:
-    """Return the placeholders of each image, as they were encoded; where that does not say, of each run of them."""
-    runs = [len(list(run)) for row in places.tolist() for there, run in groupby(row) if there]
-    x = features.pooler_output
-    entries = list(x) if not isinstance(x, Tensor) or x.dim() == 3 else []
-    lengths = [n for e in entries for n in ([e.shape[1]] * len(e) if e.dim() == 3 else [len(e)])]
-    ends = set(torch.tensor(lengths).cumsum(0).tolist())
-    if set(torch.tensor(runs).cumsum(0).tolist()) <= ends and sum(lengths) == sum(runs):
-        return tuple(lengths)
-    return tuple(runs)
-
-
-def _owners(seqlens: Sequence[int], places: Tensor) -> list[int]:
-    """Return how many images each row has."""
-    ends = torch.tensor(seqlens).cumsum(0)
-    return torch.bincount(torch.bucketize(ends, places.sum(1).cumsum(0)), minlength=len(places)).tolist()
 
 
 def _packed(call: dict[str, Any]) -> bool:
