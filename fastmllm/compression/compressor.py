@@ -26,7 +26,7 @@ class Probe:
         k: (N', Hkv, D).
         lse: (H, T') its log-sum-exp.
         cu_seqlens: (S + 1,) int32 of its segments.
-        max_seqlen: its longest segment, host.
+        max_seqlen: its longest segment of keys, host.
         columns: (T,) int64 rows of `k` that the visual tokens are, or None: all. (T, M) where a connector has made one
             token of M rows: what is read of it is the mean over its rows, of scores, keys and norms alike.
         causal: as in that attention.
@@ -35,6 +35,7 @@ class Probe:
         asking: (T',) weights of the rows that count as the last ones; None: each segment's last row.
         text: (T',) weights of the rows of text, for scores by text.
         key_bias: (N',) as in that attention.
+        cu_seqlens_k: (S + 1,) int32 of the segments in `k`, behind a cache; None: as `cu_seqlens`.
     """
 
     q: Tensor
@@ -49,6 +50,7 @@ class Probe:
     asking: Tensor | None = None
     text: Tensor | None = None
     key_bias: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
 
     def received(self, rows: str = "all", reduce: str = "mean", weight: Tensor | None = None) -> Tensor:
         """Return the attention (T,) fp32 that each visual token receives (`attention_scores`).
@@ -68,8 +70,8 @@ class Probe:
             )
         weight = None if weight is None else weight.to(self.lse.dtype)
         scores = attention_scores(
-            self.q, self.k, self.lse, self.cu_seqlens, max_seqlen_k=self.max_seqlen, causal=self.causal,
-            softmax_scale=self.softmax_scale, reduce=reduce, rows=rows, row_weight=weight, key_bias=self.key_bias,
+            self.q, self.k, self.lse, self.cu_seqlens, self.cu_seqlens_k, self.max_seqlen, self.causal,
+            self.softmax_scale, reduce=reduce, rows=rows, row_weight=weight, key_bias=self.key_bias,
         )  # fmt: skip
         return self.of_tokens(scores)
 

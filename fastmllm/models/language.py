@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastmllm.compression.reduction import Reduction
 from fastmllm.compression.tokens import segments
 from fastmllm.kernels.cross_attention import segment_ranges
 from fastmllm.models.decoder import DecoderLayer, LanguageConfig, Pass
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.recompute import is_recomputed, recompute
-from fastmllm.models.reduction import Reduction
 from fastmllm.models.rope import rope_frequencies, rope_tables
 from fastmllm.modules.lm_head import LMHead
 

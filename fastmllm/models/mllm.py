@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.compression import Placement
+from fastmllm.compression.reduction import Reduction, VisualRows
 from fastmllm.kernels.splice_tokens import splice_tokens
 from fastmllm.models.checkpoint import Checkpoint, Layout, tie
 from fastmllm.models.continuation import Continuation
@@ -21,7 +22,6 @@ from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.packing import Packing, Sample, pack
-from fastmllm.models.reduction import Reduction, VisualRows
 from fastmllm.models.roles import LANGUAGE, named_roles
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.compression import Evidence, Placement, Tokens, compress
+from fastmllm.compression.reduction import IGNORED, Reduction, VisualRows
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
-from fastmllm.models.reduction import IGNORED, Reduction, VisualRows
 from fastmllm.models.roles import LANGUAGE, named_roles
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision

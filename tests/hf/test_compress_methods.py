@@ -13,7 +13,7 @@ from hf_checks import distance
 from tiny_hf import CLIP, LLAMA, finish
 from tiny_hf_compress import KINDS, ROWS
 
-from fastmllm.compression import METHODS, Attend, Placement, TopK, make
+from fastmllm.compression import METHODS, Attend, TopK, make
 from fastmllm.compression.published import PUBLISHED
 from fastmllm.compression.selection import take
 from fastmllm.hf import patch, unpatch
@@ -38,8 +38,8 @@ TAKEN = {  # of each method, options, and what says no in LLaVA (None: it is tak
 }
 # what says no to a published line in LLaVA
 SAID = {
-    "DART": "inside of the language model", "FastV": "inside of the language model",
-    "PyramidDrop": "inside of the language model", "SparseVLM": "inside of the language model",
+    "DART": "language model has 2", "FastV": "language model has 2",
+    "PyramidDrop": "language model has 2", "SparseVLM": "language model has 2",
     "DeepSeek-OCR": "inside of the encoder", "CDPruner": "relevance='given'", "EVS": "frames of videos",
     "DyCoke TTM": "frames of videos", "Perceiver": "weights of its own", "Q-Former": "weights of its own",
     "MQT": "weights of its own", "TokenPacker": "weights of its own", "C-Abstractor": "weights of its own",
@@ -218,7 +218,6 @@ REFUSED = [
     (LLAVA, make("topk", 4, scorer="last_row", **RENUMBER), "does not see"),
     (LLAVA, make("topk", [4, 4, 4], scorer="norm", **RENUMBER), "one number or fraction"),
     (LLAVA, make("topk", 4, layer=-9, **RENUMBER), "has 3 whose queries"),
-    (LLAVA, Placement(stages=((0, make("topk", 4, scorer="norm")),)), "inside of the language model"),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hf_by_hand import answer, image_tokens, logits
 from hf_checks import distance
-from tiny_hf_compress import KINDS, ROWS, START
+from tiny_hf_compress import KINDS, NEXT, ROWS, follow
 from transformers import DynamicCache
 
 from fastmllm.compression import make
@@ -17,7 +17,6 @@ from fastmllm.hf.compress.positions import SEEN
 
 EXACT = 1e-5
 TURNS = ("llava", "internvl", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-NEXT = (([50, START], 2, [51, 52]), ([53, START], 2, [54, 55]), ([56, START], 1, [57, 58]))
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
 
@@ -28,20 +27,6 @@ def kind(request):
 
 def compressor(kind):
     return make("topk", kind.keep, scorer="norm", position="keep" if kind.mrope else "renumber")
-
-
-def follow(kind, before, said, rows):
-    """Return the whole conversation as a user gives it: everything said, then what is new, images of that alone."""
-    new = kind.rows(rows, side="left")
-    ids, ones = torch.cat([said, new["input_ids"]], 1), torch.ones(len(said), said.shape[1])
-    ones[:, : before["attention_mask"].shape[1]] = before["attention_mask"]
-    batch = {**new, "input_ids": ids, "attention_mask": torch.cat([ones.long(), new["attention_mask"]], 1)}
-    if kind.types:
-        name = kind.types[0]
-        types = torch.zeros_like(said)
-        types[:, : before[name].shape[1]] = before[name]
-        batch[name] = torch.cat([types, new[name]], 1)
-    return batch
 
 
 def conversation(kind, rows, turns):

@@ -24,6 +24,8 @@ ROWS = (
     ([BOS, START], 2, [30, 31, 32, 33, 34]),
 )
 
+NEXT = (([50, START], 2, [51, 52]), ([53, START], 2, [54, 55]), ([56, START], 1, [57, 58]))  # what rows go on with
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kind:
@@ -235,3 +237,17 @@ KINDS = [
     Kind(name="qwen2_5_vl", build=qwen2_5_vl, images=_patches(), batched=patches, **QWEN),
     Kind(name="qwen3_vl", build=qwen3_vl, images=_patches(), batched=patches, **QWEN),
 ]  # fmt: skip
+
+
+def follow(kind, before, said, rows):
+    """Return the whole conversation as a user gives it: everything said, then what is new, images of that alone."""
+    new = kind.rows(rows, side="left")
+    ids, ones = torch.cat([said, new["input_ids"]], 1), torch.ones(len(said), said.shape[1])
+    ones[:, : before["attention_mask"].shape[1]] = before["attention_mask"]
+    batch = {**new, "input_ids": ids, "attention_mask": torch.cat([ones.long(), new["attention_mask"]], 1)}
+    if kind.types:
+        name = kind.types[0]
+        types = torch.zeros_like(said)
+        types[:, : before[name].shape[1]] = before[name]
+        batch[name] = torch.cat([types, new[name]], 1)
+    return batch

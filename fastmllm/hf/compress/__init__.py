@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from fastmllm.compression import Compressor, Placement
+from fastmllm.compression import BipartiteMerge, Compressor, Placement
 from fastmllm.hf.compress.crossed import crossed, find_crossed
 from fastmllm.hf.compress.merging import merging
 from fastmllm.hf.compress.parts import Connector, Head, Owner, TiledOwner
-from fastmllm.hf.compress.seams import check, compressor_of, family_of, find
+from fastmllm.hf.compress.seams import check, family_of, find, placement_of
+from fastmllm.hf.compress.stages import STAGES
+from fastmllm.hf.compress.staging import stage_fusions
 from fastmllm.hf.compress.state import KEY, Compression
 from fastmllm.hf.compress.watch import watched
 from fastmllm.hf.fusion import Fusion
@@ -29,7 +31,14 @@ def compress_fusions(
     if compress is None:
         return
     name, module, seam = find_crossed(model) or find(model)
-    compressor, inside = compressor_of(compress, seam)
+    placement = placement_of(compress, seam)
+    if placement.stages:
+        yield from stage_fusions(placement.stages, name, module, seam)
+    compressor, inside = placement.connector, placement.merge is not None
+    if placement.merge is not None:
+        compressor = BipartiteMerge(placement.merge, position="renumber")
+    if compressor is None:
+        return
     check(compressor, seam, module)
     weight = next(p for p in module.parameters() if p.is_floating_point())
     if seam.crossed:
@@ -61,14 +70,25 @@ def check_learns(model: nn.Module, optimizer: Any) -> None:
     Raises:
         ValueError: says so.
     """
-    states = (module.__dict__[KEY] for module in model.modules() if KEY in module.__dict__)
     groups = getattr(optimizer, "param_groups", None)
-    if groups is None or (state := next(states, None)) is None:
+    if groups is None:
         return
     held = {id(p) for group in groups for p in group["params"]}
-    if lost := [name for name, p in state.compressor.named_parameters() if p.requires_grad and id(p) not in held]:
+    for compressor in _compressors(model):
+        lost = [name for name, p in compressor.named_parameters() if p.requires_grad and id(p) not in held]
+        if not lost:
+            continue
         raise ValueError(
-            f"compress: the optimizer lacks {len(lost)} weights of {state.compressor.name} ({lost[0]}, ...), which are "
+            f"compress: the optimizer lacks {len(lost)} weights of {compressor.name} ({lost[0]}, ...), which are "
             "none of the model's: patch the model first, and give Trainer(optimizers=...) one that has "
             "compressor.parameters() too, or freeze them"
         )
+
+
+def _compressors(model: nn.Module) -> Iterator[Compressor]:
+    """Yield what compresses in a patched model; modules share it."""
+    for module in model.modules():
+        if isinstance(state := module.__dict__.get(KEY), Compression):
+            yield state.compressor
+        if STAGES in module.__dict__:
+            yield from (compressor for _, compressor in module.__dict__[STAGES].stages)

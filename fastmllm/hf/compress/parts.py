@@ -120,13 +120,13 @@ def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, 
         out = original(module, **call)
     if rows is not None:
         if module is not state.head and state.head is not None and bound_forward(state.head):
-            out = _whole(rows, out)
+            out = whole(rows, out)
         cache = out.get("past_key_values") if isinstance(out, dict) else call.get("past_key_values")
         remember(cache, owner, rows)
     return out
 
 
-def _whole(rows: Rows, out: Any) -> Any:
+def whole(rows: Rows, out: Any) -> Any:
     """Give hidden states the columns of the text as it was given, for whoever reads them in place of the head (TRL).
 
     Labels of tokens that are gone are none; the row that predicts the text behind an image is left of it.

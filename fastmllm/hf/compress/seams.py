@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastmllm.compression import METHODS, BipartiteMerge, Compressor, Placement
+from fastmllm.compression import METHODS, Compressor, Placement
 from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.fusion import ORIGINAL
 
@@ -112,27 +112,24 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
     )
 
 
-def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> tuple[Compressor, bool]:
-    """Return what is to run at the connector, or inside of the tower, and whether it is there.
+def placement_of(compress: Placement | Compressor | str, seam: Seam) -> Placement:
+    """Return what is to run inside of the tower or at the connector, and between layers of the language model.
 
     Args:
         compress: as `patch` takes it; "VisionZip" or "visionzip:64" name a published method, with its own budget or K.
         seam: where it is to run: it settles the positions of a method that is named.
 
     Raises:
-        ValueError: an unknown name, another place than the connector, or weights that nobody could train.
+        ValueError: an unknown name, a place inside of the encoder, or weights that nobody could train.
     """
     if isinstance(compress, str):
         compress = _named(compress, seam)
     if isinstance(compress, Compressor):
-        return compress, False
+        return Placement(connector=compress)
     if not isinstance(compress, Placement):
         raise ValueError(f"patch: compress must be a Placement, a Compressor or a published name, got {compress!r}")
-    if compress.stages:
-        raise ValueError(
-            f"patch: compress={compress}: inside of the language model tokens are compressed in fastmllm's own models "
-            "(VLM, MLLM); in a model of transformers at the connector or inside of the tower"
-        )
+    if compress.stages and seam.crossed:
+        raise ValueError(f"patch: cannot compress inside of the language model of {seam.prefix}: it has no image rows")
     if compress.merge is not None:
         if not seam.merges:
             grid = (
@@ -142,10 +139,9 @@ def compressor_of(compress: Placement | Compressor | str, seam: Seam) -> tuple[C
             raise ValueError(f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: {why}")
         if compress.connector is not None:
             raise ValueError("patch: compress both inside of the encoder and at the connector: choose one of them")
-        return BipartiteMerge(compress.merge, position="renumber"), True
-    if compress.connector is None:
+    if compress.merge is None and not compress.compressors:
         raise ValueError("patch: compress=Placement() compresses nowhere: give its connector a compressor, or None")
-    return compress.connector, False
+    return compress
 
 
 def _named(text: str, seam: Seam) -> Placement:
@@ -155,10 +151,11 @@ def _named(text: str, seam: Seam) -> Placement:
         raise ValueError(f"patch: compress={text!r}: unknown method; known: {', '.join(PUBLISHED)}")
     line = PUBLISHED[known[name.lower()]]
     try:
-        keep = None if not budget else float(budget) if "." in budget else int(budget)
+        keeps = [float(k) if "." in k else int(k) for k in budget.split("/") if budget]
     except ValueError:
         raise ValueError(f"patch: compress={text!r}: {budget!r} is neither a number of tokens nor a fraction") from None
     position = {"position": "keep"} if seam.mrope and line["at"] == "connector" else {}
+    keep = keeps if len(keeps) > 1 else keeps[0] if keeps else None  # one a layer
     made = placement(known[name.lower()], keep, **position)
     if any(True for compressor in made.compressors for _ in compressor.parameters()):
         raise ValueError(

@@ -91,12 +91,6 @@ class Compression:
         finally:
             self.now.busy, self.now.held, self.now.owners = False, None, ()
 
-    def encode(self, owner: Any, call: dict[str, Any]) -> Any:
-        """Encode the images of a call by transformers' method, with those of the call's arguments that it takes."""
-        method = owner.get_image_features
-        names = inspect.signature(method).parameters
-        return method(**{n: call[n] for n in names if call.get(n) is not None}, return_dict=True)
-
     @torch.compiler.disable
     def reduce(self, tokens: Tokens) -> Tokens:
         """Compress, and note how many tokens each image had and has."""
@@ -123,7 +117,7 @@ class Compression:
         held = type(self.now.held)(**dict(self.now.held.items()))  # generation writes into what it is given
         vars(held).update(vars(self.now.held))  # transformers < 5.23 sets what its class has no field for
         if times > 1:
-            order = _repeated(self.now.owners, times)
+            order = repeated(self.now.owners, times)
             held.pooler_output = self._ordered(held.pooler_output, order, times)
             if getattr(held, "deepstack_features", None) is not None:
                 held.deepstack_features = [self._ordered(f, order, times) for f in held.deepstack_features]
@@ -141,12 +135,20 @@ class Compression:
         return [features[i] for i in order]
 
 
+def encoded(owner: Any, call: dict[str, Any]) -> Any:
+    """Encode the images of a call by transformers' method, with those of the call's arguments that it takes."""
+    method = owner.get_image_features
+    names = inspect.signature(method).parameters
+    return method(**{n: call[n] for n in names if call.get(n) is not None}, return_dict=True)
+
+
 def _blank(compressor: Compressor, seam: Seam) -> Compression:
     """Return what unpickling fills: the models that it knows hold it themselves."""
     return Compression(compressor, seam, None)
 
 
-def _repeated(owners: Sequence[int], times: int) -> list[int]:
+def repeated(owners: Sequence[int], times: int) -> list[int]:
+    """Return the images of rows that are each repeated, one row's images (`owners`) behind the other's."""
     order, first = [], 0
     for count in owners:
         order += list(range(first, first + count)) * times

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmllm.hf.compress.positions import SEEN, positions
 from fastmllm.hf.compress.rows import Images, Rows, shorten
-from fastmllm.hf.compress.state import Compression
+from fastmllm.hf.compress.state import Compression, encoded
 
 FILL = {"labels": -100, "shift_labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -19,16 +19,18 @@ def encode(state: Compression, owner: Any, call: dict[str, Any]) -> Images:
     """Encode and compress a call's images, and hold what comes out until the model asks for it."""
     if call.get("pixel_values") is None:
         return Images((), ())
-    state.now.held, state.now.pixels = state.encode(owner, call), len(call["pixel_values"])
+    state.now.held, state.now.pixels = encoded(owner, call), len(call["pixel_values"])
     assert state.now.images is not None
     return state.now.images
 
 
-def refuse_other_inputs(call: dict[str, Any]) -> None:
-    """Refuse what brings visual tokens in past the compressor."""
+def refuse_other_inputs(
+    call: dict[str, Any], features: tuple[str, ...] = ("mm_encoder_outputs", "image_hidden_states")
+) -> None:
+    """Refuse what brings visual tokens in past the compressor, image features under some names included."""
     if call.get("pixel_values_videos") is not None:
         raise ValueError("compress: videos are not compressed in a model of transformers: unpatch it for them")
-    for name in ("mm_encoder_outputs", "image_hidden_states"):
+    for name in features:
         if call.get(name) not in (None, {}):
             raise ValueError(
                 f"compress: {name}: image features that are there already; give pixel_values, and unpatch a model that "
@@ -98,7 +100,7 @@ def shorten_text(
     past, cached, lost = cached_columns(cache, len(ids), ids.device)
     if images.before == images.after and not lost:
         return None
-    _refuse(call, images)
+    refuse_beside(call, images)
     mask = call.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError("compress: attention_mask must be (rows, tokens), of which tokens can be taken out")
@@ -120,7 +122,8 @@ def shorten_text(
     return rows
 
 
-def _refuse(call: dict[str, Any], images: Images) -> None:
+def refuse_beside(call: dict[str, Any], images: Images) -> None:
+    """Refuse what says something of the text's tokens, and cannot be shortened with it."""
     for name in PACKED:
         if call.get(name) is not None:
             raise ValueError(f"compress: {name}: texts packed into one row keep their boundaries beside the text")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fastmllm.compression import Compressor
 from fastmllm.hf.compress.state import KEY, Compression
 from fastmllm.hf.fusion import Fusion, arguments, fuse, is_fused
 
+PROJECTIONS = ("q_proj", "k_proj")
 LAYER = re.compile(r"(^|\.)(layers?|blocks)\.\d+\.(self_attn|attn|attention)$")
 CLASS_TOKENS = ("class_embedding", "cls_token")
 
@@ -84,15 +85,20 @@ def hides(mask: Any) -> bool:
 
 def parts_of(attention: Any) -> dict[str, type[Watched]]:
     """Return which modules of an attention give its queries and keys as they are compared; norms have the last word."""
-    for names in (("q_norm", "k_norm"), ("q_proj", "k_proj")):
+    for names in (("q_norm", "k_norm"), PROJECTIONS):
         if all(isinstance(getattr(attention, name, None), nn.Module) for name in names):
             return dict(zip(names, (Watched, WatchedKeys), strict=True))
     return {"qkv": WatchedPacked} if isinstance(getattr(attention, "qkv", None), nn.Module) else {}
 
 
-def watch(state: Compression) -> None:
-    """Watch the projections that stand in the layer now: LoRA puts one around them, and takes it away again."""
-    for name, fusion in parts_of(state.attention).items():
+def watch(state: Any, parts: Mapping[str, type[Watched]] | None = None) -> None:
+    """Watch the projections that stand in the layer now: LoRA puts one around them, and takes it away again.
+
+    Args:
+        state: what `attention` belongs to, and whose `now` is told.
+        parts: its modules that are watched; `parts_of` it by default.
+    """
+    for name, fusion in (parts_of(state.attention) if parts is None else parts).items():
         projection = getattr(state.attention, name)
         if KEY in projection.__dict__:
             continue

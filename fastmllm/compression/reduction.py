@@ -152,7 +152,7 @@ class Reduction:
             layer: its number, one of `stages`.
             x: (T, D) hidden states.
             position_ids: (T,) or (3, T).
-            probe: the attention of the layer in front, over all rows.
+            probe: the attention of the layer in front, of all rows; behind a cache with `columns` (T,) among its keys.
 
         Returns:
             Hidden states (T', D), position ids and the rows of `x` that are left, (T',) int64.
@@ -162,7 +162,9 @@ class Reduction:
         """
         visual, compressor = self.visual, self.stages[layer]
         if probe is not None:
-            probe = replace(probe, columns=visual.index, asking=visual.asking, text=self._text(x))
+            # behind a cache `columns` says where each row of x stands among the keys
+            columns = visual.index if probe.columns is None else probe.columns.index_select(0, visual.index)
+            probe = replace(probe, columns=columns, asking=visual.asking, text=self._text(x))
         size = None if self.key_bias is None else self.key_bias.exp().index_select(0, visual.index)
         pos = position_ids.reshape(-1, len(x)).index_select(1, visual.index).t()
         tokens = replace(Tokens.of(x.index_select(0, visual.index), [(n, 1) for n in visual.seqlens], pos), size=size)

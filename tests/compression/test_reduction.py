@@ -12,10 +12,10 @@ from fastmllm.compression.compressor import Probe
 from fastmllm.compression.dominant_contextual import DominantContextual
 from fastmllm.compression.pool import Pool
 from fastmllm.compression.published import PUBLISHED, placement
+from fastmllm.compression.reduction import Reduction, VisualRows
 from fastmllm.compression.selection import take
 from fastmllm.compression.topk import TopK
 from fastmllm.models.language import LanguageConfig, LanguageModel
-from fastmllm.models.reduction import Reduction, VisualRows
 
 COUNTS = (11, 4, 13)  # tokens of each sequence: one image, none, two
 IMAGES = ((1, 6), (16, 4), (22, 5))  # first row, tokens
