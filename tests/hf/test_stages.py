@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hf_checks import distance
@@ -11,6 +13,8 @@ from tiny_hf_compress import KINDS, QTEXT, ROWS
 
 from fastmllm.compression import Placement, make
 from fastmllm.hf import patch
+from fastmllm.models.mllm import MLLM
+from tests.support.tiny_mllm import oracle
 
 EXACT = 1e-5  # fp64, of which transformers computes norms, rotations and softmax in fp32
 GREEDY = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
@@ -92,3 +96,17 @@ def test_all_of_n_is_the_model_without(kind):
         assert torch.equal(model.generate(**prompt, **GREEDY), said)
         patch(model)
         assert torch.equal(model(**batch).logits, before.logits)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_our_own_model_of_the_same_weights_agrees(name, tmp_path):
+    model, batch = oracle(name)
+    model.save_pretrained(tmp_path)
+    ours, model = MLLM.from_pretrained(tmp_path), copy.deepcopy(model)
+    ours.placement = Placement(stages=((1, make("topk", 0.5, scorer="last_row")),))
+    patch(model, compress=ours.placement)
+    with torch.no_grad():
+        inputs = ours.inputs(batch)
+        lengths = ours.start(inputs)[1].cu_seqlens.diff().tolist()
+        out = model(**batch).logits
+        assert distance(torch.cat([row[:n] for row, n in zip(out, lengths, strict=True)]), ours.logits(inputs)) < EXACT

@@ -15,7 +15,7 @@ from tiny_hf import LLAMA
 from tiny_hf_compress import KINDS, NEXT, QTEXT, ROWS, follow
 from transformers import DynamicCache, StaticCache
 
-from fastmllm.compression import Placement, make
+from fastmllm.compression import Placement, TopK, make
 from fastmllm.hf import patch, unpatch
 from fastmllm.hf.compress.held import HELD
 
@@ -41,12 +41,37 @@ def patched(kind, placement=None):
     return model
 
 
-@pytest.mark.parametrize("method", ["last_row", "dart"])
-def test_a_second_turn_with_a_new_image(method):
+def asked(row, new=()):
+    """Return the row that judges each image of two turns."""
+    lengths = [sum(LLAVA.places[p] if isinstance(p, int) else len(p) for p in part) for part in (row, new)]
+    images = [sum(isinstance(p, int) for p in part) for part in (row, new)]
+    return (lengths[0] - 1,) * images[0] + (sum(lengths) - 1,) * images[1]
+
+
+DART = {"method": "pivot_dedup", "pivots": "norm", "share": 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"scorer": "last_row", "position": "calibrate"}, DART], ids=str)
+def test_a_forward_behind_a_cache_brings_a_new_image(options):
     """Each image is judged by the question that came with it; what is left of an earlier one stays left."""
-    placement = stage() if method == "last_row" else stage(method="pivot_dedup", pivots="norm", share=2)
-    model, cache = LLAVA.build(), DynamicCache()
-    patch(model, compress=placement)
+    placement = Placement(stages=stage(1, **options).stages + stage(2, keep=2, **options).stages)
+    model = patched(LLAVA, placement)
+    before, new = LLAVA.rows(side="left"), LLAVA.rows(NEXT, side="left")
+    with torch.no_grad():
+        mask = torch.cat([before["attention_mask"], new.pop("attention_mask")], 1)
+        # as `generate` counts them: the norms of turned keys (DART) are another at another place
+        first, second = (mask.cumsum(1) - 1).clamp(min=0).tensor_split([before["input_ids"].shape[1]], 1)
+        cache = model(**before, position_ids=first, use_cache=True).past_key_values
+        out = model(**new, attention_mask=mask, position_ids=second, past_key_values=cache).logits
+        unpatch(model)
+        hand = [logits(model, LLAVA, (*row, *more), placement.stages, asked=asked(row, more))[-6:]
+                for row, more in zip(ROWS, NEXT, strict=True)]  # fmt: skip
+    assert out.shape[1] == 6
+    assert distance(list(out), hand) < EXACT
+
+
+def test_a_second_turn_with_a_new_image():
+    model, cache = patched(LLAVA), DynamicCache()
     before = LLAVA.rows(side="left")
     first = model.generate(**before, past_key_values=cache, **GREEDY)
     batch = follow(LLAVA, before, first, NEXT)
@@ -55,10 +80,8 @@ def test_a_second_turn_with_a_new_image(method):
     unpatch(model)
     with torch.no_grad():
         for row, new, one, two in zip(ROWS, NEXT, first[:, -2:].tolist(), second[:, -2:].tolist(), strict=True):
-            lengths = [sum(LLAVA.places[p] if isinstance(p, int) else len(p) for p in part) for part in (row, new)]
-            images = [sum(isinstance(p, int) for p in part) for part in (row, new)]
-            asked = (lengths[0] - 1,) * images[0] + (sum(lengths) + 1,) * images[1]
-            assert answer(model, LLAVA, (*row, one, *new), placement.stages, 2, asked=asked) == two
+            judges = asked(row)[:1] * len(asked(row)) + asked((*row, one), new)[-1:]
+            assert answer(model, LLAVA, (*row, one, *new), stage().stages, 2, asked=judges) == two
 
 
 def test_a_second_turn_of_text_goes_on_behind_positions_that_stay():
@@ -107,12 +130,24 @@ def test_what_was_said_behind_the_images_can_be_taken_back():
             model(input_ids=more[:1], past_key_values=twin)
 
 
-@pytest.mark.parametrize("scorer", ["last_row", "grid"])
-def test_beams_and_sequences(scorer):
-    """All beams of one row lose what the row loses; the grid of an image is known to each of them."""
-    model, batch = patched(QWEN, stage(scorer=scorer)), QWEN.rows(side="left")
+class Noting(TopK):
+    """Notes the grids that it is given."""
+
+    grids = None
+
+    def reduce(self, tokens, evidence, budgets):
+        self.grids = tokens.grid
+        return super().reduce(tokens, evidence, budgets)
+
+
+def test_beams_and_sequences():
+    """All beams of one row lose what the row loses, and each of its images has its own grid."""
+    noting, batch = Noting(0.25, scorer="last_row"), QWEN.rows(side="left")
+    model = patched(QWEN, Placement(stages=((2, noting),)))
     many = model.generate(**batch, **GREEDY, num_beams=2, num_return_sequences=2)
     assert len(many) == 6
+    square, low, high = (1, 4, 4), (1, 2, 6), (1, 3, 4)
+    assert noting.grids == (square, low, square, low, high, high)
     for number in (0, 2):
         alone = model.generate(**QWEN.rows((ROWS[number],)), **GREEDY, num_beams=2, num_return_sequences=2)
         assert torch.equal(many[2 * number :][:2, -2:], alone[:, -2:])

@@ -5,6 +5,7 @@ Nothing is padded or cached: columns that are left are listed, masks are written
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,9 +148,13 @@ def _dropped(
 
 
 def _choose(compressor: Any, x: Tensor, rated: Tensor, keys: Tensor, keep: int, size: Tensor) -> Any:
-    if compressor.name == "topk" and compressor.position == "keep":
+    if compressor.name == "topk":
         by = x.detach().float().norm(dim=1) if compressor.scorer == "norm" else rated
-        return None, by.topk(keep).indices
+        best = by.topk(keep).indices
+        if compressor.position == "keep":
+            return None, best
+        kept = Tokens.of(x[best], [(keep, 1)])  # together they weigh as much as all did
+        return replace(kept, size=size[best] * size.sum() / size[best].sum()), best
     probe = Probe(
         q=keys, k=keys, lse=torch.zeros(keys.shape[1], len(keys), dtype=keys.dtype),
         cu_seqlens=torch.tensor([0, len(x)], dtype=torch.int32), max_seqlen=len(x),
