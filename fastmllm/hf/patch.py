@@ -35,16 +35,17 @@ def patch(
 
     Args:
         model: of transformers, or one that contains such (PEFT, DDP, …).
-        compress: compress visual tokens at the connector, inside of the tower (`Placement(merge=…)`) or in front of
-            cross-attention, in training, inference and `generate`: a published method's name, with its own budget or
-            another ("VisionZip", "visionzip:64", "divprune:0.25"), a
+        compress: compress visual tokens at the connector, inside of the tower (`Placement(merge=…)`), in front of
+            cross-attention or of layers of the language model (`Placement(stages=…)`), in training, inference and
+            `generate`: a published method's name, with its own budget or another ("VisionZip", "visionzip:64",
+            "divprune:0.25", "sparsevlm:300/200/110"), a
             `fastmllm.compression.Placement`, or a compressor. One with weights learns as the caller trains it: it is
             moved to the model's device and dtype, and stays outside of its state_dict. The text is shortened with its
             images: logits of `forward` are (rows, tokens that are left in the longest row, vocabulary), so predictions
             that a Trainer hands to `compute_metrics` are shorter than its `label_ids`, which are the batch's own;
             `generate` returns the prompt as it was given. Where somebody else's forward has replaced the model's (TRL),
             hidden states get the text's own columns again, 0 where tokens are gone.
-            Stages inside of the language model are for fastmllm's own models.
+            In front of a layer the text is read as it was given, and is as short behind the last stage.
         ops: operators to use wherever a module's structure allows, even where they are slower; None uses all of them,
             but only where they are at least as fast: by measurement on a CPU, on CUDA by launches and bytes as yet.
         strict: raise if a module that one of `ops` is for cannot have it, if none is there, or, without `ops`, if
