@@ -26,7 +26,8 @@ from fastmllm.data.text import screen
 from fastmllm.infer.respond import collate_for, template_of
 from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
-from fastmllm.streamed import StreamedBatches, tokens_an_image
+from fastmllm.packed import PackedMixture, packing_of, tokens_an_image
+from fastmllm.streamed import StreamedBatches
 from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.grpo import GRPOObjective
@@ -95,17 +96,28 @@ def available(stage: StageConfig, samples: Mapping[str, Sequence[Sample]]) -> di
     return weights
 
 
-def batches_of(model: VLM, samples: Mapping[str, Sequence[Sample]], stage: StageConfig) -> Callable[[int], Batch]:
-    """Return index -> batch, a pure function, so that an interrupted run goes on with the very same batches."""
+def batches_of(
+    model: VLM, samples: Mapping[str, Sequence[Sample]], stage: StageConfig, engine: EngineConfig, folder: Path
+) -> Callable[[int], Batch]:
+    """Return index -> batch, a pure function, so that an interrupted run goes on with the very same batches.
+
+    Args:
+        model: whose tokenizer and template the batches are for.
+        samples: task -> questions.
+        stage: which tasks, and how many samples a batch or up to which budget.
+        engine: its accumulation, with the launched ranks, makes a step.
+        folder: of the stage, for what packing writes down.
+    """
     weights = available(stage, samples)
     sampler = MixtureSampler(samples, weights or None, batch_size=stage.batch_size, seed=stage.seed)
     counts = stage.visual_tokens or (model.config.visual_tokens,)
-    size = stage.image_size or model.config.image_size
+    size, packing = stage.image_size or model.config.image_size, packing_of(model, stage)
+    samples_of = sampler.batch_samples if packing is None else PackedMixture(sampler, packing, engine, folder)
 
     def batch(index: int) -> Batch:
-        chosen, cache = sampler.batch_samples(index), model.feature_cache
+        chosen, cache = samples_of(index), model.feature_cache
         cached = cache is not None and all(s.image is None or s.image in cache.features for s in chosen)
-        return collate_for(
+        made = collate_for(
             model,
             chosen,
             keep=tokens_an_image(counts, stage.seed, index),
@@ -113,6 +125,7 @@ def batches_of(model: VLM, samples: Mapping[str, Sequence[Sample]], stage: Stage
             load_pixels=not cached,
             with_answers=True,
         )
+        return replace(made, budget=stage.max_tokens)
 
     return batch
 
@@ -170,7 +183,7 @@ def train_stage(
             batches = prompts_of(model, splits.train, available(stage, splits.train), stage, engine)
             objective, rollouts = partial(GRPOObjective, config=stage.grpo), rollouts_of(model, stage)
         else:
-            batches = batches_of(model, splits.train, stage)
+            batches = batches_of(model, splits.train, stage, engine, Path(out_dir) / stage.name)
     trainer = Trainer(
         model,
         stage,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
+from fastmllm.data.images import load_image
 from fastmllm.data.rows import IGNORE, Row, prepare
 from fastmllm.data.sample import Conversation, Sample
 from fastmllm.data.text import CHAT, ChatTemplate, Tokens
@@ -34,6 +36,7 @@ class Batch:
         ids: S sample ids.
         image_paths: I paths, each once.
         shown: (P,) int64, the image of each place, where several samples show one; None: P = I, each has its own.
+        budget: positions that it could have had, where it was filled to a budget; 0 = it has a number of samples.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +50,7 @@ class Batch:
     ids: list[str]
     image_paths: list[str]
     shown: torch.Tensor | None = None
+    budget: int = 0
 
     @property
     def num_visual_tokens(self) -> int:
@@ -60,8 +64,12 @@ def sequence_length(tokens: Tokens, num_visual_tokens: int, with_answer: bool = 
     return len(tokens.prefix) + num_visual_tokens + len(tokens.prompt) + answer
 
 
-def join(rows: Sequence[Row]) -> Batch:
+def join(rows: Sequence[Row], budget: int = 0) -> Batch:
     """Pack rows one after the other, all of them with pixels or none; an image that several show is there once.
+
+    Args:
+        rows: of the samples.
+        budget: `Batch.budget`.
 
     Raises:
         ValueError: no rows.
@@ -88,6 +96,7 @@ def join(rows: Sequence[Row]) -> Batch:
         ids=[row.id for row in rows],
         image_paths=list(places),
         shown=torch.tensor(shown, dtype=torch.int64) if len(shown) > len(places) else None,
+        budget=budget,
     )
 
 
@@ -107,7 +116,7 @@ def collate(
     """Pack samples: [prefix] [K image tokens] [prompt] [answer] [end], and so on for each turn of a conversation.
 
     An image's tokens are always there in full; a sample without an image has none. An image that several samples show
-    is in the batch, and encoded, once.
+    is read, is in the batch, and is encoded, once.
 
     Args:
         samples: at least one.
@@ -126,6 +135,7 @@ def collate(
         TextError: a prompt or an answer that cannot be tokenised.
         ImageError: an image that cannot be read.
     """
+    once = cache(load_image)
     rows = [
         prepare(
             sample,
@@ -138,6 +148,7 @@ def collate(
             with_answers=with_answers,
             answer=None if answers is None else answers[number],
             vocab_size=vocab_size,
+            load=once,
         )
         for number, sample in enumerate(samples)
     ]

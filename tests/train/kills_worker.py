@@ -8,6 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import forks
 from alignment_toy import grpo, prefer, questions
 from rich.console import Console
-from test_streamed import NOTHING, recipe_of
+from shard_recipe import NOTHING, recipe_of
 from tiny_vlm import tiny_vlm
 from train_toy import joined, sample, toy, trainer
 
@@ -45,6 +46,13 @@ def shards(out: Path) -> None:
     """Shards by worker processes, arranged over two steps; weights, torn and missing images."""
     recipe = recipe_of(OUT / "shards", workers=1, window=2)
     train_stage(tiny_vlm(), NOTHING, recipe.stages[0], recipe.engine, out, save_every=1, console=QUIET)
+
+
+def packed(out: Path) -> None:
+    """Shards, micro-batches filled to a budget."""
+    recipe = recipe_of(OUT / "shards", workers=1)
+    stage = replace(recipe.stages[0], batch_size=1, max_tokens=170, max_images=3)
+    train_stage(tiny_vlm(), NOTHING, stage, recipe.engine, out, save_every=1, console=QUIET)
 
 
 def mixture(out: Path) -> None:
@@ -90,7 +98,7 @@ def killed_after(step: int, stage: Callable[[Path], None], out: Path, ranks: int
 
 
 STAGES = (
-    *((plain, 1), (plain, 2), (shards, 1), (shards, 2), (mixture, 2)),
+    *((plain, 1), (plain, 2), (shards, 1), (shards, 2), (packed, 2), (mixture, 2)),
     *((preferred, 2), (sampled, 2)),
 )
 for stage, ranks in STAGES:
