@@ -44,15 +44,13 @@ def plain(out: Path) -> None:
 
 def shards(out: Path) -> None:
     """Shards by worker processes, arranged over two steps; weights, torn and missing images."""
-    recipe = recipe_of(OUT / "shards", workers=1, window=2)
-    train_stage(tiny_vlm(), NOTHING, recipe.stages[0], recipe.engine, out, save_every=1, console=QUIET)
+    train_stage(tiny_vlm(), NOTHING, RECIPE.stages[0], RECIPE.engine, out, save_every=1, console=QUIET)
 
 
 def packed(out: Path) -> None:
     """Shards, micro-batches filled to a budget."""
-    recipe = recipe_of(OUT / "shards", workers=1)
-    stage = replace(recipe.stages[0], batch_size=1, max_tokens=170, max_images=3)
-    train_stage(tiny_vlm(), NOTHING, stage, recipe.engine, out, save_every=1, console=QUIET)
+    stage = replace(RECIPE.stages[0], batch_size=1, balance_steps=0, max_tokens=170, max_images=3)
+    train_stage(tiny_vlm(), NOTHING, stage, RECIPE.engine, out, save_every=1, console=QUIET)
 
 
 def mixture(out: Path) -> None:
