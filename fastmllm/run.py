@@ -24,6 +24,7 @@ from fastmllm.data.progress import progress_bar, waiting
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import screen
 from fastmllm.infer.respond import collate_for, template_of
+from fastmllm.models.feature_store import FeatureStore
 from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
 from fastmllm.packed import PackedMixture, packing_of, tokens_an_image
@@ -138,6 +139,21 @@ def drop_stale_features(model: VLM, stage: StageConfig) -> None:
         model.feature_cache = None
 
 
+def feature_store_of(model: VLM, stage: StageConfig, engine: EngineConfig) -> FeatureStore | None:
+    """Return where a stage keeps features of its sources' images; None where it may not or cannot.
+
+    Compressors that look into the encoder need it to run.
+    """
+    placement, room = model.placement, int(engine.feature_cache_gib * 2**30)
+    looked_into = placement.merge is not None or (
+        placement.connector is not None and placement.connector.layer is not None
+    )
+    if not stage.sources or not room or model.vision_learns or looked_into:
+        return None
+    size = stage.image_size or model.config.image_size
+    return FeatureStore(cache_dir() / "features", model.vision, size, room)
+
+
 def train_stage(
     model: VLM,
     splits: Splits,
@@ -169,6 +185,7 @@ def train_stage(
     batches: Callable[[int], BatchLike]
     objective: Callable[[nn.Module], nn.Module] | None = None
     rollouts = None
+    model.feature_store = feature_store_of(model, stage, engine)
     if stage.sources:
         streamed = StreamedBatches(model, stage, engine, Path(out_dir) / stage.name, console)
         batches, recipe["stream"] = streamed, streamed.loader.stream.identity()
@@ -198,7 +215,13 @@ def train_stage(
         keep=keep,
         console=console,
     )
-    return trainer.run()
+    kept = model.feature_cache
+    if stage.sources:
+        model.feature_cache = None  # of other images: here every rank encodes, or looks into the store
+    try:
+        return trainer.run()
+    finally:
+        model.feature_cache, model.feature_store = kept, None
 
 
 def precision_of(config: ModelConfig) -> str:

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from fastmllm.data.balance import BatchPlan
 from fastmllm.data.images import load_image
@@ -20,6 +22,7 @@ from fastmllm.data.shards import ShardSource
 from fastmllm.data.skipped_log import SkippedLog
 from fastmllm.data.stream import Drawn, Stream
 from fastmllm.infer.respond import template_of
+from fastmllm.models.feature_store import FeatureStore
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
 from fastmllm.packed import packing_of, tokens_an_image
 from fastmllm.train.engine import EngineConfig, launched_world_size
@@ -61,7 +64,8 @@ class StreamedBatches:
             window=stage.balance_steps,
             seed=stage.seed,
         )
-        stream = Stream(sources, _Rows(row_of, counts, stage.seed), plan, cost=len, packing=packing_of(model, stage))
+        rows = _Rows(row_of, counts, stage.seed, model.feature_store)
+        stream = Stream(sources, rows, plan, cost=len, packing=packing_of(model, stage))
         stream.keep_journal(out_dir, rank)
         batch_of = partial(_batch_of, budget=stage.max_tokens)
         self.loader = Loader(stream, batch_of, workers=engine.workers, on_batch=self._note)
@@ -80,17 +84,29 @@ class StreamedBatches:
 
 
 class _Rows:
-    """Make rows of samples; an image that several of a micro-batch show is read once."""
+    """Make rows of samples; an image that several of a micro-batch show is read once, or its features are."""
 
-    def __init__(self, row_of: Callable[..., Row], counts: Sequence[int], seed: int) -> None:
-        self._row_of, self._counts, self._seed = row_of, counts, seed
-        self._index, self._load = -1, load_image
+    def __init__(
+        self, row_of: Callable[..., Row], counts: Sequence[int], seed: int, store: FeatureStore | None = None
+    ) -> None:
+        self._row_of, self._counts, self._seed, self._store = row_of, counts, seed, store
+        self._index, self._load = -1, self._open
 
     def __call__(self, sample: Conversation, index: int) -> Row:
         if index != self._index:
-            self._index, self._load = index, cache(load_image)
+            self._index, self._load = index, cache(self._open)
         each = tokens_an_image(self._counts, self._seed, index)
         return self._row_of(sample, num_visual_tokens=each, load=self._load)
+
+    def _open(self, path: str, size: int) -> Tensor:
+        try:
+            features = None if self._store is None else self._store.get(path)
+        except OSError:
+            features = None  # reading it says why
+        return load_image(path, size) if features is None else features
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Rows, (self._row_of, self._counts, self._seed, self._store)
 
 
 def _batch_of(drawn: Drawn[Row], budget: int) -> Batch:

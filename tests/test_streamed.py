@@ -15,8 +15,9 @@ from tiny_vlm import tiny_vlm
 
 from fastmllm.config import ConfigError
 from fastmllm.data.loader import Loader
+from fastmllm.models.feature_store import image_key
 from fastmllm.recipe import Recipe
-from fastmllm.run import train_stage
+from fastmllm.run import feature_store_of, train_stage
 from fastmllm.streamed import StreamedBatches
 from fastmllm.train.engine import EngineConfig
 
@@ -76,6 +77,54 @@ def test_a_batch_without_targets_costs_nothing_and_is_computed(tmp_path: Path) -
     assert batches(0).ids == scored.ids
 
 
+def test_features_of_streamed_images_are_kept(tmp_path: Path, monkeypatch) -> None:
+    """The encoder runs once for each image, in batches that hold new and known ones; losses stay."""
+    stage, engine = replace(recipe_of(tmp_path).stages[0], batch_size=2), EngineConfig(feature_cache_gib=1.0)
+    plain, model = tiny_vlm(), tiny_vlm()
+    plain.train().requires_grad_(False)
+    model.train().requires_grad_(False)
+    assert feature_store_of(model, stage, EngineConfig()) is None
+    model.feature_store = feature_store_of(model, stage, engine)
+    seen: list[int] = []  # without the black picture of a batch that has none
+    model.vision.register_forward_pre_hook(lambda _, inputs: seen.extend(1 for image in inputs[0] if image.any()))
+    batches = StreamedBatches(model, stage, engine, tmp_path / "out")
+    expected = StreamedBatches(plain, stage, engine, tmp_path / "plain")
+    partly, images, twice = 0, set(), 0
+    for index in range(8):
+        batch, whole = batches(index), expected(index)
+        partly += batch.pixels is not None and batch.features is not None
+        torch.testing.assert_close(model(batch), plain(whole))
+        keys = [image_key(path) for path in whole.image_paths]
+        twice += len(keys) - len(set(keys))  # the same bytes in two places of a batch
+        images |= set(keys)
+    assert partly
+    assert len(images) <= len(seen) <= len(images) + twice
+    before = len(seen)
+    batches.loader.close()
+    torch.testing.assert_close(model(batches(0)), plain(expected(0)))
+    assert len(seen) == before
+    model.vision.requires_grad_(True)
+    assert feature_store_of(model, stage, engine) is None
+
+
+def test_a_frozen_tower_runs_in_sub_batches_without_graph(monkeypatch) -> None:
+    monkeypatch.setattr("fastmllm.models.vlm.ENCODED_TOGETHER", 3)
+    model, pixels = tiny_vlm().train(), torch.randint(0, 255, (8, 32, 32, 3), dtype=torch.uint8)
+    sizes: list[int] = []
+    model.vision.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    whole = model.encode_images(pixels)
+    assert sizes == [8]  # what learns is not taken apart: every rank calls it once
+    model.vision.requires_grad_(False)
+    parts = model.encode_images(pixels)
+    assert sizes[1:] == [3, 3, 2]
+    assert not parts.requires_grad
+    torch.testing.assert_close(parts, whole.detach())
+    for param in model.vision.parameters():
+        param.ds_id = 0  # as under ZeRO-3
+    model.encode_images(pixels)
+    assert sizes[4:] == [8]
+
+
 def test_bad_stages(tmp_path: Path) -> None:
     recipe_of(tmp_path)
     path = tmp_path / "recipe.yaml"
@@ -84,6 +133,7 @@ def test_bad_stages(tmp_path: Path) -> None:
         ("stages.0.sources=[]", "balance_steps"),
         ("stages.0.balance_steps=-1", "balance_steps"),
         ("engine.workers=-1", "workers is -1"),
+        ("engine.feature_cache_gib=-1", "feature_cache_gib -1"),
         ("stages.0.sources.0.weight=0", "weight must be above 0"),
         ("stages.0.sources.0.paht=x", "paht"),
     ):

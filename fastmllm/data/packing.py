@@ -31,11 +31,13 @@ class Batch:
         cu_seqlens: (S + 1,) int32.
         max_seqlen: longest sample, a host number.
         image_index: (P * K,) int64, positions that take visual tokens, place by place, row-major.
-        pixels: (I, H, W, 3) uint8; None where features are cached, or without images.
+        pixels: (I, H, W, 3) uint8; None where features are cached, or without images. With `features`, those of the
+            other images, in order.
         num_targets: scored positions, a host number.
         ids: S sample ids.
         image_paths: I paths, each once.
         shown: (P,) int64, the image of each place, where several samples show one; None: P = I, each has its own.
+        features: image -> its features, (N, Dv), of those that were found in a store; None: there is no store.
         budget: positions that it could have had, where it was filled to a budget; 0 = it has a number of samples.
     """
 
@@ -51,6 +53,7 @@ class Batch:
     image_paths: list[str]
     shown: torch.Tensor | None = None
     budget: int = 0
+    features: dict[int, torch.Tensor] | None = None
 
     @property
     def num_visual_tokens(self) -> int:
@@ -81,7 +84,9 @@ def join(rows: Sequence[Row], budget: int = 0) -> Batch:
     places: dict[str, int] = {}  # image -> its number
     shown = [places.setdefault(path, len(places)) for row in rows for path in row.images]
     each = [image for row in rows for image in row.pixels or ()]
-    pixels = [each[shown.index(number)] for number in range(len(places))] if each else []
+    loaded = [each[shown.index(number)] for number in range(len(places))] if each else []
+    pixels = [image for image in loaded if not image.is_floating_point()]
+    features = {number: image for number, image in enumerate(loaded) if image.is_floating_point()}
     return Batch(
         input_ids=torch.tensor([token for row in rows for token in row.input_ids], dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
@@ -97,6 +102,7 @@ def join(rows: Sequence[Row], budget: int = 0) -> Batch:
         image_paths=list(places),
         shown=torch.tensor(shown, dtype=torch.int64) if len(shown) > len(places) else None,
         budget=budget,
+        features=features or None,
     )
 
 

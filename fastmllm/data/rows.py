@@ -30,7 +30,7 @@ class Row:
         labels: L, already shifted.
         image_index: positions that take visual tokens, from the row's start.
         images: paths.
-        pixels: (H, W, 3) uint8 of each image; None where features are cached.
+        pixels: (H, W, 3) uint8 of each image, or its features, (N, Dv), from a store; None where features are cached.
     """
 
     id: str

@@ -48,9 +48,10 @@ def shards(out: Path) -> None:
 
 
 def packed(out: Path) -> None:
-    """Shards, micro-batches filled to a budget."""
+    """Shards, micro-batches filled to a budget, the images' features kept."""
     stage = replace(RECIPE.stages[0], batch_size=1, balance_steps=0, max_tokens=170, max_images=3)
-    train_stage(tiny_vlm(), NOTHING, stage, RECIPE.engine, out, save_every=1, console=QUIET)
+    engine = replace(RECIPE.engine, feature_cache_gib=1.0)
+    train_stage(tiny_vlm(), NOTHING, stage, engine, out, save_every=1, console=QUIET)
 
 
 def mixture(out: Path) -> None:
