@@ -24,9 +24,11 @@ from fastmllm.data.progress import progress_bar, waiting
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import screen
 from fastmllm.infer.respond import collate_for, template_of
+from fastmllm.models.feature_store import FeatureStore
 from fastmllm.models.features import FeatureCache
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
-from fastmllm.streamed import StreamedBatches, tokens_an_image
+from fastmllm.packed import PackedMixture, packing_of, tokens_an_image
+from fastmllm.streamed import StreamedBatches
 from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.grpo import GRPOObjective
@@ -95,17 +97,28 @@ def available(stage: StageConfig, samples: Mapping[str, Sequence[Sample]]) -> di
     return weights
 
 
-def batches_of(model: VLM, samples: Mapping[str, Sequence[Sample]], stage: StageConfig) -> Callable[[int], Batch]:
-    """Return index -> batch, a pure function, so that an interrupted run goes on with the very same batches."""
+def batches_of(
+    model: VLM, samples: Mapping[str, Sequence[Sample]], stage: StageConfig, engine: EngineConfig, folder: Path
+) -> Callable[[int], Batch]:
+    """Return index -> batch, a pure function, so that an interrupted run goes on with the very same batches.
+
+    Args:
+        model: whose tokenizer and template the batches are for.
+        samples: task -> questions.
+        stage: which tasks, and how many samples a batch or up to which budget.
+        engine: its accumulation, with the launched ranks, makes a step.
+        folder: of the stage, for what packing writes down.
+    """
     weights = available(stage, samples)
     sampler = MixtureSampler(samples, weights or None, batch_size=stage.batch_size, seed=stage.seed)
     counts = stage.visual_tokens or (model.config.visual_tokens,)
-    size = stage.image_size or model.config.image_size
+    size, packing = stage.image_size or model.config.image_size, packing_of(model, stage)
+    samples_of = sampler.batch_samples if packing is None else PackedMixture(sampler, packing, engine, folder)
 
     def batch(index: int) -> Batch:
-        chosen, cache = sampler.batch_samples(index), model.feature_cache
+        chosen, cache = samples_of(index), model.feature_cache
         cached = cache is not None and all(s.image is None or s.image in cache.features for s in chosen)
-        return collate_for(
+        made = collate_for(
             model,
             chosen,
             keep=tokens_an_image(counts, stage.seed, index),
@@ -113,6 +126,7 @@ def batches_of(model: VLM, samples: Mapping[str, Sequence[Sample]], stage: Stage
             load_pixels=not cached,
             with_answers=True,
         )
+        return replace(made, budget=stage.max_tokens)
 
     return batch
 
@@ -123,6 +137,21 @@ def drop_stale_features(model: VLM, stage: StageConfig) -> None:
     apply_rules(model, stage.trainable)
     if cache is not None and (model.vision_learns or stage.image_size not in (None, cache.image_size)):
         model.feature_cache = None
+
+
+def feature_store_of(model: VLM, stage: StageConfig, engine: EngineConfig) -> FeatureStore | None:
+    """Return where a stage keeps features of its sources' images; None where it may not or cannot.
+
+    Compressors that look into the encoder need it to run.
+    """
+    placement, room = model.placement, int(engine.feature_cache_gib * 2**30)
+    looked_into = placement.merge is not None or (
+        placement.connector is not None and placement.connector.layer is not None
+    )
+    if not stage.sources or not room or model.vision_learns or looked_into:
+        return None
+    size = stage.image_size or model.config.image_size
+    return FeatureStore(cache_dir() / "features", model.vision, size, room)
 
 
 def train_stage(
@@ -156,6 +185,7 @@ def train_stage(
     batches: Callable[[int], BatchLike]
     objective: Callable[[nn.Module], nn.Module] | None = None
     rollouts = None
+    model.feature_store = feature_store_of(model, stage, engine)
     if stage.sources:
         streamed = StreamedBatches(model, stage, engine, Path(out_dir) / stage.name, console)
         batches, recipe["stream"] = streamed, streamed.loader.stream.identity()
@@ -170,7 +200,7 @@ def train_stage(
             batches = prompts_of(model, splits.train, available(stage, splits.train), stage, engine)
             objective, rollouts = partial(GRPOObjective, config=stage.grpo), rollouts_of(model, stage)
         else:
-            batches = batches_of(model, splits.train, stage)
+            batches = batches_of(model, splits.train, stage, engine, Path(out_dir) / stage.name)
     trainer = Trainer(
         model,
         stage,
@@ -185,7 +215,13 @@ def train_stage(
         keep=keep,
         console=console,
     )
-    return trainer.run()
+    kept = model.feature_cache
+    if stage.sources:
+        model.feature_cache = None  # of other images: here every rank encodes, or looks into the store
+    try:
+        return trainer.run()
+    finally:
+        model.feature_cache, model.feature_store = kept, None
 
 
 def precision_of(config: ModelConfig) -> str:

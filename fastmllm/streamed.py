@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from fastmllm.data.balance import BatchPlan
+from fastmllm.data.images import load_image
 from fastmllm.data.loader import Loader
 from fastmllm.data.packing import Batch, join
 from fastmllm.data.rows import Row, prepare, unscored
 from fastmllm.data.sample import Conversation
-from fastmllm.data.shard_index import Skipped
 from fastmllm.data.shards import ShardSource
+from fastmllm.data.skipped_log import SkippedLog
 from fastmllm.data.stream import Drawn, Stream
 from fastmllm.infer.respond import template_of
+from fastmllm.models.feature_store import FeatureStore
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
+from fastmllm.packed import packing_of, tokens_an_image
 from fastmllm.train.engine import EngineConfig, launched_world_size
 from fastmllm.train.stages import StageConfig
-
-
-def tokens_an_image(counts: Sequence[int], seed: int, index: int) -> int:
-    """Return how many tokens an image takes in a micro-batch: one of the counts, drawn by its number."""
-    return counts[hashlib.sha256(f"{seed}/{index}".encode()).digest()[0] % len(counts)]
 
 
 class StreamedBatches:
@@ -49,7 +46,7 @@ class StreamedBatches:
     def __init__(
         self, model: VLM, stage: StageConfig, engine: EngineConfig, out_dir: Path, console: Console | None = None
     ) -> None:
-        ranks, self._rank = launched_world_size(), int(os.environ.get("RANK", "0"))
+        ranks, rank = launched_world_size(), int(os.environ.get("RANK", "0"))
         sources = [ShardSource(config, seed=stage.seed) for config in stage.sources]
         row_of = partial(
             prepare,
@@ -67,37 +64,50 @@ class StreamedBatches:
             window=stage.balance_steps,
             seed=stage.seed,
         )
-        stream = Stream(sources, partial(_load, row_of=row_of, counts=counts, seed=stage.seed), plan, cost=len)
-        self.loader = Loader(stream, _batch_of, workers=engine.workers, on_batch=self._note)
-        self._path = out_dir / ("skipped.jsonl" if self._rank == 0 else f"skipped-{self._rank}.jsonl")
-        self._begun = False
-        if self._rank == 0 and (reasons := Counter(item.reason for item in stream.skipped())):
+        rows = _Rows(row_of, counts, stage.seed, model.feature_store)
+        stream = Stream(sources, rows, plan, cost=len, packing=packing_of(model, stage))
+        stream.keep_journal(out_dir, rank)
+        batch_of = partial(_batch_of, budget=stage.max_tokens)
+        self.loader = Loader(stream, batch_of, workers=engine.workers, on_batch=self._note)
+        self._log = SkippedLog(out_dir, rank, before=stream.skipped)
+        if rank == 0 and (reasons := Counter(item.reason for item in stream.skipped())):
             told = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
             (console or Console()).print(
-                f"{stage.name}: left out of the sources: {told}; see {self._path}", highlight=False, soft_wrap=True
+                f"{stage.name}: left out of the sources: {told}; see {self._log.path}", highlight=False, soft_wrap=True
             )
 
     def __call__(self, index: int) -> Batch:
         return self.loader.at(index)
 
     def _note(self, drawn: Drawn[None]) -> None:
-        # Not before the first batch: the trainer may set the folder aside until then.
-        if not self._begun and self._rank == 0 and not self._path.exists():
-            self._write(self.loader.stream.skipped())
-        self._begun = True
-        self._write(drawn.skipped, micro_batch=drawn.index)
-
-    def _write(self, skipped: Iterable[Skipped], **more: int) -> None:
-        lines = [json.dumps(asdict(item) | more) + "\n" for item in skipped]
-        if lines:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+        self._log.note(drawn.index, drawn.skipped)
 
 
-def _load(sample: Conversation, index: int, *, row_of: Callable[..., Row], counts: Sequence[int], seed: int) -> Row:
-    return row_of(sample, num_visual_tokens=tokens_an_image(counts, seed, index))
+class _Rows:
+    """Make rows of samples; an image that several of a micro-batch show is read once, or its features are."""
+
+    def __init__(
+        self, row_of: Callable[..., Row], counts: Sequence[int], seed: int, store: FeatureStore | None = None
+    ) -> None:
+        self._row_of, self._counts, self._seed, self._store = row_of, counts, seed, store
+        self._index, self._load = -1, self._open
+
+    def __call__(self, sample: Conversation, index: int) -> Row:
+        if index != self._index:
+            self._index, self._load = index, cache(self._open)
+        each = tokens_an_image(self._counts, self._seed, index)
+        return self._row_of(sample, num_visual_tokens=each, load=self._load)
+
+    def _open(self, path: str, size: int) -> Tensor:
+        try:
+            features = None if self._store is None else self._store.get(path)
+        except OSError:
+            features = None  # reading it says why
+        return load_image(path, size) if features is None else features
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Rows, (self._row_of, self._counts, self._seed, self._store)
 
 
-def _batch_of(drawn: Drawn[Row]) -> Batch:
-    return join(drawn.items if drawn.scored else [unscored(row) for row in drawn.items])
+def _batch_of(drawn: Drawn[Row], budget: int) -> Batch:
+    return join(drawn.items if drawn.scored else [unscored(row) for row in drawn.items], budget)

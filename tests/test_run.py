@@ -219,7 +219,7 @@ def test_batches_are_a_function_of_their_index(tmp_path):
     model = tiny_vlm()
     stage = StageConfig(name="s", steps=5, batch_size=3, trainable={"connector.*": 1.0}, visual_tokens=(1, 4, 16))
     cache_features(model, images_of(splits), tmp_path, Console(file=(tmp_path / "log").open("w")))
-    one, two = batches_of(model, splits.train, stage), batches_of(model, splits.train, stage)
+    one, two = (batches_of(model, splits.train, stage, EngineConfig(), tmp_path) for _ in range(2))
     counts = set()
     for index in (3, 0, 7, 5, 1):
         a, b = one(index), two(index)

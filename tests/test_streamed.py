@@ -4,62 +4,27 @@ from __future__ import annotations
 
 import io
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from tiny_shards import png, talk, write_tar
+from shard_recipe import NOTHING, recipe_of
 from tiny_vlm import tiny_vlm
 
 from fastmllm.config import ConfigError
-from fastmllm.data.build import Splits
 from fastmllm.data.loader import Loader
+from fastmllm.models.feature_store import image_key
 from fastmllm.recipe import Recipe
-from fastmllm.run import train_stage
+from fastmllm.run import feature_store_of, train_stage
 from fastmllm.streamed import StreamedBatches
 from fastmllm.train.engine import EngineConfig
-
-RECIPE = """
-name: shards
-model: {{image_size: 32, visual_tokens: 4, dtype: float32}}
-stages:
-  - name: instruct
-    steps: 4
-    batch_size: 3
-    trainable: {{"connector.*": 1e-2}}
-    visual_tokens: [1, 4]
-    balance_steps: {window}
-    sources:
-      - {{name: talks, path: "{folder}/talks.tar", weight: 3}}
-      - {{name: pairs, path: "{folder}/pairs.jsonl", weight: 1}}
-engine: {{zero_stage: 1, workers: {workers}}}
-"""
-
-
-def recipe_of(folder: Path, workers: int = 0, window: int = 0) -> Recipe:
-    """Talks with none, one and two images, one of them torn, and JSONL with one image missing."""
-    members: list[tuple[str, object]] = []
-    for i in range(8):
-        members.append((f"{i}.json", talk("What is this?", "red", "And?", "blue", images=i % 3)))
-        members += [(f"{i}.{k}.png", png(40 * i, (32, 32))[: -30 if i == 5 else None]) for k in range(i % 3)]
-    write_tar(folder / "talks.tar", members)
-    (folder / "p.png").write_bytes(png())
-    lines = [talk("What is this?", "green", images=1) | {"image": name} for name in ("p.png", "gone.png", "p.png")]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=folder, workers=workers, window=window))
-    return Recipe.load(path)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("FASTMLLM_CACHE", str(tmp_path / "cache"))
-
-
-NOTHING = Splits(train={}, eval={}, concepts=(), groups=(), licences={}, notes=(), skipped=Counter(), unseen_team=False)
 
 
 def train(recipe: Recipe, out: Path, console: Console | None = None) -> list[float]:
@@ -112,6 +77,54 @@ def test_a_batch_without_targets_costs_nothing_and_is_computed(tmp_path: Path) -
     assert batches(0).ids == scored.ids
 
 
+def test_features_of_streamed_images_are_kept(tmp_path: Path, monkeypatch) -> None:
+    """The encoder runs once for each image, in batches that hold new and known ones; losses stay."""
+    stage, engine = replace(recipe_of(tmp_path).stages[0], batch_size=2), EngineConfig(feature_cache_gib=1.0)
+    plain, model = tiny_vlm(), tiny_vlm()
+    plain.train().requires_grad_(False)
+    model.train().requires_grad_(False)
+    assert feature_store_of(model, stage, EngineConfig()) is None
+    model.feature_store = feature_store_of(model, stage, engine)
+    seen: list[int] = []  # without the black picture of a batch that has none
+    model.vision.register_forward_pre_hook(lambda _, inputs: seen.extend(1 for image in inputs[0] if image.any()))
+    batches = StreamedBatches(model, stage, engine, tmp_path / "out")
+    expected = StreamedBatches(plain, stage, engine, tmp_path / "plain")
+    partly, images, twice = 0, set(), 0
+    for index in range(8):
+        batch, whole = batches(index), expected(index)
+        partly += batch.pixels is not None and batch.features is not None
+        torch.testing.assert_close(model(batch), plain(whole))
+        keys = [image_key(path) for path in whole.image_paths]
+        twice += len(keys) - len(set(keys))  # the same bytes in two places of a batch
+        images |= set(keys)
+    assert partly
+    assert len(images) <= len(seen) <= len(images) + twice
+    before = len(seen)
+    batches.loader.close()
+    torch.testing.assert_close(model(batches(0)), plain(expected(0)))
+    assert len(seen) == before
+    model.vision.requires_grad_(True)
+    assert feature_store_of(model, stage, engine) is None
+
+
+def test_a_frozen_tower_runs_in_sub_batches_without_graph(monkeypatch) -> None:
+    monkeypatch.setattr("fastmllm.models.vlm.ENCODED_TOGETHER", 3)
+    model, pixels = tiny_vlm().train(), torch.randint(0, 255, (8, 32, 32, 3), dtype=torch.uint8)
+    sizes: list[int] = []
+    model.vision.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    whole = model.encode_images(pixels)
+    assert sizes == [8]  # what learns is not taken apart: every rank calls it once
+    model.vision.requires_grad_(False)
+    parts = model.encode_images(pixels)
+    assert sizes[1:] == [3, 3, 2]
+    assert not parts.requires_grad
+    torch.testing.assert_close(parts, whole.detach())
+    for param in model.vision.parameters():
+        param.ds_id = 0  # as under ZeRO-3
+    model.encode_images(pixels)
+    assert sizes[4:] == [8]
+
+
 def test_bad_stages(tmp_path: Path) -> None:
     recipe_of(tmp_path)
     path = tmp_path / "recipe.yaml"
@@ -120,6 +133,7 @@ def test_bad_stages(tmp_path: Path) -> None:
         ("stages.0.sources=[]", "balance_steps"),
         ("stages.0.balance_steps=-1", "balance_steps"),
         ("engine.workers=-1", "workers is -1"),
+        ("engine.feature_cache_gib=-1", "feature_cache_gib -1"),
         ("stages.0.sources.0.weight=0", "weight must be above 0"),
         ("stages.0.sources.0.paht=x", "paht"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import count
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +23,7 @@ class _Batches(Dataset[Any], Generic[T, B]):
     def __getitem__(self, index: int) -> tuple[Drawn[None], B]:
         drawn = self.stream(index)
         # what a worker sends twice, the parent holds twice: the items go inside of the batch alone
-        left: Drawn[None] = Drawn(index=index, items=[], skipped=drawn.skipped, scored=drawn.scored, work=drawn.work)
+        left: Drawn[None] = replace(drawn, items=[])  # type: ignore[assignment,arg-type]
         return left, self.join(drawn)
 
 
@@ -86,6 +87,8 @@ class Loader(Generic[T, B]):
             self._ahead = iter(loader)
         drawn, batch = next(self._ahead)
         self.index = index + self.stream.plan.ranks
+        if self.stream.journal is not None and drawn.filled is not None:
+            self.stream.journal.note(drawn.filled)
         if self.on_batch is not None:
             self.on_batch(drawn)
         return batch

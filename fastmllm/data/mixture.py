@@ -131,9 +131,10 @@ class MixtureSampler:
         """
         if step < 0:
             raise ValueError(f"mixture: step must be 0 or more, got {step}")
-        return [self._draw(step * self.batch_size + i) for i in range(self.batch_size)]
+        return [self.draw(step * self.batch_size + i) for i in range(self.batch_size)]
 
-    def _draw(self, index: int) -> Sample:
+    def draw(self, index: int) -> Sample:
+        """Return the sample of a draw, from 0."""
         number, seen = self.schedule(index)
         task = self.tasks[number]
         epoch, position = divmod(seen, len(self.samples[task]))

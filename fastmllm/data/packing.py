@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
+from fastmllm.data.images import load_image
 from fastmllm.data.rows import IGNORE, Row, prepare
 from fastmllm.data.sample import Conversation, Sample
 from fastmllm.data.text import CHAT, ChatTemplate, Tokens
@@ -29,11 +31,14 @@ class Batch:
         cu_seqlens: (S + 1,) int32.
         max_seqlen: longest sample, a host number.
         image_index: (P * K,) int64, positions that take visual tokens, place by place, row-major.
-        pixels: (I, H, W, 3) uint8; None where features are cached, or without images.
+        pixels: (I, H, W, 3) uint8; None where features are cached, or without images. With `features`, those of the
+            other images, in order.
         num_targets: scored positions, a host number.
         ids: S sample ids.
         image_paths: I paths, each once.
         shown: (P,) int64, the image of each place, where several samples show one; None: P = I, each has its own.
+        features: image -> its features, (N, Dv), of those that were found in a store; None: there is no store.
+        budget: positions that it could have had, where it was filled to a budget; 0 = it has a number of samples.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +52,8 @@ class Batch:
     ids: list[str]
     image_paths: list[str]
     shown: torch.Tensor | None = None
+    budget: int = 0
+    features: dict[int, torch.Tensor] | None = None
 
     @property
     def num_visual_tokens(self) -> int:
@@ -60,8 +67,12 @@ def sequence_length(tokens: Tokens, num_visual_tokens: int, with_answer: bool = 
     return len(tokens.prefix) + num_visual_tokens + len(tokens.prompt) + answer
 
 
-def join(rows: Sequence[Row]) -> Batch:
+def join(rows: Sequence[Row], budget: int = 0) -> Batch:
     """Pack rows one after the other, all of them with pixels or none; an image that several show is there once.
+
+    Args:
+        rows: of the samples.
+        budget: `Batch.budget`.
 
     Raises:
         ValueError: no rows.
@@ -73,7 +84,9 @@ def join(rows: Sequence[Row]) -> Batch:
     places: dict[str, int] = {}  # image -> its number
     shown = [places.setdefault(path, len(places)) for row in rows for path in row.images]
     each = [image for row in rows for image in row.pixels or ()]
-    pixels = [each[shown.index(number)] for number in range(len(places))] if each else []
+    loaded = [each[shown.index(number)] for number in range(len(places))] if each else []
+    pixels = [image for image in loaded if not image.is_floating_point()]
+    features = {number: image for number, image in enumerate(loaded) if image.is_floating_point()}
     return Batch(
         input_ids=torch.tensor([token for row in rows for token in row.input_ids], dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
@@ -88,6 +101,8 @@ def join(rows: Sequence[Row]) -> Batch:
         ids=[row.id for row in rows],
         image_paths=list(places),
         shown=torch.tensor(shown, dtype=torch.int64) if len(shown) > len(places) else None,
+        budget=budget,
+        features=features or None,
     )
 
 
@@ -107,7 +122,7 @@ def collate(
     """Pack samples: [prefix] [K image tokens] [prompt] [answer] [end], and so on for each turn of a conversation.
 
     An image's tokens are always there in full; a sample without an image has none. An image that several samples show
-    is in the batch, and encoded, once.
+    is read, is in the batch, and is encoded, once.
 
     Args:
         samples: at least one.
@@ -126,6 +141,7 @@ def collate(
         TextError: a prompt or an answer that cannot be tokenised.
         ImageError: an image that cannot be read.
     """
+    once = cache(load_image)
     rows = [
         prepare(
             sample,
@@ -138,6 +154,7 @@ def collate(
             with_answers=with_answers,
             answer=None if answers is None else answers[number],
             vocab_size=vocab_size,
+            load=once,
         )
         for number, sample in enumerate(samples)
     ]

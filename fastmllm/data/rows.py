@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastmllm.data.images import load_image
+from fastmllm.data.packer import Size
 from fastmllm.data.sample import Conversation, Sample
 from fastmllm.data.text import CHAT, ChatTemplate
 from fastmllm.data.turns import Piece, images_of, pieces_of
@@ -29,7 +30,7 @@ class Row:
         labels: L, already shifted.
         image_index: positions that take visual tokens, from the row's start.
         images: paths.
-        pixels: (H, W, 3) uint8 of each image; None where features are cached.
+        pixels: (H, W, 3) uint8 of each image, or its features, (N, Dv), from a store; None where features are cached.
     """
 
     id: str
@@ -52,8 +53,12 @@ def prepare(
     with_answers: bool = True,
     answer: Sequence[int] | None = None,
     vocab_size: int | None = None,
+    load: Callable[[str, int], torch.Tensor] = load_image,
 ) -> Row:
-    """Tokenise a sample and load its images; arguments and errors as `collate`."""
+    """Tokenise a sample and load its images; arguments and errors as `collate`.
+
+    `load` reads an image, (path, size) -> (H, W, 3) uint8; one that remembers reads what several samples show once.
+    """
     if num_visual_tokens < 1:
         raise ValueError(f"collate: num_visual_tokens must be at least 1, got {num_visual_tokens}")
     input_ids: list[int] = []
@@ -78,8 +83,20 @@ def prepare(
         labels=[*labels, IGNORE],
         image_index=image_index,
         images=images,
-        pixels=[load_image(path, image_size) for path in images] if load_pixels else None,
+        pixels=[load(path, image_size) for path in images] if load_pixels else None,
     )
+
+
+def size_of(
+    sample: Sample | Conversation, tokenizer: Tokenizer, template: ChatTemplate = CHAT, *, vocab_size: int | None = None
+) -> Size:
+    """Return what a sample takes of a budget; nothing of its images is read.
+
+    Raises:
+        TextError: as `tokenise`.
+    """
+    pieces = pieces_of(sample, tokenizer, template, vocab_size=vocab_size)
+    return Size(sum(len(piece.ids) for piece in pieces if piece is not None), pieces.count(None))
 
 
 def unscored(row: Row) -> Row:

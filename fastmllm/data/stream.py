@@ -6,11 +6,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count, islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastmllm.data.balance import BatchPlan, balance, spread
 from fastmllm.data.images import ImageError
 from fastmllm.data.mixture import Schedule
+from fastmllm.data.packer import PATIENCE, Packing, Size
+from fastmllm.data.packing_journal import Filled, Journal
 from fastmllm.data.sample import Conversation
 from fastmllm.data.shard_index import Skipped
 from fastmllm.data.shards import ShardSource
@@ -18,8 +22,6 @@ from fastmllm.data.text import TextError
 
 T = TypeVar("T")
 Sizes = tuple[tuple[int, int], ...]  # (width, height) of each image of a sample
-
-PATIENCE = 256  # unusable samples in a row that are no accident
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,7 @@ class Drawn(Generic[T]):
         scored: False where nothing of it could be used: its one item is another micro-batch's, from which nothing must
             be learned.
         work: visual tokens of the items, by the indexes' image sizes; 0 without `cost`.
+        filled: how it was filled to a budget; None where it has a fixed number of samples.
     """
 
     index: int
@@ -40,6 +43,7 @@ class Drawn(Generic[T]):
     skipped: list[Skipped]
     scored: bool = True
     work: int = 0
+    filled: Filled | None = None
 
 
 class Stream(Generic[T]):
@@ -57,6 +61,7 @@ class Stream(Generic[T]):
             skips the sample.
         plan: sizes and seed.
         cost: visual tokens of a sample by its images' sizes; needed for `plan.window`.
+        packing: fills micro-batches to a budget instead of with `plan.batch_size` samples.
 
     Raises:
         ValueError: no sources, one name twice, some weights only, or a window without cost.
@@ -69,6 +74,7 @@ class Stream(Generic[T]):
         plan: BatchPlan,
         *,
         cost: Callable[[Sizes], int] | None = None,
+        packing: Packing | None = None,
     ) -> None:
         names = [source.config.name for source in sources]
         weights = [source.config.weight for source in sources]
@@ -82,9 +88,19 @@ class Stream(Generic[T]):
         known = [float(s.num_samples) if w is None else w for s, w in zip(sources, weights, strict=True)]
         self.schedule = Schedule(known, seed=plan.seed)
         self._arranged = lru_cache(maxsize=2)(self._arrange)
+        if packing is not None and plan.window:
+            raise ValueError("stream: a window arranges a fixed number of samples; give a window or a budget")
+        self.packing = packing
+        self.journal: Journal | None = None
+        self._packer = None if packing is None else packing.packer(self._size, self._where, plan.micro_batches)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _stream, (self.sources, self.load, self.plan, self.cost)
+        return _stream, (self.sources, self.load, self.plan, self.cost, self.packing, self.journal)
+
+    def keep_journal(self, folder: Path, rank: int) -> None:
+        """Write down where packing stands in a folder, and go on from what stands there."""
+        if self._packer is not None:
+            self.journal = self._packer.journal = Journal(folder, rank, self._packer.lanes, self.identity())
 
     def __call__(self, index: int) -> Drawn[T]:
         """Return micro-batch `index`, from 0.
@@ -92,14 +108,17 @@ class Stream(Generic[T]):
         Raises:
             ValueError: `PATIENCE` samples in a row are unusable.
         """
+        filled = None if self._packer is None else self._packer(index)
         items, skipped, work = self._take(self._draws(index), index)
+        skipped = [*(() if filled is None else filled.skipped), *skipped]
         if items:
-            return Drawn(index=index, items=items, skipped=skipped, work=work)
-        first = (index + 1) * self.plan.batch_size
-        for draw in range(first, first + PATIENCE):
+            return Drawn(index=index, items=items, skipped=skipped, work=work, filled=filled)
+        others = skipped
+        for draw in islice(self._behind(index), PATIENCE):
             items, others, work = self._take([draw], index)
             if items:
-                return Drawn(index=index, items=items, skipped=skipped, scored=self._is_empty(index), work=work)
+                scored = self._is_empty(index)
+                return Drawn(index=index, items=items, skipped=skipped, scored=scored, work=work, filled=filled)
         raise ValueError(
             f"stream: micro-batch {index} and {PATIENCE} samples behind it are unusable; the last: {others[0].shard} "
             f"{others[0].key}: {others[0].reason} ({others[0].detail}); mend the source or leave it out"
@@ -123,7 +142,10 @@ class Stream(Generic[T]):
         Returns:
             The index, the ranks, an identity of all that the order depends on, and epoch and position of each source:
             how many of its samples the draws before have taken (arranged in windows: those of the windows before).
+            Filled to a budget, no position: lanes go on at their own pace, by `packing_journal`.
         """
+        if self._packer is not None:
+            return {"index": index, "ranks": self.plan.ranks, "identity": self.identity(), "sources": {}}
         group = self.plan.micro_batches * self.plan.window or 1
         draws = index // group * group * self.plan.batch_size
         taken = self.schedule.taken(draws)
@@ -137,7 +159,8 @@ class Stream(Generic[T]):
         """Return a hash of what the order of the samples depends on: names, sizes, weights, seeds and batches."""
         parts = [(s.config.name, s.config.block_shards, s.order.seed, s.sizes) for s in self.sources]
         arranged = (self.plan.micro_batches, self.plan.window) if self.plan.window else ()
-        known = (self.plan.batch_size, self.plan.seed, arranged, self.schedule.weights, parts)
+        packed = () if self.packing is None else (self.plan.micro_batches, self.packing.identity())
+        known = (self.plan.batch_size, self.plan.seed, arranged, self.schedule.weights, parts, *packed)
         return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
     def skipped(self) -> Iterator[Skipped]:
@@ -146,11 +169,37 @@ class Stream(Generic[T]):
             yield from source.skipped()
 
     def _draws(self, index: int) -> Sequence[int]:
+        if self._packer is not None:
+            return self._packer(index).draws
         size = self.plan.batch_size
         if not self.plan.window:
             return range(index * size, (index + 1) * size)
         window, at = divmod(index, self.plan.window * self.plan.micro_batches)
         return self._arranged(window)[at * size : (at + 1) * size]
+
+    def _behind(self, index: int) -> Iterator[int]:
+        if self._packer is not None:
+            return self._packer.behind(index)
+        return count((index + 1) * self.plan.batch_size)
+
+    def _where(self, draw: int) -> tuple[str, str]:
+        number, seen = self.schedule(draw)
+        return self.sources[number].where(seen)
+
+    def _size(self, draw: int) -> Size | Skipped:
+        assert self.packing is not None
+        number, seen = self.schedule(draw)
+        if isinstance(sample := self.sources[number].read(seen), Skipped):
+            return sample
+        try:
+            return self.packing.size_of(sample)
+        except TextError as error:
+            return self._unusable(draw, error)
+
+    def _unusable(self, draw: int, error: Exception) -> Skipped:
+        shard, key = self._where(draw)
+        reason = "undecodable image" if isinstance(error, ImageError) else "unusable text"
+        return Skipped(shard=shard, key=key, reason=reason, detail=str(error))
 
     def _is_empty(self, index: int) -> bool:
         first = index - index % self.plan.micro_batches
@@ -184,12 +233,13 @@ class Stream(Generic[T]):
                 items.append(self.load(sample, index))
                 work += self._cost(draw)
             except (ImageError, TextError) as error:
-                shard, key = source.where(seen)
-                reason = "undecodable image" if isinstance(error, ImageError) else "unusable text"
-                skipped.append(Skipped(shard=shard, key=key, reason=reason, detail=str(error)))
+                skipped.append(self._unusable(draw, error))
         return items, skipped, work
 
 
 def _stream(*given: Any) -> Stream[Any]:
-    sources, load, plan, cost = given
-    return Stream(sources, load, plan, cost=cost)
+    sources, load, plan, cost, packing, journal = given
+    made = Stream(sources, load, plan, cost=cost, packing=packing)
+    if journal is not None:
+        made.keep_journal(journal.folder, journal.rank)
+    return made

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastmllm.models.weights.folder import renamed
-
-
-def encoder_fingerprint(module: nn.Module, *extra: object) -> str:
-    """Return a short hash over a module's weights and whatever else its output depends on."""
-    digest = hashlib.sha256(repr(extra).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+from fastmllm.models.feature_store import FeatureStore
 
 
 class FeatureCache:
-    """Features of images by path, in memory and, given a folder, on disk.
-
-    A file is named by the hash of the encoder's weights and the image size, and an entry by path and time of change, so
-    a changed key never hits.
+    """Features of images by path, in memory and, given a folder, in a `FeatureStore`.
 
     Args:
         encoder: uint8 (I, H, W, 3) -> (I, N, Dv).
@@ -42,21 +26,7 @@ class FeatureCache:
     ) -> None:
         self.encoder, self.image_size, self.load = encoder, image_size, load
         self.features: dict[str, Tensor] = {}
-        self.path = folder / f"features-{encoder_fingerprint(encoder, image_size)}.safetensors" if folder else None
-        self._stored = self._read()
-
-    def _read(self) -> dict[str, Tensor]:
-        if self.path is None or not self.path.is_file():
-            return {}
-        try:
-            return load_file(self.path)
-        except (OSError, ValueError, SafetensorError):  # a damaged cache is rebuilt
-            self.path.unlink(missing_ok=True)
-            return {}
-
-    @staticmethod
-    def _key(path: str) -> str:
-        return f"{path}@{os.stat(path).st_mtime_ns}"
+        self.store = None if folder is None else FeatureStore(folder, encoder, image_size)
 
     @torch.no_grad()
     def add(
@@ -64,9 +34,8 @@ class FeatureCache:
     ) -> FeatureCache:
         """Encode what is not there yet and store it; `progress(done, total)` is called after each batch."""
         wanted = [p for p in dict.fromkeys(paths) if p not in self.features]
-        for p in wanted:
-            if (hit := self._stored.get(self._key(p))) is not None:
-                self.features[p] = hit
+        if self.store is not None:
+            self.features |= self.store.lookup(wanted)
         missing = [p for p in wanted if p not in self.features]
         device = next(self.encoder.parameters()).device
         for start in range(0, len(missing), batch_size):
@@ -74,21 +43,11 @@ class FeatureCache:
             pixels = torch.stack([self.load(p, self.image_size) for p in chunk])
             for p, feature in zip(chunk, self.encoder(pixels.to(device)).cpu(), strict=True):
                 self.features[p] = feature.clone()
+                if self.store is not None:
+                    self.store.put(p, feature)
             if progress:
                 progress(start + len(chunk), len(missing))
-        if missing and self.path is not None:
-            self._write()
         return self
-
-    def _write(self) -> None:
-        assert self.path is not None
-        entries = {self._key(p): f for p, f in self.features.items()}
-        try:
-            with renamed(self.path) as temporary:
-                save_file({**self._stored, **entries}, temporary)
-        except (OSError, SafetensorError) as error:  # a cache that cannot be written costs time, not the run
-            print(f"feature cache {self.path}: not written ({error}); features stay in memory for this run")
-        self._stored.update(entries)
 
     def gather(self, paths: Sequence[str]) -> Tensor:
         """Return the features of images in order, (I, N, Dv).

@@ -28,6 +28,8 @@ from fastmllm.models.weights.folder import read_config, read_state, write_folder
 if TYPE_CHECKING:
     from fastmllm.models.composition import MLLMConfig
 
+BLANK = 32  # pixels on a side of the picture that ranks without one look at
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blueprint:
@@ -246,6 +248,8 @@ class MLLM(nn.Module):
         # not by its call: ZeRO-3 gathers in the backward pass for modules whose output is a tensor, not a Visual
         visual = None if inputs.images is None else self.images.forward(**inputs.images)
         deepstack = media = None
+        if visual is None and self.training and self.packing is not None:
+            x = x + 0.0 * self._nothing(self.packing)
         if self.looks_across:
             media = self._media(visual, inputs)
         if visual is not None and (media is None or visual.across is not None):
@@ -259,6 +263,16 @@ class MLLM(nn.Module):
         if media is not None and reduction is not None:
             media = media.at(reduction.rows)
         return hidden, media, reduction
+
+    def _nothing(self, packing: Packing) -> Tensor:
+        """Run the image path on a black picture: every rank gathers and reduces sharded parameters, image or not."""
+        plan = packing.policy.plan(BLANK, BLANK)
+        seen = self.images.take([packing.policy.apply(torch.zeros(BLANK, BLANK, 3, dtype=torch.uint8), plan)], [plan])
+        visual = self.images.forward(
+            **{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in seen.arguments.items()}
+        )
+        across = () if visual.across is None else (visual.across,)
+        return torch.stack([part.sum() for part in (visual.tokens, *visual.planes, *across)]).sum()
 
     def _reduction(self, inputs: Inputs) -> Reduction | None:
         """Return what `stages` do to this batch inside of the language model."""

@@ -28,9 +28,11 @@ from fastmllm.modules.projector import Projector
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from fastmllm.models.feature_store import FeatureStore
     from fastmllm.models.features import FeatureCache
 
 
+ENCODED_TOGETHER = 64  # images
 IMAGE_TOKEN_ID = 0  # stands where visual tokens go; its own embedding is replaced
 
 
@@ -47,6 +49,7 @@ class Batch(Protocol):
     num_targets: int
     image_paths: list[str]
     shown: Tensor | None  # (P,) image of each place; None: P = I
+    features: dict[int, Tensor] | None  # image -> (N, Dv), of those that `pixels` leaves out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +126,7 @@ class VLM(nn.Module):
         self.connector, self.language = connector, language
         self.config, self.tokenizer = config, tokenizer
         self.feature_cache: FeatureCache | None = None
+        self.feature_store: FeatureStore | None = None  # of a stage that learns from shards
         self.compressors = nn.ModuleList()  # of the placement, so that those with weights learn and are saved
         self._placement = Placement()
 
@@ -161,9 +165,21 @@ class VLM(nn.Module):
         return pixels_on_a_side // self.vision.stride
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Encode uint8 (I, H, W, 3) into the full grid (I, N, Dv); without graph unless the encoder is trained."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns):
-            return self.vision(pixels.to(self.device))
+        """Encode uint8 (I, H, W, 3) into the full grid (I, N, Dv).
+
+        Unless the encoder is trained it runs without graph, and on `ENCODED_TOGETHER` images at a time where its
+        weights are whole.
+        """
+        if self.vision_learns or self._sharded or len(pixels) <= ENCODED_TOGETHER:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns):
+                return self.vision(pixels.to(self.device))
+        with torch.no_grad():
+            return torch.cat([self.vision(part.to(self.device)) for part in pixels.split(ENCODED_TOGETHER)])
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether the encoder's weights are spread over ranks (ZeRO-3), which then must call it equally often."""
+        return any(hasattr(param, "ds_id") for param in self.vision.parameters())
 
     def embed_batch(self, batch: Batch) -> Tensor:
         """Embed a packed batch (T,) and put the visual tokens at their placeholders: (T, D)."""
@@ -280,6 +296,8 @@ class VLM(nn.Module):
         return self.connector(tokens.x.to(self.language.head_weight.dtype))
 
     def _features(self, batch: Batch) -> Tensor:
+        if self.feature_store is not None or batch.features:
+            return self._stored_features(batch, self.feature_store, dict(batch.features or {}))
         if batch.pixels is not None:
             return self.encode_images(batch.pixels)
         if self.feature_cache is None:
@@ -288,9 +306,21 @@ class VLM(nn.Module):
             )
         return self.feature_cache.gather(batch.image_paths).to(self.device)
 
+    def _stored_features(self, batch: Batch, store: FeatureStore | None, found: dict[int, Tensor]) -> Tensor:
+        """Return what was found and encode the rest, which is kept."""
+        missing = [number for number in range(len(batch.image_paths)) if number not in found]
+        if batch.pixels is not None:
+            for number, features in zip(missing, self.encode_images(batch.pixels), strict=True):
+                found[number] = features
+                if store is not None:
+                    store.put(batch.image_paths[number], features)
+        elif self._sharded:
+            self.encode_images(torch.zeros(1, *[self.config.image_size] * 2, 3, dtype=torch.uint8))  # as other ranks
+        return torch.stack([found[number].to(self.device) for number in range(len(found))])
+
 
 def _images(batch: Batch) -> int:
-    return len(batch.image_paths) if batch.pixels is None else batch.pixels.shape[0]
+    return len(batch.image_paths) if batch.pixels is None or batch.features else batch.pixels.shape[0]
 
 
 def _places(batch: Batch) -> int:

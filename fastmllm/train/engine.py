@@ -42,6 +42,7 @@ class EngineConfig:
         heartbeat_s: seconds after which a rank whose process does not answer ends the job (`watchdog`), however long a
             step takes; 0 = only `timeout_s` counts.
         workers: processes of each rank that read the shards of a stage with sources; 0 = none.
+        feature_cache_gib: disk for a frozen encoder's features of the shards' images, in the asset cache; 0 = none.
         meters: where the figures of a step go, and what MFU is a share of.
     """
 
@@ -53,6 +54,7 @@ class EngineConfig:
     timeout_s: float = 600.0
     heartbeat_s: float = 15.0
     workers: int = 0
+    feature_cache_gib: float = 0.0
     meters: MeterConfig = field(default_factory=MeterConfig)
 
     def __post_init__(self) -> None:
@@ -73,8 +75,10 @@ class EngineConfig:
             raise ValueError("engine: accumulation, bucket_elements and timeout_s must be positive")
         if self.heartbeat_s < 0:
             raise ValueError(f"engine: heartbeat_s is {self.heartbeat_s}; give seconds, or 0 for no heartbeat")
-        if self.workers < 0:
-            raise ValueError(f"engine: workers is {self.workers}; give 0 or more processes")
+        if self.workers < 0 or self.feature_cache_gib < 0:
+            raise ValueError(
+                f"engine: workers is {self.workers}, feature_cache_gib {self.feature_cache_gib}; neither is below 0"
+            )
 
     def to_dict(self, *, clip: float, num_trainable: int) -> dict[str, Any]:
         """Return DeepSpeed's configuration.

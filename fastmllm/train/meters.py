@@ -62,6 +62,7 @@ class StepRecord:
         visual_tokens: of the positions, those of images; with those beside the text that layers look across to.
         samples: sequences: of pairs each answer, of sampled answers each.
         padding: share of the positions from which nothing can be learned: padding, and micro-batches without a target.
+        unfilled: share of the positions of `max_tokens` that no sample fitted into; None without such a budget.
         pixel_waste: share of the encoder's pixels that show nothing more of a picture; None where nobody planned them.
         wait_ms: the longest that a rank stood waiting for its batches.
         vision_ms, vision_max_ms: of the vision module's forward passes, mean of the ranks and the slowest.
@@ -84,6 +85,7 @@ class StepRecord:
     visual_tokens: int | None = None
     samples: int | None = None
     padding: float | None = None
+    unfilled: float | None = None
     pixel_waste: float | None = None
     wait_ms: float | None = None
     vision_ms: float | None = None
@@ -214,6 +216,7 @@ def report_table(records: Sequence[StepRecord], title: str) -> Table:
         ("TFLOP a step", lambda r: r.model_tflop, ".4g"),
         ("computed again", lambda r: _beyond(r.hardware_tflop, r.model_tflop), ".1%"),
         ("padding", lambda r: r.padding, ".1%"),
+        ("budget without samples", lambda r: r.unfilled, ".1%"),
         ("pixels without detail", lambda r: r.pixel_waste, ".1%"),
         ("waiting for batches", lambda r: None if r.wait_ms is None else r.wait_ms / r.step_ms, ".1%"),
         ("vision forward, ms", lambda r: r.vision_ms, ",.1f"),

@@ -44,6 +44,8 @@ class StageConfig:
         mixture: task -> weight of the questions drawn; empty = by their number.
         visual_tokens: token counts an image may take, one drawn a micro-batch; empty = the model's own.
         sources: shards to learn from instead of a mixture of the data's questions.
+        max_tokens: positions of a micro-batch, filled with as many samples as fit; 0 = `batch_size` samples.
+        max_images: images of a micro-batch that is filled so; 0 = any number.
         balance_steps: steps whose samples are arranged so that ranks get equal vision work; 0 = as drawn.
         kind: what is learned from: "instruct", answers; "prefer", pairs of a right and a wrong one; "grpo", the model's
             own answers and whether they are right.
@@ -69,6 +71,8 @@ class StageConfig:
     mixture: Mapping[str, float] = field(default_factory=dict)
     visual_tokens: tuple[int, ...] = field(default=())
     sources: tuple[SourceConfig, ...] = field(default=())
+    max_tokens: int = 0
+    max_images: int = 0
     balance_steps: int = 0
     kind: str = "instruct"
     prefer: PreferConfig = field(default_factory=PreferConfig)
@@ -94,6 +98,16 @@ class StageConfig:
         self.engine(EngineConfig())  # refuses what no engine has
         if self.balance_steps < 0 or (self.balance_steps and not self.sources):
             raise ValueError(f"{where}: balance_steps ({self.balance_steps}) is for sources and must not be negative")
+        if min(self.max_tokens, self.max_images) < 0 or (self.max_images and not self.max_tokens):
+            raise ValueError(
+                f"{where}: max_tokens ({self.max_tokens}) and max_images ({self.max_images}) must not be negative, and "
+                "max_images goes with max_tokens"
+            )
+        if self.max_tokens and (self.batch_size != 1 or self.balance_steps or self.kind != "instruct"):
+            raise ValueError(
+                f"{where}: max_tokens fills micro-batches of kind instruct to a budget: leave batch_size and "
+                "balance_steps out, or max_tokens"
+            )
         if self.mixture and self.sources:
             raise ValueError(f"{where}: sources, which have weights, take the place of a mixture; leave one out")
         if self.sources and self.kind != "instruct":

@@ -64,7 +64,7 @@ class StepMeter:
             peak_memory(engine.device),
         )
         self._waited = 0.0
-        tokens, visual, samples, padding, pixels, shown, model, hardware, vision, vision_us, wait_us, memory = (
+        tokens, visual, samples, padding, pixels, shown, budget, model, hardware, vision, vision_us, wait_us, memory = (
             list(column) for column in zip(*ranks, strict=True)
         )
         peak = self._config.peak_tflops or own_peak(engine.device, self._dtype)
@@ -76,6 +76,7 @@ class StepMeter:
             "visual_tokens": sum(visual),
             "samples": sum(samples),
             "padding": sum(padding) / max(1, sum(tokens)),
+            "unfilled": 1 - sum(tokens) / sum(budget) if sum(budget) else None,
             "pixel_waste": 1 - sum(shown) / sum(pixels) if sum(pixels) else None,
             "wait_ms": max(wait_us) / 1000,
             "vision_ms": sum(vision_us) / len(ranks) / 1000 if any(vision_us) else None,
@@ -89,8 +90,8 @@ class StepMeter:
         }
 
 
-def batch_contents(batch: Any) -> tuple[int, int, int, int, int, int]:
-    """Return tokens, visual tokens, samples, wasted tokens, encoder pixels and those that show something, of a batch.
+def batch_contents(batch: Any) -> tuple[int, int, int, int, int, int, int]:
+    """Return tokens, visual tokens, samples, wasted tokens, encoder pixels and what of them shows something, budget.
 
     Args:
         batch: packed, or pairs and answers with a packed `batch` inside; host numbers and tensors on the CPU.
@@ -100,7 +101,7 @@ def batch_contents(batch: Any) -> tuple[int, int, int, int, int, int]:
     visual = getattr(inner, "num_visual_tokens", 0)
     wasted = tokens if batch.num_targets == 0 else getattr(inner, "num_padding", 0)
     pixels, shown = getattr(inner, "encoder_pixels", (0, 0))
-    return tokens, visual, len(batch.ids), wasted, pixels, shown
+    return tokens, visual, len(batch.ids), wasted, pixels, shown, getattr(inner, "budget", 0)
 
 
 def peak_memory(device: torch.device) -> int:

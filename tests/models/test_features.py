@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from PIL import Image
 from tiny_vlm import colour_photos
 from torch import nn
 
 from fastmllm.data.images import load_image
-from fastmllm.models.features import FeatureCache, encoder_fingerprint
+from fastmllm.models.feature_store import encoder_fingerprint
+from fastmllm.models.features import FeatureCache
 
 
 class Counting(nn.Module):
@@ -48,30 +48,31 @@ def test_a_changed_key_never_hits(paths, tmp_path):
     size = Counting()
     FeatureCache(size, 16, load_image, tmp_path).add(paths)
     assert size.images == 3  # other resolution
-    os.utime(paths[0], ns=(1, 1))
-    touched = Counting()
-    FeatureCache(touched, 8, load_image, tmp_path).add(paths)
-    assert touched.images == 1  # another file under the same name
+    Image.new("RGB", (9, 9)).save(paths[0])
+    changed = Counting()
+    FeatureCache(changed, 8, load_image, tmp_path).add(paths)
+    assert changed.images == 1  # another image under the same name
     assert encoder_fingerprint(Counting()) != encoder_fingerprint(Counting(2.0))
 
 
 def test_a_damaged_file_is_rebuilt(paths, tmp_path):
     cache = FeatureCache(Counting(), 8, load_image, tmp_path).add(paths)
-    cache.path.write_bytes(b"not safetensors")
+    next(cache.store.folder.rglob("*.features")).write_bytes(b"not safetensors")
     encoder = Counting()
-    FeatureCache(encoder, 8, load_image, tmp_path).add(paths)
-    assert encoder.images == 3
+    again = FeatureCache(encoder, 8, load_image, tmp_path).add(paths)
+    assert (encoder.images, again.store.damaged) == (1, 1)
+    assert torch.equal(again.gather(paths), cache.gather(paths))
 
 
 def test_a_full_disk_costs_time_not_the_run(paths, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastmllm.models.features.save_file", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     cache = FeatureCache(Counting(), 8, load_image, tmp_path).add(paths)
-    assert "not written" in capsys.readouterr().out
+    assert capsys.readouterr().err.count("not written") == 1
     assert cache.gather(paths).shape == (3, 1, 3)
-    assert not list(tmp_path.glob("features-*"))
+    assert not list(tmp_path.rglob("*.features*"))
 
 
 def test_an_unknown_image_is_named(paths):

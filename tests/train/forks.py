@@ -59,9 +59,9 @@ def wait(processes: Sequence[int], limit_s: float = 60.0) -> list[tuple[int, flo
     return [ended[process] for process in processes]
 
 
-def run(ranks: int, work: Callable[[int], None], said: Path) -> None:
-    """Run ranks to their end, which must be a good one."""
-    codes = [code for code, _ in wait(start(ranks, work, said))]
+def run(ranks: int, work: Callable[[int], None], said: Path, limit_s: float = 60.0) -> None:
+    """Run ranks to their end, which must be a good one and within the limit."""
+    codes = [code for code, _ in wait(start(ranks, work, said), limit_s)]
     if any(codes):
         texts = [Path(f"{said}.{rank}").read_text()[-3000:] for rank in range(ranks)]
         raise AssertionError(f"{said.name} ended with {codes}\n" + "\n".join(texts))

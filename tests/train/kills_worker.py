@@ -8,6 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import forks
 from alignment_toy import grpo, prefer, questions
 from rich.console import Console
-from test_streamed import NOTHING, recipe_of
+from shard_recipe import NOTHING, recipe_of
 from tiny_vlm import tiny_vlm
 from train_toy import joined, sample, toy, trainer
 
@@ -43,8 +44,14 @@ def plain(out: Path) -> None:
 
 def shards(out: Path) -> None:
     """Shards by worker processes, arranged over two steps; weights, torn and missing images."""
-    recipe = recipe_of(OUT / "shards", workers=1, window=2)
-    train_stage(tiny_vlm(), NOTHING, recipe.stages[0], recipe.engine, out, save_every=1, console=QUIET)
+    train_stage(tiny_vlm(), NOTHING, RECIPE.stages[0], RECIPE.engine, out, save_every=1, console=QUIET)
+
+
+def packed(out: Path) -> None:
+    """Shards, micro-batches filled to a budget, the images' features kept."""
+    stage = replace(RECIPE.stages[0], batch_size=1, balance_steps=0, max_tokens=170, max_images=3)
+    engine = replace(RECIPE.engine, feature_cache_gib=1.0)
+    train_stage(tiny_vlm(), NOTHING, stage, engine, out, save_every=1, console=QUIET)
 
 
 def mixture(out: Path) -> None:
@@ -90,7 +97,7 @@ def killed_after(step: int, stage: Callable[[Path], None], out: Path, ranks: int
 
 
 STAGES = (
-    *((plain, 1), (plain, 2), (shards, 1), (shards, 2), (mixture, 2)),
+    *((plain, 1), (plain, 2), (shards, 1), (shards, 2), (packed, 2), (mixture, 2)),
     *((preferred, 2), (sampled, 2)),
 )
 for stage, ranks in STAGES:

@@ -16,7 +16,7 @@ from tiny_vlm import colour_photos
 
 HERE = Path(__file__).parent
 PATHS = os.pathsep.join(map(str, (HERE.parents[1], HERE, HERE.parent, HERE.parent / "support")))
-STAGES = ("plain-1", "plain-2", "shards-1", "shards-2", "mixture-2", "preferred-2", "sampled-2")
+STAGES = ("plain-1", "plain-2", "shards-1", "shards-2", "packed-2", "mixture-2", "preferred-2", "sampled-2")
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +50,12 @@ def test_killed_or_not_it_learns_the_same(kills: Path, stage: str) -> None:
     expected = load_file(the("trainable.safetensors", straight))
     for name, value in load_file(the("trainable.safetensors", cut)).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_budget_is_filled_by_what_is_said(kills: Path) -> None:
+    lines = [json.loads(line) for line in the("log.jsonl", kills / "packed-2" / "cut").read_text().splitlines()]
+    assert [1 - line["tokens"] / (2 * 170) for line in lines] == pytest.approx([line["unfilled"] for line in lines])
+    assert {line["samples"] for line in lines} - {2}
+    assert sorted(path.name for path in (kills / "packed-2").rglob("packing-*")) == sorted(
+        2 * [f"packing-{r}.jsonl" for r in range(2)]
+    )

@@ -34,14 +34,14 @@ def packed(targets: int = 2) -> Batch:
 
 def test_what_is_in_a_batch_of_every_kind() -> None:
     batch, none = packed(), torch.zeros(0, dtype=torch.int64)
-    assert batch_contents(batch) == (9, 4, 2, 0, 0, 0)
+    assert batch_contents(batch) == (9, 4, 2, 0, 0, 0, 0)
     pairs = PairBatch(batch, torch.tensor([0]), torch.tensor([1]), none, none, torch.zeros(2))
-    assert batch_contents(pairs) == (9, 4, 2, 0, 0, 0)
-    assert batch_contents(Answers(batch=batch, advantages=torch.zeros(2))) == (9, 4, 2, 0, 0, 0)
+    assert batch_contents(pairs) == (9, 4, 2, 0, 0, 0, 0)
+    assert batch_contents(Answers(batch=batch, advantages=torch.zeros(2))) == (9, 4, 2, 0, 0, 0, 0)
 
 
 def test_a_batch_without_a_target_is_padding() -> None:
-    assert batch_contents(packed(targets=0)) == (9, 4, 2, 9, 0, 0)
+    assert batch_contents(packed(targets=0)) == (9, 4, 2, 9, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ class TwoRanks(SimpleNamespace):
 
     def counts_of_ranks(self, *counts: int) -> list[list[int]]:
         other = list(counts)
-        other[8] *= 3
-        other[9], other[10], other[11] = counts[9] + 4000 * (counts[9] > 0), counts[10] + 7000, counts[11] + 2**30
+        other[9] *= 3
+        other[10], other[11], other[12] = counts[10] + 4000 * (counts[10] > 0), counts[11] + 7000, counts[12] + 2**30
         return [list(counts), other]
 
 

@@ -79,7 +79,8 @@ class NativePath(ImagePath):
 
     def forward(self, patches: Tensor, grids: list[tuple[int, ...]]) -> Visual:
         """Encode patches (M, C * T * P * P) of all grids (t, h, w), or a flat uint8 buffer of single images."""
-        seen = self.vision(patches, grids) if patches.dim() == 2 else self.vision(self._images(patches, grids))
+        images = (patches, grids) if patches.dim() == 2 else (self._images(patches, grids),)
+        seen = self.vision.forward(*images)  # not by its call: its output is no tensor, as in MLLM._decode
         return Visual(tokens=seen.tokens, planes=seen.planes)
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
