@@ -199,7 +199,7 @@ def _plan_model(
         communication_s=near / (device.link * speed) + far / (device.network * speed), update_s=update,
         samples_per_s=(0.0, 0.0), smallest=_smallest(params, layout, step.activations, room(device, layout, assumed)),
     )  # fmt: skip
-    samples = stage.batch_size * engine.accumulation * layout.ranks
+    samples = samples_of(stage, assumed, _visual_tokens(model, stage)) * engine.accumulation * layout.ranks
     fast, slow = plan.seconds
     return replace(plan, samples_per_s=(samples / fast, samples / slow))
 
@@ -207,12 +207,26 @@ def _plan_model(
 def _load(model: VLM | MLLM, stage: StageConfig, assumed: Assumptions) -> Load:
     """Say what a micro-batch of a stage holds: pairs for "prefer", groups of answers for "grpo"."""
     answers = {"prefer": 2, "grpo": stage.grpo.group}.get(stage.kind, 1)
-    visual = max(stage.visual_tokens or (model.config.visual_tokens,)) if isinstance(model, VLM) else 0
+    visual = _visual_tokens(model, stage)
     size = stage.image_size or model.config.image_size if isinstance(model, VLM) else assumed.image_size
     return Load(
-        samples=stage.batch_size * answers, text_tokens=assumed.text_tokens, images=assumed.images,
+        samples=samples_of(stage, assumed, visual) * answers, text_tokens=assumed.text_tokens, images=assumed.images,
         image_size=size, visual_tokens=visual,
     )  # fmt: skip
+
+
+def _visual_tokens(model: VLM | MLLM, stage: StageConfig) -> int:
+    return max(stage.visual_tokens or (model.config.visual_tokens,)) if isinstance(model, VLM) else 0
+
+
+def samples_of(stage: StageConfig, assumed: Assumptions, visual_tokens: int) -> int:
+    """Return the samples of a micro-batch: a stage's number, or how many of the assumed size fit its budget."""
+    if not stage.max_tokens:
+        return stage.batch_size
+    fit = [stage.max_tokens // (assumed.text_tokens + assumed.images * visual_tokens)]
+    if stage.max_images and assumed.images:
+        fit.append(stage.max_images // assumed.images)
+    return max(1, min(fit))
 
 
 def room(device: Device, layout: Layout, assumed: Assumptions) -> float:

@@ -16,7 +16,8 @@ from fastmllm.plan_table import notes, show
 from fastmllm.recipe import Recipe
 from fastmllm.train.devices import DEVICES
 from fastmllm.train.engine import EngineConfig
-from fastmllm.training_plan import Assumptions, plan_training
+from fastmllm.train.stages import StageConfig
+from fastmllm.training_plan import Assumptions, plan_training, samples_of
 
 RECIPE = """
 name: two stages
@@ -151,3 +152,12 @@ def test_a_mistake_is_named(recipe: Recipe) -> None:
         plan_training(recipe, 12)
     with pytest.raises(ValueError, match="utilisation is 40"):
         Assumptions(utilisation=40)
+
+
+def test_a_budget_holds_as_many_assumed_samples_as_fit() -> None:
+    stage, assumed = StageConfig(name="s", steps=1, trainable={"a": 1.0}, batch_size=3), Assumptions(text_tokens=100)
+    assert samples_of(stage, assumed, 50) == 3
+    packed = replace(stage, batch_size=1, max_tokens=1000)
+    assert samples_of(packed, assumed, 50) == 1000 // (100 + 50 * assumed.images)
+    assert samples_of(replace(packed, max_images=2), replace(assumed, images=1), 50) == 2
+    assert samples_of(replace(packed, max_tokens=20), assumed, 50) == 1
