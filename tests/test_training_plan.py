@@ -79,7 +79,8 @@ def test_what_the_plan_says_is_printed(recipe: Recipe, tiny_model: str) -> None:
 def test_the_recipes_own_model_checkpointing_and_sizes_count(recipe: Recipe) -> None:
     first, second = plan_training(recipe, 8).stages
     assert first.step.activations == first.activations[0]
-    assert second.activations[1] <= second.step.activations < second.activations[0]
+    assert second.step.activations < second.activations[0]
+    assert second.step.activations == pytest.approx(second.activations[1], rel=0.1)  # the layers with most of them
     assert (first.step.tokens, first.step.visual_tokens) == (2 * (256 + 4), 2 * 4)
     assert (second.step.tokens, second.zero_stage) == (260, 3)
 
