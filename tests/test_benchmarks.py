@@ -67,3 +67,4 @@ def test_make_gpu_ends_in_time(tests, bench, code, said, tmp_path):
     assert run.returncode == code, run.stdout + run.stderr
     assert said in run.stdout
     assert run.stdout.index("build_ext") < run.stdout.index("tests/kernels")
+    assert "suite/train_step.py" in run.stdout or " s are over" in run.stdout or said  # last, while there is time
