@@ -140,7 +140,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     timed = {name: its[2:] for name, its in found.items()}
     row: dict[str, Any] = {
         "case": case.name, "what": case.what, "dtype": case.dtype, "ranks": case.ranks, "order": case.order,
-        "samples_a_step": case.samples, "steps": steps, "zero_stage": 2, "goal": GOAL, "commit": commit(),
+        "samples_a_step": case.samples, "steps": steps, "zero_stage": 2, "goal": GOAL,
         "tokens_a_step": median(s["tokens"] for s in timed["fastmllm"]),
         "scored": sum(s["targets"] for s in ours) / sum(s["tokens"] for s in ours),
         "padding": {
@@ -213,8 +213,9 @@ def main() -> None:
     if unknown := set(options.names) - set(CASES):
         sys.exit(f"train_step.py: {sorted(unknown)} are none of {sorted(CASES)}")
     console = Console(width=None if sys.stdout.isatty() else 150)
+    measured = commit()  # before results are written, which are no difference
     for case in (CASES[name] for name in options.names or CASES):
-        row = measure(case, options.steps)
+        row = measure(case, options.steps) | {"commit": measured}
         path = store(row)
         console.print(table(row))
     console.print(path.relative_to(ROOT))

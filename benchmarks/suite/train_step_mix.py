@@ -69,7 +69,7 @@ class Case:
     what: str
     vision: Mapping[str, Any]
     text: Mapping[str, Any]
-    batch_size: int = 4
+    batch_size: int = 8
     order: str = "grouped"
     ranks: int = 1
     accumulation: int = 1
@@ -197,10 +197,11 @@ _LARGE: dict[str, Any] = {
 _TINY = "CLIP of 12 x 384 at 168 px, frozen, before a Llama of 24 x 256, 32000 words, tied: the head is 30 % of it"
 _TINYLLAVA = "CLIP-L/14-336, frozen, before TinyLlama-1.1B: TinyLLaVA's sizes"
 ON_CPU = (
-    Case(name="grouped", what=f"{_TINY}; 4 samples a step", **_SMALL),
+    Case(name="grouped", what=f"{_TINY}; 8 samples a step", **_SMALL),
     Case(name="random", what="the same, samples in random order, the Trainer's default", order="random", **_SMALL),
-    Case(name="two_ranks", what="the first on 2 ranks of 4 samples each", ranks=2, **_SMALL),
-)
+    Case(name="two_ranks", what="the second on 2 ranks of 4 samples each", order="random", batch_size=4, ranks=2, **_SMALL,
+         providers=("fastmllm", "Trainer")),
+)  # fmt: skip
 ON_GPU = (
     Case(name="grouped", what=f"{_TINYLLAVA}; 16 samples a step", batch_size=16, **_LARGE),
     Case(name="random", what="the same, samples in random order, the Trainer's default", batch_size=16, order="random",
