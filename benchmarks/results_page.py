@@ -204,13 +204,13 @@ def train_step() -> str:
         "## Training step",
         "",
         "`python benchmarks/suite/train_step.py` → `train_step.json`: this trainer and transformers' `Trainer` with "
-        f"DeepSpeed, both at ZeRO stage {rows[0]['zero_stage']}, the same weights, samples, optimizer and tokens in each "
-        "step, a step in turns; a process with one thread for each rank. The mix has LLaVA-1.5's kinds of samples in "
-        f"their shares, and some of several images; {100 * rows[0]['scored']:.0f} % of the positions are scored. Ratio: "
-        "seconds of the Trainer / ours, CPU time, the median of pairs; wall: the same of wall time. Peak: of a process, "
-        "libraries included. Loss: largest difference to ours over all steps.",
+        f"DeepSpeed, both at ZeRO stage {rows[0]['zero_stage']}, the same weights, optimizer and samples in each step, "
+        "a step in turns; a process with one thread for each rank. The mix has LLaVA-1.5's kinds of samples in their "
+        f"shares, and some of several images; {100 * rows[0]['scored']:.0f} % of the positions are scored. Ratio: CPU "
+        "seconds of the Trainer / ours, the median of pairs; wall: the same of wall time. Needed: operations that the "
+        "step needs, a second. Peak: of a process, libraries included. Loss: largest difference to ours of all steps.",
         "",
-        "| case | ranks | trainer | samples/s | ratio | wall | goal | padding | GFLOP/s needed | peak MiB | loss |",
+        "| case | ranks | trainer | samples/s | ratio | wall | goal | padding | needed GFLOP/s | peak MiB | loss |",
         "|---" * 11 + "|",
     ]
     for r in rows:

@@ -174,8 +174,12 @@ def ratio(theirs: Sequence[Step], ours: Sequence[Step], clock: str) -> float:
 def commit() -> str:
     """Return what is measured; "+" where files differ from it."""
     described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=9"], cwd=ROOT, capture_output=True, text=True, check=False
-    )  # fmt: skip
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=9"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return described.stdout.strip()
 
 
@@ -197,8 +201,9 @@ def table(row: Mapping[str, Any]) -> Table:
         out.add_column(name, justify="left" if name == "provider" else "right")
     for name, seconds in row["seconds"].items():
         out.add_row(
-            name, f"{row['samples_per_s'][name]:.2f}", f"{median(seconds[CLOCK]):.2f}", f"{median(seconds['wall']):.2f}",
-            f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "", f"{row['peak_mib'][name]:.0f}",
+            name, f"{row['samples_per_s'][name]:.2f}", f"{median(seconds[CLOCK]):.2f}",
+            f"{median(seconds['wall']):.2f}", f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "",
+            f"{row['peak_mib'][name]:.0f}",
             f"{row['padding'][name]:.1%}", f"{1000 * row['model_tflops'][name]:.0f}",
             f"{row['mfu'][name]:.1%}" if "mfu" in row else "", f"{row['losses'][name][-1]:.5f}",
         )  # fmt: skip

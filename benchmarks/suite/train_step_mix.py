@@ -34,8 +34,8 @@ class Kind:
     answered: tuple[int, int]
 
 
-# Shares: LLaVA-1.5's 665K (arXiv 2310.03744, table 7: 158K of LLaVA-Instruct, of which 58K are conversations; VQAv2, GQA,
-# OKVQA, OCRVQA and A-OKVQA; TextCaps; RefCOCO and VG; ShareGPT), and as many samples of several images as one in twelve,
+# Shares: LLaVA-1.5's 665K (arXiv 2310.03744, table 7: 158K of LLaVA-Instruct, of which 58K are conversations; VQAv2,
+# GQA, OKVQA, OCRVQA and A-OKVQA; TextCaps; RefCOCO and VG; ShareGPT), and one sample in twelve with several images,
 # which it has not. Turns and tokens follow these sets' formats (short answers, several a picture); they are ours.
 MIX: Mapping[str, Kind] = {
     "conversation": Kind(58, (1, 1), (2, 4), (10, 24), (15, 60)),
@@ -197,14 +197,15 @@ _LARGE: dict[str, Any] = {
 _TINY = "CLIP of 12 x 384 at 168 px, frozen, before a Llama of 24 x 256, 32000 words, tied: the head is 30 % of it"
 _TINYLLAVA = "CLIP-L/14-336, frozen, before TinyLlama-1.1B: TinyLLaVA's sizes"
 ON_CPU = (
-    Case(name="grouped", what=f"{_TINY}; 8 samples a step", **_SMALL),
-    Case(name="random", what="the same, samples in random order, the Trainer's default", order="random", **_SMALL),
-    Case(name="two_ranks", what="the second on 2 ranks of 4 samples each", order="random", batch_size=4, ranks=2, **_SMALL,
-         providers=("fastmllm", "Trainer")),
+    Case(name="random", what=f"{_TINY}; 8 samples a step in random order, the Trainer's default", order="random",
+         **_SMALL),
+    Case(name="grouped", what="the same, grouped by length (group_by_length)", **_SMALL),
+    Case(name="two_ranks", what="the first on 2 ranks of 4 samples each", order="random", batch_size=4, ranks=2,
+         providers=("fastmllm", "Trainer"), **_SMALL),
 )  # fmt: skip
 ON_GPU = (
-    Case(name="grouped", what=f"{_TINYLLAVA}; 16 samples a step", batch_size=16, **_LARGE),
-    Case(name="random", what="the same, samples in random order, the Trainer's default", batch_size=16, order="random",
-         **_LARGE),
+    Case(name="random", what=f"{_TINYLLAVA}; 16 samples a step in random order, the Trainer's default", batch_size=16,
+         order="random", **_LARGE),
+    Case(name="grouped", what="the same, grouped by length (group_by_length)", batch_size=16, **_LARGE),
 )  # fmt: skip
 CASES = {case.name: case for case in (ON_GPU if torch.cuda.is_available() else ON_CPU)}

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from train_step_mix import IGNORE, IMAGE, PAD, PATCH, Case, Sample, Samples, build
+from transformers.utils import is_flash_attn_2_available
 
 from fastmllm.data.resolution import Fixed
 from fastmllm.hf import patch
@@ -83,14 +84,14 @@ def run(provider: str, case: Case, data: Samples, pipe: Connection, environment:
     if DEVICE == "cpu":
         torch.set_num_threads(1)
     init_ranks()
-    turns, model = Turns(pipe), build(case)
+    turns, model, kept = Turns(pipe), build(case), [data[number] for number in range(len(data))]
     if provider == "fastmllm":
-        ours(model, case, data, turns)
+        ours(model, case, kept, turns)
     else:
-        theirs(provider, model, case, data, turns)
+        theirs(provider, model, case, kept, turns)
 
 
-def ours(theirs_model: nn.Module, case: Case, data: Samples, turns: Turns) -> None:
+def ours(theirs_model: nn.Module, case: Case, data: Sequence[Sample], turns: Turns) -> None:
     """Train as a user of fastmllm does: the checkpoint of transformers, packed samples, roles."""
     with tempfile.TemporaryDirectory() as folder:
         theirs_model.save_pretrained(folder)
@@ -156,9 +157,11 @@ class Collator:
         return batch
 
 
-def theirs(provider: str, model: Any, case: Case, data: Samples, turns: Turns) -> None:
+def theirs(provider: str, model: Any, case: Case, data: Sequence[Sample], turns: Turns) -> None:
     """Train as transformers' examples do: its Trainer with DeepSpeed, padded batches, the tower frozen."""
     model.model.vision_tower.requires_grad_(False)
+    if DEVICE == "cuda" and is_flash_attn_2_available():
+        model.set_attn_implementation("flash_attention_2")
     if provider == "Trainer + patch":
         patch(model)
     elif provider == "Trainer + Liger":
@@ -177,6 +180,7 @@ def theirs(provider: str, model: Any, case: Case, data: Samples, turns: Turns) -
             max_steps=len(data) // case.samples, learning_rate=RATE, lr_scheduler_type="constant",
             max_grad_norm=CLIP, weight_decay=0.0, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS,
             train_sampling_strategy="sequential",  # the data are in the sampler's order
+            dataloader_num_workers=4 if DEVICE == "cuda" else 0,  # a CPU is busy with the step itself
             remove_unused_columns=False, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
         losses: list[Tensor] = []
