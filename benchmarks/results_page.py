@@ -215,12 +215,13 @@ def train_step() -> str:
     ]
     for r in rows:
         for name, rate in r["samples_per_s"].items():
+            what = f"{r['case']}: {r['what']}" if name == "fastmllm" else ""
             compared = " |  |  |" if name not in r["ratio"] else (
                 f" {r['ratio'][name]:.2f} | {r['wall_ratio'][name]:.2f} | {r['goal']:.1f} |"
             )  # fmt: skip
             apart = f"{r['loss_difference'][name]:.0e}" if name in r["loss_difference"] else ""
             lines.append(
-                f"| {r['case']}: {r['what']} | {r['ranks']} | {name} | {rate:.2f} |{compared} "
+                f"| {what} | {r['ranks']} | {name} | {rate:.2f} |{compared} "
                 f"{100 * r['padding'][name]:.0f} % | {1000 * r['model_tflops'][name]:.0f} | "
                 f"{r['peak_mib'][name]:.0f} | {apart} |"
             )
