@@ -100,7 +100,7 @@ def test_the_smallest_stage_that_fits(recipe: Recipe, tiny_model: str, monkeypat
 
     h100 = DEVICES["h100"]
     stage = plan_training(recipe, 8, model=tiny_model).stages[1]
-    assert smallest(stage.total)[0] in (1, 2, 3)
+    assert smallest(1.05 * stage.total)[0] in (1, 2, 3)  # activations vary with what Python has let go of
     none, text = smallest(0.5 * stage.step.activations)
     assert none is None
     assert "nor does any other: try --recompute, engine.offload=cpu" in text

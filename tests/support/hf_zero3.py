@@ -23,6 +23,8 @@ os.environ.update(
 )
 import deepspeed  # noqa: E402  (reads the variables)
 
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else each rank compiles it at its start, or waits
+
 family = NAMED[name]
 model = family.build()
 report = patch(model, ops=OPS) if when == "before" else None
