@@ -233,7 +233,7 @@ def sides(splits: Splits) -> str:
 
 
 def _facts(session: Session, metrics: dict[str, Any]) -> dict[str, str]:
-    recipe, model = session.recipe, session.model
+    recipe, model, parts = session.recipe, session.model, _parts(session.recipe)
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     splits = session.splits
     facts = {
@@ -241,7 +241,7 @@ def _facts(session: Session, metrics: dict[str, Any]) -> dict[str, str]:
         "encoder": f"{_parts(recipe).vision}, {count['vision'] / 1e6:.1f} M parameters",
         "connector": f"two-layer MLP, {count['connector'] / 1e6:.2f} M parameters",
         "language model": f"{_parts(recipe).language}, {count['language'] / 1e6:.1f} M parameters",
-        "image": f"{_parts(recipe).image_size} px, {_parts(recipe).visual_tokens} visual tokens ({_parts(recipe).compress})",
+        "image": f"{parts.image_size} px, {parts.visual_tokens} visual tokens ({parts.compress})",
         "data": f"{len(splits.concepts)} things; {sum(map(len, splits.train.values()))} training questions, "
         f"{sum(map(len, splits.eval.values()))} held-out questions",
     }

@@ -30,8 +30,8 @@ from fastmllm.eval.intervals import Estimate
 from fastmllm.eval.runner import Report, Row, evaluate
 from fastmllm.infer.respond import Responder
 from fastmllm.models.mllm import MLLM
-from fastmllm.models.vlm import VLM, ModelConfig
 from fastmllm.models.talk import TalkConfig
+from fastmllm.models.vlm import VLM, ModelConfig
 from fastmllm.recipe import Recipe
 from fastmllm.run import cache_features, images_of, load_model, questions_of, screen_splits, train_stage
 from fastmllm.train.checkpoint import atomic_file, fingerprint

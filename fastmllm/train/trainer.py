@@ -431,7 +431,7 @@ class Trainer:
             **meter.fields(engine, micro, tick),
         )
 
-    def _preferred(self, engine: Engine, pairs: int) -> dict[str, float]:
+    def _preferred(self, engine: Engine, pairs: int) -> dict[str, Any]:
         """Return what a preference stage logs of a step's pairs."""
         if not isinstance(self.module, PreferenceObjective):
             return {}
