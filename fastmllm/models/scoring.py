@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmllm.models.language import LanguageModel
 from fastmllm.compression.reduction import IGNORED
+from fastmllm.models.language import LanguageModel
 
 
 class Scored(nn.Module):

@@ -1,4 +1,4 @@
-"""A recipe's composed model goes through all four kinds of stage: one process, two ranks at ZeRO-2 and 3, and export."""
+"""A composed model of a recipe goes through all kinds of stage: one process, two ranks at ZeRO-2 and 3, export."""
 
 from __future__ import annotations
 
