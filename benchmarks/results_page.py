@@ -208,8 +208,8 @@ def alignment() -> str:
         f"{shape['pairs']} pairs on a LLaVA (tower {shape['tower'][0]} layers of {shape['tower'][1]}, frozen; decoder "
         f"{shape['decoder'][0]} of {shape['decoder'][1]}; {shape['vocabulary']} words), fp32, in turns in one process; "
         "CPU seconds on one thread, medians. Ratio: the other's / ours, the median of pairs. All losses agree to "
-        f"{stored['largest difference']:.0e}. TRL ({stored['environment']['trl']}) computes its reference in each step: "
-        "it has no precomputed one for images.",
+        f"{stored['largest difference']:.0e}. TRL ({stored['environment']['trl']}) computes its reference in each "
+        "step: it has no precomputed one for images.",
         "",
         "| | s a step | ratio |",
         "|---" * 3 + "|",

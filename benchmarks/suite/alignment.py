@@ -5,8 +5,8 @@
 One composed model, saved once and loaded by transformers for TRL's `DPOTrainer`; random weights, frozen tower. The
 policy is a disturbed copy of the reference, so that the losses, which are compared before anything is timed, are not
 log 2. A step is loss, backward and AdamW on a batch that is ready; all providers take turns in one process, and the
-figure is the median of paired ratios to ours: above 1 ours is faster. On a CPU it is process CPU time on one thread. TRL refuses
-`precompute_ref_log_probs` where there are images, so its reference is a second model. Writes
+figure is the median of paired ratios to ours: above 1 ours is faster. On a CPU it is process CPU time on one
+thread. TRL refuses `precompute_ref_log_probs` where there are images, so its reference is a second model. Writes
 benchmarks/results/<device>/alignment.json.
 """
 

@@ -95,5 +95,5 @@ def test_what_is_not_finished_is_not_exported(folder: Path, tmp_path: Path) -> N
 
 
 def test_sizes_of_a_vlm_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="resolution policy says how large"):
+    with pytest.raises(ValueError, match="policy says how large"):
         session(folder, tmp_path, "stages.0.visual_tokens=[4]").train()
