@@ -19,6 +19,7 @@ from fastmllm.data.build import Splits
 from fastmllm.data.cache import cache_dir
 from fastmllm.data.images import load_image
 from fastmllm.data.mixture import MixtureSampler
+from fastmllm.data.packing import Batch
 from fastmllm.data.progress import progress_bar, waiting
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import screen
@@ -133,7 +134,7 @@ def batches_of(
             load_pixels=not cached,
             with_answers=True,
         )
-        return replace(made, budget=stage.max_tokens)
+        return replace(made, budget=stage.max_tokens) if isinstance(made, Batch) else made
 
     return batch
 
