@@ -22,6 +22,7 @@ from fastmllm.eval.parsing import parse_choice
 from fastmllm.infer.generate import generate
 from fastmllm.infer.respond import collate_for, template_of
 from fastmllm.infer.sampling import Sampling
+from fastmllm.models.mllm import MLLM
 from fastmllm.models.vlm import VLM
 from fastmllm.train.checkpoint import model_fingerprint
 from fastmllm.train.engine import EngineConfig, init_ranks, launched_world_size
@@ -46,26 +47,18 @@ class Preferences:
     skipped: Mapping[str, Sequence[str]]
 
 
-def _keep(model: VLM, stage: StageConfig) -> int:
-    return stage.visual_tokens[0] if stage.visual_tokens else model.config.visual_tokens
-
-
-def _size(model: VLM, stage: StageConfig) -> int:
-    return stage.image_size or model.config.image_size
-
-
-def packed(model: VLM, stage: StageConfig, samples: Sequence[Sample], with_answers: bool = True) -> Batch:
+def packed(model: VLM | MLLM, stage: StageConfig, samples: Sequence[Sample], with_answers: bool = True) -> Any:
     """Pack samples, with pixels only where features are not cached."""
     features = {} if model.feature_cache is None else model.feature_cache.features
     cached = all(sample.image is None or sample.image in features for sample in samples)
     return collate_for(
-        model, samples, keep=_keep(model, stage), image_size=_size(model, stage), load_pixels=not cached,
+        model, samples, keep=next(iter(stage.visual_tokens), None), image_size=stage.image_size, load_pixels=not cached,
         with_answers=with_answers,
     )  # fmt: skip
 
 
 def preferences(
-    model: VLM,
+    model: VLM | MLLM,
     samples: Mapping[str, Sequence[Sample]],
     weights: Mapping[str, float],
     stage: StageConfig,
@@ -121,7 +114,7 @@ def _chunks(pairs: Sequence[Pair], size: int) -> list[list[Sample]]:
 
 
 def reference_of(
-    model: VLM,
+    model: VLM | MLLM,
     stage: StageConfig,
     out_dir: Path,
     chunks: Sequence[Sequence[Sample]],
@@ -129,6 +122,8 @@ def reference_of(
     console: Console,
 ) -> ReferenceCache:
     """Look up or compute the log-probabilities of answers under a model as it is now, shared out over the ranks."""
+    assert model.config is not None
+    assert model.tokenizer is not None
     identity: dict[str, Any] = {
         "model": asdict(model.config),
         "keep": stage.visual_tokens[:1],
@@ -164,33 +159,33 @@ def correct(sample: Sample, text: str) -> float:
     return float(said is not None and normalise(said) in right)
 
 
-def rollouts_of(model: VLM, stage: StageConfig) -> Rollouts:
+def rollouts_of(model: VLM | MLLM, stage: StageConfig) -> Rollouts:
     """Return what samples answers with the model's own generation and judges them as evaluation does."""
-    config, end = stage.grpo, end_token(model.tokenizer, template_of(model))
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    config, end = stage.grpo, end_token(tokenizer, template_of(model))
 
-    def sample(prompts: Batch) -> list[list[int]]:
+    def sample(prompts: Any) -> list[list[int]]:
         sampling = Sampling(temperature=1.0, seed=stage.seed)
         answers = generate(model, prompts, max_new_tokens=config.max_new_tokens, stop=(end,), sampling=sampling)
         # one that did not end by itself must not learn to
         return [ids if len(ids) == config.max_new_tokens else [*ids, end] for ids in answers]
 
     def reward(asked: Sample, tokens: Sequence[int]) -> float:
-        return correct(asked, model.tokenizer.decode([token for token in tokens if token != end]))
+        return correct(asked, tokenizer.decode([token for token in tokens if token != end]))
 
-    def collate(samples: Sequence[Sample], tokens: list[list[int]], prompts: Batch) -> Batch:
-        return replace(
-            collate_for(
-                model, samples, keep=_keep(model, stage), image_size=_size(model, stage), load_pixels=False,
-                with_answers=True, answers=tokens,
-            ),
-            pixels=prompts.pixels,
+    def collate(samples: Sequence[Sample], tokens: list[list[int]], prompts: Any) -> Any:
+        answered = collate_for(
+            model, samples, keep=next(iter(stage.visual_tokens), None), image_size=stage.image_size, load_pixels=False,
+            with_answers=True, answers=tokens,
         )  # fmt: skip
+        return replace(answered, pixels=prompts.pixels) if isinstance(answered, Batch) else answered
 
     return Rollouts(model, config, sample, reward, collate)
 
 
 def prompts_of(
-    model: VLM, samples: Mapping[str, Sequence[Sample]], weights: Mapping[str, float], stage: StageConfig,
+    model: VLM | MLLM, samples: Mapping[str, Sequence[Sample]], weights: Mapping[str, float], stage: StageConfig,
     engine: EngineConfig,
 ) -> Callable[[int], Prompts]:  # fmt: skip
     """Return index -> prompts, a pure function; the steps on one set of answers have the same prompts."""

@@ -1,4 +1,4 @@
-"""The command line: fastmllm {demo, train, plan, eval, generate, bench, data, backends}."""
+"""The command line: fastmllm {demo, train, plan, eval, generate, bench, data, export, backends}."""
 
 from __future__ import annotations
 
@@ -148,6 +148,20 @@ def data(recipe: RecipePath, overrides: Overrides = ()) -> None:
     describe_data(_load(recipe, overrides), Console())
 
 
+def export(recipe: RecipePath, to: Path, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
+    """Write the model of a finished run as a folder, in transformers' layout where it is a family of transformers.
+
+    Args:
+        recipe: the YAML file of the run.
+        to: folder to write.
+        overrides: the changes that the run was made with.
+        out: folder of the run.
+    """
+    from fastmllm.session import Session
+
+    Session(_load(recipe, overrides), out).export(to)
+
+
 def show_backends() -> None:
     """Say which kernels and engines are there, or why not."""
     from fastmllm.backends import backends
@@ -170,6 +184,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "bench": bench,
     "data": data,
+    "export": export,
     "backends": show_backends,
 }
 

@@ -119,6 +119,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         options = [a for a in arguments if a is not type(None)]
+        if isinstance(value, Mapping) and all(dataclasses.is_dataclass(option) for option in options):
+            # the one that has most of the keys, so that what is wrong is said in its words
+            return _coerce(
+                max(options, key=lambda o: len({f.name for f in dataclasses.fields(o)} & set(value))), value, where
+            )
         for option in options[:-1]:
             try:
                 return _coerce(option, value, where)

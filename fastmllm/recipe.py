@@ -12,6 +12,7 @@ from fastmllm.bench.sweep import SweepConfig
 from fastmllm.config import build, load_yaml
 from fastmllm.data.build import DataConfig
 from fastmllm.eval.runner import EvalConfig
+from fastmllm.models.talk import TalkConfig
 from fastmllm.models.vlm import ModelConfig
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.stages import StageConfig
@@ -23,7 +24,7 @@ class Recipe:
 
     Args:
         name: of the run, for headings.
-        data, model, engine, eval, bench: see the rooms.
+        data, model, engine, eval, bench: see the rooms; a `model` with a folder or a composition is a `TalkConfig`.
         stages: trained one after the other, each from the weights of the one before.
         seed: of the connector's initial weights.
     """
@@ -31,7 +32,7 @@ class Recipe:
     name: str
     stages: tuple[StageConfig, ...]
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig | TalkConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     bench: SweepConfig = field(default_factory=SweepConfig)

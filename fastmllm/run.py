@@ -26,6 +26,8 @@ from fastmllm.data.text import screen
 from fastmllm.infer.respond import collate_for, template_of
 from fastmllm.models.feature_store import FeatureStore
 from fastmllm.models.features import FeatureCache
+from fastmllm.models.mllm import MLLM
+from fastmllm.models.talk import TalkConfig, load_mllm
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
 from fastmllm.packed import PackedMixture, packing_of, tokens_an_image
 from fastmllm.streamed import StreamedBatches
@@ -43,8 +45,11 @@ TASKS = (
 )
 
 
-def load_model(config: ModelConfig, seed: int = 0, console: Console | None = None) -> VLM:
+def load_model(config: ModelConfig | TalkConfig, seed: int = 0, console: Console | None = None) -> VLM | MLLM:
     """Build a recipe's model, keeping converted weights in the asset cache."""
+    if isinstance(config, TalkConfig):
+        with waiting(f"loading {config.folder or 'a composition'}", console):
+            return load_mllm(config, cache=cache_dir() / "weights", seed=seed)
     with waiting(f"loading {config.vision} and {config.language}", console):
         return build_vlm(config, cache=cache_dir() / "weights", seed=seed)
 
@@ -55,8 +60,9 @@ def images_of(splits: Splits) -> list[str]:
     return list(dict.fromkeys(s.image for s in samples if s.image is not None))
 
 
-def screen_splits(model: VLM, splits: Splits) -> Splits:
+def screen_splits(model: VLM | MLLM, splits: Splits) -> Splits:
     """Leave out, and count, what cannot be learned from or asked: no answer, no image, text outside the vocabulary."""
+    assert model.tokenizer is not None
     skipped: Counter[str] = Counter(splits.skipped)
     parts: list[dict[str, list[Sample]]] = []
     for part in (splits.train, splits.eval):
@@ -71,10 +77,13 @@ def screen_splits(model: VLM, splits: Splits) -> Splits:
 
 
 def cache_features(
-    model: VLM, images: Iterable[str], folder: Path | None = None, console: Console | None = None
+    model: VLM | MLLM, images: Iterable[str], folder: Path | None = None, console: Console | None = None
 ) -> None:
-    """Encode images once with the frozen encoder and keep the features; nothing to do when the encoder is trained."""
-    if model.config.train_vision:
+    """Encode images once with the frozen encoder and keep the features; nothing to do when the encoder is trained.
+
+    Features of an `MLLM` are not kept.
+    """
+    if isinstance(model, MLLM) or model.config.train_vision:
         return
     cache = FeatureCache(model.vision, model.config.image_size, load_image, folder)
     with progress_bar(console or Console(), "encoding images") as advance:
@@ -98,8 +107,8 @@ def available(stage: StageConfig, samples: Mapping[str, Sequence[Sample]]) -> di
 
 
 def batches_of(
-    model: VLM, samples: Mapping[str, Sequence[Sample]], stage: StageConfig, engine: EngineConfig, folder: Path
-) -> Callable[[int], Batch]:
+    model: VLM | MLLM, samples: Mapping[str, Sequence[Sample]], stage: StageConfig, engine: EngineConfig, folder: Path
+) -> Callable[[int], Any]:
     """Return index -> batch, a pure function, so that an interrupted run goes on with the very same batches.
 
     Args:
@@ -111,30 +120,31 @@ def batches_of(
     """
     weights = available(stage, samples)
     sampler = MixtureSampler(samples, weights or None, batch_size=stage.batch_size, seed=stage.seed)
-    counts = stage.visual_tokens or (model.config.visual_tokens,)
-    size, packing = stage.image_size or model.config.image_size, packing_of(model, stage)
+    packing = None if isinstance(model, MLLM) else packing_of(model, stage)
     samples_of = sampler.batch_samples if packing is None else PackedMixture(sampler, packing, engine, folder)
 
-    def batch(index: int) -> Batch:
+    def batch(index: int) -> Any:
         chosen, cache = samples_of(index), model.feature_cache
         cached = cache is not None and all(s.image is None or s.image in cache.features for s in chosen)
         made = collate_for(
             model,
             chosen,
-            keep=tokens_an_image(counts, stage.seed, index),
-            image_size=size,
+            keep=tokens_an_image(stage.visual_tokens, stage.seed, index) if stage.visual_tokens else None,
+            image_size=stage.image_size,
             load_pixels=not cached,
             with_answers=True,
         )
-        return replace(made, budget=stage.max_tokens)
+        return replace(made, budget=stage.max_tokens) if isinstance(made, Batch) else made
 
     return batch
 
 
-def drop_stale_features(model: VLM, stage: StageConfig) -> None:
+def drop_stale_features(model: VLM | MLLM, stage: StageConfig) -> None:
     """Forget cached features where the stage changes the encoder, or shows it other pixels; not only in this stage."""
-    cache = model.feature_cache
     apply_rules(model, stage.trainable)
+    if isinstance(model, MLLM):
+        return
+    cache = model.feature_cache
     if cache is not None and (model.vision_learns or stage.image_size not in (None, cache.image_size)):
         model.feature_cache = None
 
@@ -155,7 +165,7 @@ def feature_store_of(model: VLM, stage: StageConfig, engine: EngineConfig) -> Fe
 
 
 def train_stage(
-    model: VLM,
+    model: VLM | MLLM,
     splits: Splits,
     stage: StageConfig,
     engine: EngineConfig,
@@ -179,13 +189,21 @@ def train_stage(
         on_mismatch: what to do when out_dir holds another recipe's run: "error" or "fresh".
         console: where progress goes.
     """
+    if model.config is None:
+        raise ValueError("train_stage: this MLLM has no words: make it with fastmllm.models.talk.load_mllm")
+    if isinstance(model, MLLM) and (stage.visual_tokens or stage.image_size or stage.max_tokens):
+        raise ValueError(
+            f"stage {stage.name!r}: visual_tokens, image_size and max_tokens are for a VLM; the model's resolution "
+            "policy says how large images are: leave them out, or change model.composition.resolution_sizes"
+        )
     engine = stage.engine(engine_for(model.config, engine))
     drop_stale_features(model, stage)
     recipe: dict[str, Any] = {"model": asdict(model.config), "version": fastmllm.__version__}
     batches: Callable[[int], BatchLike]
     objective: Callable[[nn.Module], nn.Module] | None = None
     rollouts = None
-    model.feature_store = feature_store_of(model, stage, engine)
+    if isinstance(model, VLM):
+        model.feature_store = feature_store_of(model, stage, engine)
     if stage.sources:
         streamed = StreamedBatches(model, stage, engine, Path(out_dir) / stage.name, console)
         batches, recipe["stream"] = streamed, streamed.loader.stream.identity()
@@ -215,6 +233,8 @@ def train_stage(
         keep=keep,
         console=console,
     )
+    if isinstance(model, MLLM):
+        return trainer.run()
     kept = model.feature_cache
     if stage.sources:
         model.feature_cache = None  # of other images: here every rank encodes, or looks into the store
@@ -224,12 +244,12 @@ def train_stage(
         model.feature_cache, model.feature_store = kept, None
 
 
-def precision_of(config: ModelConfig) -> str:
+def precision_of(config: ModelConfig | TalkConfig) -> str:
     """Return the dtype that `model.dtype` means on this machine, by name; it is also the engine's."""
     return str(config.torch_dtype()).removeprefix("torch.")
 
 
-def engine_for(config: ModelConfig, engine: EngineConfig) -> EngineConfig:
+def engine_for(config: ModelConfig | TalkConfig, engine: EngineConfig) -> EngineConfig:
     """Return the engine's configuration in the model's dtype.
 
     Raises:

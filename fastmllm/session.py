@@ -29,7 +29,9 @@ from fastmllm.data.progress import progress_bar
 from fastmllm.eval.intervals import Estimate
 from fastmllm.eval.runner import Report, Row, evaluate
 from fastmllm.infer.respond import Responder
-from fastmllm.models.vlm import VLM
+from fastmllm.models.mllm import MLLM
+from fastmllm.models.talk import TalkConfig
+from fastmllm.models.vlm import VLM, ModelConfig
 from fastmllm.recipe import Recipe
 from fastmllm.run import cache_features, images_of, load_model, questions_of, screen_splits, train_stage
 from fastmllm.train.checkpoint import atomic_file, fingerprint
@@ -69,7 +71,7 @@ class Session:
         return splits
 
     @cached_property
-    def model(self) -> VLM:
+    def model(self) -> VLM | MLLM:
         with self._part("loading", self.recipe.model):
             model = load_model(self.recipe.model, self.recipe.seed, self.console)
         check_recipe(self.recipe, model)
@@ -97,6 +99,46 @@ class Session:
             model.eval()
         return self.results
 
+    def _vlm(self) -> VLM:
+        if isinstance(self.model, MLLM):
+            raise ValueError(
+                f"{self.out}: evaluation, sweep and questions are for recipes of a VLM; export this model (fastmllm "
+                "export) and use infer.generate, or transformers"
+            )
+        return self.model
+
+    def export(self, folder: Path) -> None:
+        """Write the model of a finished run: transformers' layout where its composition is a family of transformers.
+
+        Raises:
+            ValueError: the run is not finished, or its model is a VLM, which no family of transformers is.
+            CheckpointError: the folder holds a run of another recipe.
+        """
+        if not isinstance(self.recipe.model, TalkConfig):
+            raise ValueError(
+                f"{self.recipe.name}: a VLM's connector and compressor are no family of transformers; export is for a "
+                "model with a folder or a composition"
+            )
+        self._finished()
+        self.train(on_mismatch="error")
+        model = self.model
+        assert isinstance(model, MLLM)
+        assert model.tokenizer is not None
+        if self.first:
+            model.save_pretrained(folder)
+            if not (folder / "tokenizer.json").exists():
+                write_text(folder / "tokenizer.json", model.tokenizer.to_str())
+            kind = model.checkpoint.raw["model_type"]
+            layout = "fastmllm's own layout" if kind == "fastmllm" else f"transformers' layout ({kind})"
+            self.console.print(f"{folder}: {layout}", highlight=False)
+
+    def _finished(self) -> None:
+        if missing := self.unfinished():
+            raise ValueError(
+                f"{self.out}: no finished run, stage {missing[0]!r} is missing; give --out of the run and its "
+                "overrides, or train it first: fastmllm train RECIPE"
+            )
+
     def unfinished(self) -> list[str]:
         """Name the stages that this folder holds no result of."""
         return [s.name for s in self.recipe.stages if not (self.out / "stages" / s.name / "result.json").is_file()]
@@ -111,7 +153,7 @@ class Session:
     def _evaluate(self) -> dict[str, Any]:
         with progress_bar(self.console, "evaluating") as advance, torch.inference_mode():
             report = evaluate(
-                Responder(self.model), self.splits.eval, self.splits.train, self.recipe.eval,
+                Responder(self._vlm()), self.splits.eval, self.splits.train, self.recipe.eval,
                 progress=lambda task, done, total: advance(done, total),
             )  # fmt: skip
         return {"rows": report.to_json(), "records": report.records}
@@ -126,7 +168,7 @@ class Session:
         train = self.splits.train["name"]
         with progress_bar(self.console, "sweeping") as advance:
             points = sweep(
-                self.model, self.splits.eval["name"], train, self.recipe.bench,
+                self._vlm(), self.splits.eval["name"], train, self.recipe.bench,
                 progress=lambda what, done, total: advance(done, total),
             )  # fmt: skip
         return [c.to_json() for c in points]
@@ -140,14 +182,10 @@ class Session:
             CheckpointError: the folder holds a run of another recipe.
         """
         open_image(image)
-        if missing := self.unfinished():
-            raise ValueError(
-                f"{self.out}: no finished run, stage {missing[0]!r} is missing; give --out of the run and its "
-                "overrides, or train it first: fastmllm train RECIPE"
-            )
+        self._finished()
         self.train(on_mismatch="error")
         with torch.inference_mode():
-            return Responder(self.model).ask(image, prompt)
+            return Responder(self._vlm()).ask(image, prompt)
 
     def _weights(self) -> list[str]:
         digests = []
@@ -233,7 +271,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def check_recipe(recipe: Recipe, model: VLM) -> None:
+def check_recipe(recipe: Recipe, model: VLM | MLLM) -> None:
     """Find before the long work what would fail after it: a rule, a resolution or a token count that does not fit.
 
     Raises:
@@ -241,6 +279,8 @@ def check_recipe(recipe: Recipe, model: VLM) -> None:
     """
     for stage in recipe.stages:
         apply_rules(model, stage.trainable)
+    if isinstance(model, MLLM) or not isinstance(recipe.model, ModelConfig):
+        return
     stride = model.vision.stride
     for where, size in (
         ("model.image_size", recipe.model.image_size),

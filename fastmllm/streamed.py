@@ -21,8 +21,11 @@ from fastmllm.data.sample import Conversation
 from fastmllm.data.shards import ShardSource
 from fastmllm.data.skipped_log import SkippedLog
 from fastmllm.data.stream import Drawn, Stream
+from fastmllm.infer.pictures import Spelled, pack_spelled, spell
 from fastmllm.infer.respond import template_of
 from fastmllm.models.feature_store import FeatureStore
+from fastmllm.models.inputs import Inputs
+from fastmllm.models.mllm import MLLM
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
 from fastmllm.packed import packing_of, tokens_an_image
 from fastmllm.train.engine import EngineConfig, launched_world_size
@@ -44,19 +47,12 @@ class StreamedBatches:
     """
 
     def __init__(
-        self, model: VLM, stage: StageConfig, engine: EngineConfig, out_dir: Path, console: Console | None = None
+        self, model: VLM | MLLM, stage: StageConfig, engine: EngineConfig, out_dir: Path, console: Console | None = None
     ) -> None:
         ranks, rank = launched_world_size(), int(os.environ.get("RANK", "0"))
         sources = [ShardSource(config, seed=stage.seed) for config in stage.sources]
-        row_of = partial(
-            prepare,
-            tokenizer=model.tokenizer,
-            image_size=stage.image_size or model.config.image_size,
-            image_token_id=IMAGE_TOKEN_ID,
-            template=template_of(model),
-            vocab_size=model.language.config.vocab_size,
-        )
-        counts = stage.visual_tokens or (model.config.visual_tokens,)
+        load, join_drawn = _pictures(model) if isinstance(model, MLLM) else _squares(model, stage)
+        packing = None if isinstance(model, MLLM) else packing_of(model, stage)
         plan = BatchPlan(
             batch_size=stage.batch_size,
             micro_batches=engine.accumulation * ranks,
@@ -64,11 +60,9 @@ class StreamedBatches:
             window=stage.balance_steps,
             seed=stage.seed,
         )
-        rows = _Rows(row_of, counts, stage.seed, model.feature_store)
-        stream = Stream(sources, rows, plan, cost=len, packing=packing_of(model, stage))
+        stream = Stream(sources, load, plan, cost=len, packing=packing)
         stream.keep_journal(out_dir, rank)
-        batch_of = partial(_batch_of, budget=stage.max_tokens)
-        self.loader = Loader(stream, batch_of, workers=engine.workers, on_batch=self._note)
+        self.loader = Loader(stream, join_drawn, workers=engine.workers, on_batch=self._note)
         self._log = SkippedLog(out_dir, rank, before=stream.skipped)
         if rank == 0 and (reasons := Counter(item.reason for item in stream.skipped())):
             told = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
@@ -76,7 +70,7 @@ class StreamedBatches:
                 f"{stage.name}: left out of the sources: {told}; see {self._log.path}", highlight=False, soft_wrap=True
             )
 
-    def __call__(self, index: int) -> Batch:
+    def __call__(self, index: int) -> Any:
         return self.loader.at(index)
 
     def _note(self, drawn: Drawn[None]) -> None:
@@ -107,6 +101,34 @@ class _Rows:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Rows, (self._row_of, self._counts, self._seed, self._store)
+
+
+def _squares(model: VLM, stage: StageConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what reads a sample and what makes a batch, for a model of square images."""
+    row_of = partial(
+        prepare,
+        tokenizer=model.tokenizer,
+        image_size=stage.image_size or model.config.image_size,
+        image_token_id=IMAGE_TOKEN_ID,
+        template=template_of(model),
+        vocab_size=model.language.config.vocab_size,
+    )
+    counts = stage.visual_tokens or (model.config.visual_tokens,)
+    rows = _Rows(row_of, counts, stage.seed, model.feature_store)
+    return rows, partial(_batch_of, budget=stage.max_tokens)
+
+
+def _pictures(model: MLLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what reads a sample and what makes a batch, for a model with a resolution policy."""
+    template = template_of(model)
+
+    def load(sample: Conversation, index: int) -> Spelled:
+        return spell(sample, model, template)
+
+    def batch(drawn: Drawn[Spelled]) -> Inputs:
+        return pack_spelled(model, drawn.items, scored=drawn.scored)
+
+    return load, batch
 
 
 def _batch_of(drawn: Drawn[Row], budget: int) -> Batch:

@@ -12,7 +12,8 @@ from fastmllm.bench.roofline import measure_rates
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.recompute import layers_of
 from fastmllm.models.shapes import mllm_shape, vlm_shape
-from fastmllm.models.vlm import VLM, native_bfloat16
+from fastmllm.models.talk import TalkConfig
+from fastmllm.models.vlm import VLM, ModelConfig, native_bfloat16
 from fastmllm.recipe import Recipe
 from fastmllm.simulated_step import Load, Step, simulate
 from fastmllm.train.devices import DEVICES, KINDS, Device, cpu_device
@@ -148,9 +149,14 @@ def plan_training(
         machine = cpu_device(rates.flops, rates.bytes, dtype)
     else:
         machine = DEVICES[device]
-    shape: VLM | MLLM = vlm_shape(recipe.model) if model is None else mllm_shape(model)
+    own = recipe.model
+    if model is None and isinstance(own, TalkConfig):
+        if not own.folder:
+            raise ValueError("plan: a composition is planned from its folder: save it, and name that with --model")
+        model = own.folder
+    shape: VLM | MLLM = vlm_shape(own) if model is None and isinstance(own, ModelConfig) else mllm_shape(str(model))
     shape.to(getattr(torch, dtype))
-    name = model or f"{recipe.model.vision} + {recipe.model.language}"
+    name = model or f"{own.vision} + {own.language}"
     stages = [_plan_stage(shape, stage, layout, machine, assumed) for stage in recipe.stages]
     return TrainingPlan(model=name, device=machine, layout=layout, assumed=assumed, stages=stages)
 

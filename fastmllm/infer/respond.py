@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fastmllm.data.packing import Batch, collate, pack, sequence_length
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import ChatTemplate, answer_ids, end_token, tokenise
 from fastmllm.infer.generate import generate
+from fastmllm.infer.pictures import collate_pictures
 from fastmllm.infer.score import score_choices
+from fastmllm.models.mllm import MLLM
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
 
 
-def template_of(model: VLM) -> ChatTemplate:
-    """Return the text that a model was trained to see around prompt and answer."""
+def template_of(model: VLM | MLLM) -> ChatTemplate:
+    """Return the text that a model was trained to see around prompt and answer.
+
+    Raises:
+        ValueError: a model that no recipe told one.
+    """
+    if model.config is None:
+        raise ValueError("MLLM: words need a template and a tokenizer: make the model with fastmllm.models.talk")
     names = ("prefix", "prompt_lead", "middle", "answer_lead", "suffix", "between", "system")
     return ChatTemplate(**{name: getattr(model.config, name) for name in names})
 
 
 def collate_for(
-    model: VLM, samples: Sequence[Sample], *, keep: int, image_size: int, load_pixels: bool, with_answers: bool,
-    answers: Sequence[Sequence[int]] | None = None,
-) -> Batch:  # fmt: skip
-    """Pack samples the way a model reads them."""
+    model: VLM | MLLM, samples: Sequence[Sample], *, keep: int | None = None, image_size: int | None = None,
+    load_pixels: bool = True, with_answers: bool, answers: Sequence[Sequence[int]] | None = None,
+) -> Any:  # fmt: skip
+    """Pack samples the way a model reads them: a `Batch` for a `VLM`, `Inputs` for an `MLLM`.
+
+    Tokens an image and its size are the model's own by default; an `MLLM`'s resolution policy says them, it has no
+    others, and its pictures are always read.
+    """
+    if isinstance(model, MLLM):
+        return collate_pictures(model, samples, template_of(model), with_answers=with_answers, answers=answers)
     return collate(
         samples,
         model.tokenizer,
-        num_visual_tokens=keep,
-        image_size=image_size,
+        num_visual_tokens=keep or model.config.visual_tokens,
+        image_size=image_size or model.config.image_size,
         image_token_id=IMAGE_TOKEN_ID,
         template=template_of(model),
         load_pixels=load_pixels,

@@ -169,6 +169,11 @@ class GridPath(ImagePath):
         """Encode a flat uint8 buffer of images with grids (h, w) in patches."""
         return Visual(tokens=self.connector(self.vision.forward_packed(pixels, grids), grids))
 
+    def blank(self) -> dict[str, Any]:
+        """Return an image of zeros that is one block."""
+        values = (self.merge_size * self.vision.config.patch_size) ** 2 * 3
+        return {"pixels": torch.zeros(values, dtype=torch.uint8), "grids": [(self.merge_size, self.merge_size)]}
+
     def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
         """Take images, each of its own size."""
         shapes = [plan.grid_thw for plan in plans if plan.grid_thw is not None]
@@ -197,6 +202,11 @@ class DualPath(TilePath):
         """Encode small images as `TilePath`, and large ones (I, S, S, 3)."""
         assert high is not None
         return Visual(tokens=self.project(patches, tiles, grid).flatten(0, 1), across=self.high(high).flatten(0, 1))
+
+    def blank(self) -> dict[str, Any]:
+        """Return an image of zeros for both encoders."""
+        side = self.high.config.image_size
+        return {**super().blank(), "high": torch.zeros(1, side, side, 3, dtype=torch.uint8)}
 
     def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
         """Take both views of each image."""

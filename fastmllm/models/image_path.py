@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmllm.data.resolution.plan import Plan
@@ -24,6 +25,17 @@ class Visual:
     tokens: Tensor
     planes: tuple[Tensor, ...] = ()
     across: Tensor | None = None
+
+    def at(self, rows: Tensor, across: Tensor | None) -> Visual:
+        """Return the tokens as the places of a batch show them: `rows` of the tokens, `across` of the other encoder."""
+        seen = None if self.across is None or across is None else self.across.index_select(0, across)
+        planes = tuple(plane.index_select(0, rows) for plane in self.planes)
+        return Visual(tokens=self.tokens.index_select(0, rows), planes=planes, across=seen)
+
+    def nothing(self) -> Tensor:
+        """Return 0 that depends on all of it, so that gradients, all zero, reach what made it."""
+        parts = (self.tokens, *self.planes, *(() if self.across is None else (self.across,)))
+        return 0.0 * torch.stack([part.sum() for part in parts]).sum()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,3 +94,7 @@ class ImagePath(nn.Module):
             ValueError: this path has no such way, or the tiles are not its own.
         """
         raise ValueError(f"fastmllm::MLLM: {type(self).__name__} takes a processor's batch only: call inputs()")
+
+    def blank(self) -> dict[str, Any]:
+        """Return the arguments of `forward` for one small image of zeros, on the CPU."""
+        raise NotImplementedError

@@ -27,6 +27,8 @@ class Inputs:
         counts: visual tokens of each image in the text, on the host.
         grids: frames, rows and columns of them, where they are a grid (Qwen-VL), or None.
         ids: names of the samples.
+        shown: rows of the image path's tokens, and of its other encoder's, that the batch's places show, where an image
+            stands in several; None: each image stands in one.
         encoder_pixels: all that the encoders are given, and of that what shows something of a picture (`Plan`); (0, 0)
             where a processor made the batch.
     """
@@ -39,7 +41,8 @@ class Inputs:
     max_media: int = 0
     counts: tuple[int, ...] = ()
     grids: tuple[tuple[int, int, int], ...] | None = None
-    ids: tuple[str, ...] = ()
+    ids: Sequence[str] = ()
+    shown: tuple[Tensor, Tensor | None] | None = None
     encoder_pixels: tuple[int, int] = (0, 0)
 
     @property
@@ -93,6 +96,8 @@ class Inputs:
             moved["images"] = {
                 k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.images.items()
             }
+        if self.shown is not None:
+            moved["shown"] = tuple(None if rows is None else rows.to(device) for rows in self.shown)
         return replace(self, **moved)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmllm.compression import Placement
 from fastmllm.compression.reduction import Reduction, VisualRows
@@ -23,10 +23,14 @@ from fastmllm.models.language import LanguageModel
 from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.packing import Packing, Sample, pack
 from fastmllm.models.roles import LANGUAGE, named_roles
+from fastmllm.models.scoring import Scored
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from fastmllm.models.composition import MLLMConfig
+    from fastmllm.models.talk import TalkConfig
 
 BLANK = 32  # pixels on a side of the picture that ranks without one look at
 
@@ -50,7 +54,7 @@ class Blueprint:
     packing: Packing | None = None
 
 
-class MLLM(nn.Module):
+class MLLM(Scored):
     """A whole model: images and text in, hidden states, logits or a loss out; packed, without padding.
 
     Args:
@@ -61,6 +65,7 @@ class MLLM(nn.Module):
 
     Attributes:
         packing: what `pack` does with pictures; None for a checkpoint of others, until one is set.
+        config, tokenizer: what a recipe says, for what is asked in words; None without one (`models.talk.load_mllm`).
     """
 
     def __init__(self, blueprint: Blueprint, raw: Mapping[str, Any]) -> None:
@@ -70,6 +75,9 @@ class MLLM(nn.Module):
         self.placeholders, self.packing = blueprint.placeholders, blueprint.packing
         self.checkpoint = Checkpoint(dict(raw), blueprint.layout)
         self._placement = Placement()
+        self.config: TalkConfig | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.feature_cache: None = None  # nothing is kept of image paths
 
     @property
     def placement(self) -> Placement:
@@ -242,17 +250,23 @@ class MLLM(nn.Module):
     def _decode(self, inputs: Inputs, cache: KVCache | None) -> tuple[Tensor, Media | None, Reduction | None]:
         """Run a batch; return hidden states, what its rows see across, and what became of its visual tokens."""
         reduction = self._reduction(inputs)
-        inputs = inputs.to(self.device)
+        # every rank runs the image path once a batch, image or not: sharded parameters are gathered in step
+        blank = inputs.images is None and self.training
+        inputs = (replace(inputs, images=self.images.blank()) if blank else inputs).to(self.device)
         plan = inputs.plan
         x = self.language.embed(inputs.input_ids)
         # not by its call: ZeRO-3 gathers in the backward pass for modules whose output is a tensor, not a Visual
         visual = None if inputs.images is None else self.images.forward(**inputs.images)
+        if visual is not None and inputs.shown is not None:  # what several places show was encoded once
+            visual = visual.at(*inputs.shown)
         deepstack = media = None
         if visual is None and self.training and self.packing is not None:
             x = x + 0.0 * self._nothing(self.packing)
         if self.looks_across:
             media = self._media(visual, inputs)
-        if visual is not None and (media is None or visual.across is not None):
+        if blank and visual is not None:
+            x = x + visual.nothing().to(x.dtype)
+        elif visual is not None and (media is None or visual.across is not None):
             x = splice_tokens(x, visual.tokens.to(x.dtype), plan)
             if visual.planes:
                 deepstack = Deepstack(tokens=visual.planes, index=plan.visual_rows)
@@ -291,26 +305,28 @@ class MLLM(nn.Module):
 
     def _media(self, visual: Visual | None, inputs: Inputs) -> Media:
         """Say what each row sees; without images every row sees nothing, as a row without one does beside others."""
-        if visual is not None and inputs.media_start is not None and inputs.media_stop is not None:
-            start, stop = inputs.media_start, inputs.media_stop
+        if visual is None:
+            tokens = self.language.head_weight.new_zeros(0, self.images.across_width or self.images.width)
+        else:
             tokens = visual.tokens if visual.across is None else visual.across
-            return Media(tokens=tokens, start=start, stop=stop, max_tokens=inputs.max_media)
-        nothing = torch.zeros(inputs.plan.source.shape, dtype=torch.int32, device=self.device)
-        tokens = self.language.head_weight.new_zeros(0, self.images.across_width or self.images.width)
-        return Media(tokens=tokens, start=nothing, stop=nothing, max_tokens=0)
+        start, stop, longest = inputs.media_start, inputs.media_stop, inputs.max_media
+        if start is None or stop is None:
+            start = stop = torch.zeros(inputs.plan.source.shape, dtype=torch.int32, device=self.device)
+        return Media(tokens=tokens, start=start, stop=stop, max_tokens=longest)
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Return (T', V) logits of all rows, sample after sample, without padding."""
         return self.language.logits(self.start(inputs)[0])
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Return the loss of a packed batch: the fp32 sum of cross-entropy over its target tokens.
+    def scored(self, batch: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a batch: hidden states (T', D), labels (T',) and boundaries (S + 1,) of the rows that are left of it.
 
         Raises:
             ValueError: the batch has no labels.
         """
-        if inputs.plan.labels is None:
+        if batch.plan.labels is None:
             raise ValueError("MLLM: a loss needs labels; pack the batch with them, or call logits()")
-        hidden, _, reduction = self._decode(inputs, None)
-        labels = inputs.plan.labels.to(self.device) if reduction is None else reduction.labels
-        return self.language.lm_head(hidden, labels, inputs.plan.num_targets)
+        hidden, _, reduction = self._decode(batch, None)
+        if reduction is None or reduction.labels is None:
+            return hidden, batch.plan.labels.to(self.device), batch.cu_seqlens.to(self.device)
+        return hidden, reduction.labels, reduction.cu_seqlens

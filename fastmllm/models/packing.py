@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def pack(
     """Pack samples of token ids and pictures.
 
     Args:
-        samples: each a sequence of token ids and, where pictures stand, PIL images or (H, W, 3) uint8.
+        samples: each a sequence of token ids and, where pictures stand, PIL images or (H, W, 3) uint8; an object that
+            stands in several places is encoded once.
         labels: aligned with them; -100 where a token is not scored, what stands at a picture does not count.
         path: of the model.
         packing: of the model.
@@ -97,12 +99,17 @@ def pack(
     placeholders = (packing.image_token,) if spliced else ()
     if not images:
         return make_inputs(ids, placeholders=placeholders, labels=targets)
-    plans = [packing.policy.plan(*_size(image)) for image in images]
-    tiles = [packing.policy.apply(image, plan) for image, plan in zip(images, plans, strict=True)]
+    once = {id(image): image for image in images}  # a picture that stands in several places is encoded once
+    numbers = {key: number for number, key in enumerate(once)}
+    shown = [[numbers[id(s[at])] for at in places] for s, places in zip(samples, pictures, strict=True)]
+    flat = [number for row in shown for number in row]
+    plans = [packing.policy.plan(*_size(image)) for image in once.values()]
+    tiles = [packing.policy.apply(image, plan) for image, plan in zip(once.values(), plans, strict=True)]
     seen = path.take(tiles, plans)
-    counts = _counts(seen, path.merge_size)
+    each = _counts(seen, path.merge_size)
+    counts = [each[number] for number in flat]
     if spliced:
-        grids = seen.grids if mrope else None
+        grids = [seen.grids[number] for number in flat] if mrope and seen.grids is not None else None
         packed = make_inputs(
             ids, placeholders=placeholders, counts=None if grids else counts, grids=grids, labels=targets,
             images=seen.arguments, spatial_merge_size=path.merge_size,
@@ -111,11 +118,12 @@ def pack(
         packed = make_inputs(ids, labels=targets, images=seen.arguments)
     used = sum(min(plan.effective_pixels, plan.encoder_pixels) for plan in plans)
     packed = replace(packed, encoder_pixels=(sum(plan.encoder_pixels for plan in plans), used))
+    beside = [plan.cross_tokens for plan in plans]
+    if len(once) < len(images):
+        packed = replace(packed, shown=(rows_of(each, flat), rows_of(beside, flat) if across == "sample" else None))
     if across is None:
         return packed
-    if across == "sample":
-        counts = [plan.cross_tokens for plan in plans]
-    bounds = torch.tensor([0, *counts]).cumsum(0).int()
+    bounds = torch.tensor([0, *([beside[number] for number in flat] if across == "sample" else counts)]).cumsum(0).int()
     if across == "sample":
         owned = torch.tensor([0, *map(len, pictures)]).cumsum(0)
         start, stop = segment_ranges(packed.cu_seqlens, bounds[owned], len(packed.plan.source))
@@ -124,6 +132,12 @@ def pack(
         marked = [at in p for s, p in zip(samples, places, strict=True) for at in range(len(s))]
         start, stop = media_ranges(torch.tensor(marked), packed.cu_seqlens, bounds, across)
     return packed.with_media(start, stop, int((stop - start).max()))
+
+
+def rows_of(counts: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    """Return the packed rows of images, in the order of `numbers`, that have `counts` rows each, (N,) int64."""
+    starts = [0, *accumulate(counts)]
+    return torch.tensor([row for n in numbers for row in range(starts[n], starts[n + 1])], dtype=torch.int64)
 
 
 def _is_token(item: object) -> bool:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmllm.compression import Evidence, Placement, Tokens, compress
-from fastmllm.compression.reduction import IGNORED, Reduction, VisualRows
+from fastmllm.compression.reduction import Reduction, VisualRows
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.roles import LANGUAGE, named_roles
+from fastmllm.models.scoring import Scored
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 from fastmllm.modules.projector import Projector
@@ -102,7 +103,7 @@ def native_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-class VLM(nn.Module):
+class VLM(Scored):
     """An image encoder and a language model joined by a trained connector.
 
     Args:
@@ -228,28 +229,11 @@ class VLM(nn.Module):
         visual = VisualRows.of_batch(batch.image_index, seqlens, batch.cu_seqlens, batch.labels, self.device, grid)
         return Reduction(self.placement.stages, visual, batch.labels.to(self.device))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the loss of a packed batch: the fp32 sum of cross-entropy over its target tokens."""
-        hidden, labels, _ = self._scored(batch)
-        return self.language.lm_head(hidden, labels, batch.num_targets)
-
     def logits(self, batch: Batch) -> Tensor:
         """Return (T', V) logits of all rows, sample after sample."""
         return self.language.logits(self.start(batch)[0])
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        """Return the log-probability of each sequence's labels, (S,) fp32; no logits of other rows are computed."""
-        hidden, labels, cu_seqlens = self._scored(batch)
-        return self.language.lm_head(hidden, labels, batch.num_targets, cu_seqlens=cu_seqlens)
-
-    def target_log_probs(self, batch: Batch) -> Tensor:
-        """Return the log-probability of each scored token, (num_targets,) fp32, in their order."""
-        hidden, labels, _ = self._scored(batch)
-        losses = self.language.lm_head(hidden, labels, batch.num_targets, reduction="none")
-        rows = torch.nonzero_static(labels != IGNORED, size=batch.num_targets).view(-1)
-        return -losses.index_select(0, rows)
-
-    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return hidden states, labels and boundaries of the rows that are left of a batch."""
         reduction = self._reduction(batch)
         hidden = self._decode(batch, None, reduction)

@@ -59,6 +59,9 @@ class StepRecord:
         step_ms: wall time, batches and reading included.
         grad_norm: global norm before clipping.
         reward: mean over the answers that were sampled; None where none are.
+        reward_chosen, reward_rejected: beta * (policy - reference) of a pair's answers, means over the step's pairs.
+        margin: by how much the chosen answer's is larger.
+        accuracy: share of the pairs in which it is.
         visual_tokens: of the positions, those of images; with those beside the text that layers look across to.
         samples: sequences: of pairs each answer, of sampled answers each.
         padding: share of the positions from which nothing can be learned: padding, and micro-batches without a target.
@@ -82,6 +85,10 @@ class StepRecord:
     step_ms: float
     grad_norm: float
     reward: float | None = None
+    reward_chosen: float | None = None
+    reward_rejected: float | None = None
+    margin: float | None = None
+    accuracy: float | None = None
     visual_tokens: int | None = None
     samples: int | None = None
     padding: float | None = None

@@ -58,6 +58,7 @@ class PreferenceObjective(nn.Module):
     def __init__(self, model: nn.Module, config: PreferConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
+        self._sums: list[Tensor] = []  # of the micro-batches since they were taken
 
     @property
     def scorer(self) -> Scorer:
@@ -77,7 +78,21 @@ class PreferenceObjective(nn.Module):
         if config.anchor:
             held = anchor_loss(policy[chosen], reference[chosen], config.beta, config.anchor_reward)
             loss = loss + config.anchor * held.sum()
+        if self.training and torch.is_grad_enabled():
+            self._sums.append(_figures(config.beta * (policy.detach() - reference), chosen, rejected))
         return loss
+
+    def take_figures(self) -> dict[str, float]:
+        """Return sums over the pairs since the last call, for the log: each answer's reward, and pairs in order."""
+        sums = torch.stack(self._sums).sum(0).tolist() if self._sums else [0.0, 0.0, 0.0]
+        self._sums = []
+        return dict(zip(("reward_chosen", "reward_rejected", "accuracy"), sums, strict=True))
+
+
+def _figures(reward: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return (3,): rewards of chosen and of rejected answers, and in how many pairs the chosen one's is larger."""
+    better, worse = reward[chosen], reward[rejected]
+    return torch.stack([better.sum(), worse.sum(), (better > worse).to(reward).sum()])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +43,7 @@ from fastmllm.train.inventory import (
 )
 from fastmllm.train.lora import STARTS_AT_ZERO, Adapters
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log, report_table
+from fastmllm.train.prefer import PreferenceObjective
 from fastmllm.train.rollouts import Rollouts
 from fastmllm.train.rules import apply_rules, recomputed_by
 from fastmllm.train.sinks import Sinks, check_sinks
@@ -72,7 +73,7 @@ class BatchLike(Protocol):
         ...
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> Sequence[str]:
         """Names of the samples."""
         ...
 
@@ -426,8 +427,17 @@ class Trainer:
             targets=targets,
             grad_norm=norm,
             reward=None if self.rollouts is None else sum(engine.gather(self.rollouts.reward_sum)) / targets,
+            **self._preferred(engine, targets),
             **meter.fields(engine, micro, tick),
         )
+
+    def _preferred(self, engine: Engine, pairs: int) -> dict[str, Any]:
+        """Return what a preference stage logs of a step's pairs."""
+        if not isinstance(self.module, PreferenceObjective):
+            return {}
+        ranks = engine.gather(self.module.take_figures())
+        means = {name: sum(rank[name] for rank in ranks) / pairs for name in ranks[0]}
+        return means | {"margin": means["reward_chosen"] - means["reward_rejected"]}
 
     def _raise_non_finite(
         self, engine: Engine, step: int, micro: list[BatchLike], losses: list[Tensor], loss: float

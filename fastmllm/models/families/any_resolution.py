@@ -92,6 +92,10 @@ class AnyResPath(TilePath):
         base = self.num_tokens(arguments["grid"]) + 1
         return Seen(arguments=arguments, counts=[base if r is None else r.num_tokens for r in regrids])
 
+    def blank(self) -> dict[str, Any]:
+        """Return one tile of zeros, which is all of its image."""
+        return {**super().blank(), "regrids": [None]}
+
 
 def build(raw: Mapping[str, Any], origin: str) -> Blueprint:
     """Build the parts of a LLaVA-NeXT or a LLaVA-OneVision."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmllm.models.checkpoint import Layout
 from fastmllm.models.families import tied
-from fastmllm.models.families.parts import cut, decoder, decoder_rules, decoder_unused, vision_tower
+from fastmllm.models.families.parts import blank_tile, cut, decoder, decoder_rules, decoder_unused, vision_tower
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.inputs import unpad
 from fastmllm.models.mllm import Blueprint
@@ -73,6 +73,15 @@ class QFormerPath(ImagePath):
         if text_ids is not None and text_bounds is not None:
             text = PackedText(ids=text_ids, cu_seqlens=text_bounds, max_seqlen=longest_text)
         return Visual(tokens=self.projection(self.qformer(ImageTokens.of_images(tokens, bounds, each), text)))
+
+    def blank(self) -> dict[str, Any]:
+        """Return one image of zeros, and a question of one token where there is one."""
+        patches, grid = blank_tile(self.vision.config)
+        arguments: dict[str, Any] = {"patches": patches, "images": 1, "grid": grid}
+        if self.qformer.config.vocab_size:
+            arguments |= {"text_ids": torch.zeros(1, dtype=torch.int64), "longest_text": 1}
+            arguments["text_bounds"] = torch.tensor([0, 1], dtype=torch.int32)
+        return arguments
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` (I, 3, H, W), and `qformer_input_ids` with its mask, out of a processor's batch."""

@@ -11,7 +11,15 @@ from torch import Tensor
 from fastmllm.data.resolution.plan import Plan
 from fastmllm.models.checkpoint import Layout
 from fastmllm.models.families import tied
-from fastmllm.models.families.parts import cut, decoder, decoder_rules, decoder_unused, flat, vision_tower
+from fastmllm.models.families.parts import (
+    blank_tile,
+    cut,
+    decoder,
+    decoder_rules,
+    decoder_unused,
+    flat,
+    vision_tower,
+)
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.mllm import Blueprint
 from fastmllm.models.vision import VisionTransformer
@@ -47,6 +55,11 @@ class IdeficsPath(ImagePath):
         each = grid[0] * grid[1] + 1
         bounds = torch.arange(images + 1, dtype=torch.int32, device=tokens.device) * each
         return Visual(tokens=self.resampler(tokens, bounds, each))
+
+    def blank(self) -> dict[str, Any]:
+        """Return one image of zeros."""
+        patches, grid = blank_tile(self.vision.config)
+        return {"patches": patches, "images": 1, "grid": grid}
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` (B, I, 3, H, W) and `image_attention_mask` (B, L, I) out of a processor's batch."""

@@ -57,6 +57,12 @@ class MllamaPath(ImagePath):
         arguments = {"tiles": torch.cat([image[0] for image in tiles]), "aspect_ratio_ids": ids, "layout": "hwc"}
         return Seen(arguments=arguments, counts=[self.vision.num_tokens(n) for n in ids])
 
+    def blank(self) -> dict[str, Any]:
+        """Return one tile of zeros, which is all of its image."""
+        config = self.vision.config
+        tile = torch.zeros(1, config.tile_size, config.tile_size, 3, dtype=torch.uint8)
+        return {"tiles": tile, "aspect_ratio_ids": [config.aspect_ratios.index((1, 1)) + 1], "layout": "hwc"}
+
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` (B, I, tiles, 3, H, W), `aspect_ratio_ids` and the masks out of a processor's batch."""
         pixels = batch.get("pixel_values")

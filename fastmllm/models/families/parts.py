@@ -144,6 +144,12 @@ def flat(tiles: Sequence[tuple[Tensor, ...]], patch_size: int) -> tuple[Tensor, 
     return torch.cat([image[0][:, *kept].flatten() for image in tiles]), (h, w)
 
 
+def blank_tile(config: VisionConfig) -> tuple[Tensor, tuple[int, int]]:
+    """Return a tile of zeros of an encoder's own size, a flat uint8 buffer, and its grid (h, w)."""
+    side = config.image_size
+    return flat([(torch.zeros(1, side, side, 3, dtype=torch.uint8),)], config.patch_size)
+
+
 class TilePath(ImagePath):
     """Encode images or tiles of one size, project their tokens, and take them one after the other.
 
@@ -183,6 +189,11 @@ class TilePath(ImagePath):
         return Seen(
             arguments={"patches": patches, "tiles": sum(counts), "grid": grid}, counts=[n * each for n in counts]
         )
+
+    def blank(self) -> dict[str, Any]:
+        """Return one tile of zeros."""
+        patches, grid = blank_tile(self.vision.config)
+        return {"patches": patches, "tiles": 1, "grid": grid}
 
     def num_tokens(self, grid: tuple[int, int]) -> int:
         """Return K for a tile of (h, w) patches."""

@@ -83,6 +83,13 @@ class NativePath(ImagePath):
         seen = self.vision.forward(*images)  # not by its call: its output is no tensor, as in MLLM._decode
         return Visual(tokens=seen.tokens, planes=seen.planes)
 
+    def blank(self) -> dict[str, Any]:
+        """Return an image of zeros that is one visual token."""
+        config = self.vision.config
+        values = (self.merge_size * config.patch_size) ** 2 * config.channels
+        grid = (1, self.merge_size, self.merge_size)
+        return {"patches": torch.zeros(values, dtype=torch.uint8), "grids": [grid]}
+
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` and `image_grid_thw`, and the same of videos, out of a batch."""
         parts = {self.image_token: self._part(batch, "pixel_values", "image_grid_thw"),

@@ -1,0 +1,108 @@
+"""Samples and conversations as the packed batches of a multimodal model of any composition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from fastmllm.data.images import open_image
+from fastmllm.data.sample import Conversation, Sample
+from fastmllm.data.text import ChatTemplate, encode
+from fastmllm.data.turns import Piece, images_of, pieces_of
+from fastmllm.models.inputs import IGNORE, Inputs
+from fastmllm.models.mllm import MLLM
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spelled:
+    """A sample in tokens, with its pictures open.
+
+    Args:
+        id: of the sample.
+        tokens: token ids; None = the next picture.
+        labels: aligned with them; -100 where nothing is scored.
+        paths, pictures: in their order.
+    """
+
+    id: str
+    tokens: list[int | None]
+    labels: list[int]
+    paths: list[str]
+    pictures: list[Image.Image]
+
+
+def spell(
+    sample: Sample | Conversation, model: MLLM, template: ChatTemplate, *, with_answers: bool = True,
+    answer: Sequence[int] | None = None,
+) -> Spelled:  # fmt: skip
+    """Tokenise a sample and open its pictures.
+
+    Args:
+        sample: a question, or a conversation with any number of pictures.
+        model: with a tokenizer and a configuration.
+        template: text around prompts and answers.
+        with_answers: False ends it at its last prompt, for generation; nothing is scored then.
+        answer: tokens that stand, and are scored, in place of the last answer and its end token.
+
+    Raises:
+        TextError: a text that cannot be tokenised.
+        ImageError: an image that cannot be read.
+    """
+    config, tokenizer = model.config, model.tokenizer
+    if config is None or tokenizer is None:
+        raise ValueError("MLLM: words need a tokenizer and a configuration: make the model with load_mllm")
+    around = [encode(tokenizer, text) if text else [] for text in (config.image_lead, config.image_end)]
+    own = with_answers and answer is None
+    size = model.language.config.vocab_size
+    pieces = list(pieces_of(sample, tokenizer, template, vocab_size=size, with_answers=own))
+    if with_answers and answer is not None:
+        pieces.append(Piece(list(answer), answer=True))
+    tokens: list[int | None] = []
+    labels: list[int] = []
+    for piece in pieces:
+        ids = [*around[0], None, *around[1]] if piece is None else piece.ids
+        scored = piece is not None and piece.answer and with_answers
+        labels += [token if scored and token is not None else IGNORE for token in ids]
+        tokens += ids
+    paths = images_of(sample)
+    return Spelled(
+        id=sample.id, tokens=tokens, labels=labels, paths=paths, pictures=[open_image(path) for path in paths]
+    )
+
+
+def pack_spelled(model: MLLM, rows: Sequence[Spelled], *, scored: bool = True) -> Inputs:
+    """Pack samples; a picture that several of them show is in the batch, and encoded, once.
+
+    Args:
+        model: with a resolution policy.
+        rows: at least one.
+        scored: False learns nothing from them, which keeps a rank computing along.
+
+    Raises:
+        ValueError: no rows, or a picture that the policy refuses.
+    """
+    if not rows:
+        raise ValueError("collate: no samples; give at least one")
+    assert model.config is not None
+    first: dict[str, Image.Image] = {}
+    samples = []
+    for row in rows:
+        shown = iter([first.setdefault(path, picture) for path, picture in zip(row.paths, row.pictures, strict=True)])
+        samples.append([next(shown) if token is None else token for token in row.tokens])
+    labels = [row.labels if scored else [IGNORE] * len(row.labels) for row in rows]
+    return replace(model.pack(samples, labels, model.config.sees), ids=[row.id for row in rows])
+
+
+def collate_pictures(
+    model: MLLM, samples: Sequence[Sample | Conversation], template: ChatTemplate, *, with_answers: bool,
+    answers: Sequence[Sequence[int]] | None = None,
+) -> Inputs:  # fmt: skip
+    """Pack samples the way a model reads them; arguments as `spell`, `answers` one of each sample."""
+    given = [None] * len(samples) if answers is None else answers
+    rows = [
+        spell(sample, model, template, with_answers=with_answers, answer=answer)
+        for sample, answer in zip(samples, given, strict=True)
+    ]
+    return pack_spelled(model, rows)

@@ -1,0 +1,30 @@
+"""The recipe of a small Flamingo, with the tests' tokenizer and photographs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+from tiny_vlm import colour_photos, tiny_tokenizer
+
+from fastmllm.recipe import Recipe
+from fastmllm.session import Session
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "cross_attention.yaml"
+
+
+def prepare(folder: Path) -> None:
+    """Write photographs and a tokenizer."""
+    colour_photos(folder / "photos", count=2)
+    (folder / "words").mkdir()
+    tiny_tokenizer().save(str(folder / "words" / "tokenizer.json"))
+
+
+def session(folder: Path, out: Path, *overrides: str) -> Session:
+    """Return the recipe's session on what `prepare` wrote, two steps a stage."""
+    made = [f"data.path={folder / 'photos'}", f"data.cache={folder / 'cache'}", f"model.tokenizer={folder / 'words'}"]
+    made += [f"model.composition.language.vocab_size={tiny_tokenizer().get_vocab_size()}"]
+    made += [f"stages.{stage}.{key}=2" for stage in range(4) for key in ("steps", "batch_size")]
+    recipe = Recipe.load(RECIPE, [*made, *overrides])
+    return Session(recipe, out, Console(file=io.StringIO()))
