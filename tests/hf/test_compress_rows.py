@@ -15,7 +15,7 @@ MASK = (IDS != 0).long()
 def test_rows_lose_the_first_placeholders_and_are_padded_anew():
     rows = shorten(IDS, 5, IMAGES, mask=MASK, left=False)
     assert rows.index.tolist() == [[0, 3, 4, 5, 6, PAD, PAD], [0, 1, 2, 3, 5, 6, 7]]
-    assert rows.owners == (2, 1)
+    assert rows.owners == (0, 0, 1)
     left = shorten(IDS, 5, IMAGES, mask=MASK, left=True)
     assert left.index.tolist() == [[PAD, PAD, 0, 3, 4, 5, 6], [0, 1, 2, 3, 5, 6, 7]]
     assert left.take(IDS, 0).tolist() == [[0, 0, 1, 5, 9, 5, 5], [1, 2, 3, 4, 5, 5, 6]]

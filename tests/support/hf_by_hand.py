@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,26 +11,35 @@ from torch import nn
 
 from fastmllm.compression import Compressor, Tokens
 
+VIDEOS = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}  # what Qwen's come as
 CONNECTORS = ("multi_modal_projector", "connector")
 
 
-def image_tokens(model: Any, kind: Any, compressor: Compressor) -> list[tuple[torch.Tensor, list[torch.Tensor], Any]]:
+def image_tokens(
+    model: Any, kind: Any, compressor: Compressor, numbers: Sequence[int] | None = None
+) -> list[tuple[torch.Tensor, list[torch.Tensor], Any]]:
     """Return of each image its tokens behind the connector, those of DeepStack, and where they stood, or None.
 
-    The model is not patched; each image is encoded alone.
+    The model is not patched; each image, or each of `numbers`, is encoded alone.
     """
     out = []
-    for number, tiles in enumerate(kind.tiles):
-        out.append(_one(model.model, kind, compressor, kind.rows((([1], number, [20]),)), tiles))
+    for number in range(len(kind.tiles)) if numbers is None else numbers:
+        out.append(_one(model.model, kind, compressor, kind.rows((([1], number, [20]),)), kind.tiles[number]))
     return out
 
 
 def _one(owner: Any, kind: Any, compressor: Compressor, batch: dict[str, Any], tiles: int) -> Any:
-    pixels = {k: v for k, v in batch.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
+    if "pixel_values_videos" in batch and not kind.mrope:
+        (x,) = owner.get_video_features(batch["pixel_values_videos"], return_dict=True).pooler_output
+        frames = batch["pixel_values_videos"].shape[1]
+        kept, _ = compressor(Tokens.of(x[: frames * 4], [(frames, 2, 2)]))
+        return torch.cat([kept.x, owner.image_newline[None]]), [], None
+    names = {"image_sizes": "image_sizes", **{k: image for image, video in VIDEOS.items() for k in (image, video)}}
+    pixels = {names[k]: v for k, v in batch.items() if k in names}  # Qwen's towers see a video as an image of frames
     if kind.mrope:
         features = owner.get_image_features(**pixels, return_dict=True)
         deep = [f if torch.is_tensor(f) else torch.cat(tuple(f)) for f in getattr(features, "deepstack_features", ())]
-        t, h, w = batch["image_grid_thw"][0].tolist()
+        t, h, w = pixels["image_grid_thw"][0].tolist()
         tokens = Tokens.of(features.pooler_output[0], [(t, h // 2, w // 2)], planes=deep)
         kept, _ = compressor(tokens)
         return kept.x, list(kept.planes), kept.pos[:, 0]
@@ -41,11 +51,14 @@ def _one(owner: Any, kind: Any, compressor: Compressor, batch: dict[str, Any], t
         seen["x"] = out if behind else args[0] if args else next(iter(kwargs.values()))
 
     hook = connector.register_forward_hook(look, with_kwargs=True)
-    owner.get_image_features(**pixels, return_dict=True)
+    whole = owner.get_image_features(**pixels, return_dict=True).pooler_output
     hook.remove()
     x = seen["x"]
     assert len(x) == tiles
-    kept, _ = compressor(Tokens.of(x.flatten(0, 1), [(4, 4) if kind.grid else (len(x[0]), 1)] * tiles))
+    tokens = Tokens.of(x.flatten(0, 1), [(4, 4) if kind.grid else (len(x[0]), 1)] * tiles)
+    kept, _ = compressor(tokens)
+    if kept is tokens:  # as the model lays it out, with ends of lines
+        return whole[0], [], None
     return kept.x if behind else connector(kept.x), [], None
 
 
@@ -92,8 +105,8 @@ def _positions(owner: Any, kind: Any, row: tuple[Any, ...], full: list[int]) -> 
             positions += [(at + i,) * 3 for i in range(len(part))]
             at += len(part)
         else:
-            _, h, w = (n // k for n, k in zip(kind.images[part][1], (1, 2, 2), strict=True))
-            positions += [(at, at + y, at + x) for y in range(h) for x in range(w)]
+            t, h, w = (n // k for n, k in zip(kind.images[part][1], (1, 2, 2), strict=True))
+            positions += [(at + f, at + y, at + x) for f in range(t) for y in range(h) for x in range(w)]
             at += max(h, w)
     positions += [(at + i,) * 3 for i in range(len(full) - len(positions))]
     return torch.tensor(positions).t()[:, None]

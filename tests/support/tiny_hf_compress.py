@@ -40,6 +40,8 @@ class Kind:
         tiles: of each image.
         batched: lays the pixels of some rows' images out as the model takes them.
         types: the token types of a row's text and images: name, of text, of an image.
+        clips: which of the images are videos.
+        filmed: lays those out.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Kind:
     tiles: tuple[int, ...] = (1, 1, 1)
     types: tuple[str, int, int] | None = None
     grid: bool = True
+    clips: tuple[int, ...] = ()
+    filmed: Callable[[Any, list[list[int]]], dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -61,8 +65,7 @@ class Kind:
 
     def rows(self, rows=ROWS, side: str = "right", labels: bool = False) -> dict[str, Any]:
         """Return a batch as a processor gives it, without compression."""
-        texts = [[t for part in row for t in (part if isinstance(part, list) else [IMAGE] * self.places[part])]
-                 for row in rows]  # fmt: skip
+        texts = [[t for part in row for t in (part if isinstance(part, list) else self.written(part))] for row in rows]
         longest = max(map(len, texts))
 
         def padded(values: list[list[int]], fill: int) -> torch.Tensor:
@@ -72,11 +75,19 @@ class Kind:
         batch = {"input_ids": padded(texts, PAD), "attention_mask": padded([[1] * len(t) for t in texts], 0)}
         if self.types:
             name, text, image = self.types
-            batch[name] = padded([[image if t == IMAGE else text for t in row] for row in texts], 0)
+            batch[name] = padded([[{IMAGE: image, VIDEO: 2}.get(t, text) for t in row] for row in texts], 0)
         if labels:
             batch["labels"] = padded([[-100] * (len(t) - 4) + t[-4:] for t in texts], -100)
-        which = [[part for part in row if isinstance(part, int)] for row in rows]
-        return {**batch, **(self.batched(self.images, which) if any(which) else {})}
+        which = [[part for part in row if isinstance(part, int) and part not in self.clips] for row in rows]
+        shown = [[part for part in row if part in self.clips] for row in rows]
+        seen = self.batched(self.images, which) if any(which) else {}
+        if any(shown):
+            seen |= self.filmed(self.images, shown)
+        return {**batch, **seen}
+
+    def written(self, number: int) -> list[int]:
+        """Return the placeholders of an image or video."""
+        return [VIDEO if number in self.clips else IMAGE] * self.places[number]
 
 
 def flat(images, which):

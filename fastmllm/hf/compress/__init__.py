@@ -9,9 +9,10 @@ from torch import nn
 
 from fastmllm.compression import BipartiteMerge, Compressor, Placement
 from fastmllm.hf.compress.crossed import crossed, find_crossed
+from fastmllm.hf.compress.fitting import check
 from fastmllm.hf.compress.merging import merging
-from fastmllm.hf.compress.parts import Connector, Head, Owner, TiledOwner
-from fastmllm.hf.compress.seams import check, family_of, find, placement_of
+from fastmllm.hf.compress.parts import Connector, Head, owner_of
+from fastmllm.hf.compress.seams import family_of, find, placement_of
 from fastmllm.hf.compress.stages import STAGES
 from fastmllm.hf.compress.staging import stage_fusions
 from fastmllm.hf.compress.state import KEY, Compression
@@ -53,7 +54,7 @@ def compress_fusions(
         yield name, module, Head, {}, None
     place = f"inside of {seam.tower}" if inside else seam.place
     said = f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {place}"
-    yield at, owner, TiledOwner if seam.tiles else Owner, {KEY: state}, said
+    yield at, owner, owner_of(seam), {KEY: state}, said
     if inside and seam.tower is not None:
         yield from merging(getattr(owner, seam.tower), f"{at}.{seam.tower}".lstrip("."), compressor, state)
         return

@@ -22,7 +22,7 @@ def generate(module: Any, original: Callable[..., Any], given: dict[str, Any]) -
     state: Compression = owner.__dict__[KEY]
     call = {name: value for name, value in given.items() if name != "inputs"}
     ids = call["input_ids"] = call.get("input_ids") if given.get("inputs") is None else given["inputs"]
-    refuse_other_inputs(call)
+    refuse_other_inputs(call, videos=state.seam.videos)
     assistant = call.get("assistant_model")
     if assistant is not None and any(KEY in part.__dict__ for part in assistant.modules()):
         raise ValueError("compress: the assistant_model is compressed too, and would shorten a short text: unpatch it")
@@ -34,9 +34,8 @@ def generate(module: Any, original: Callable[..., Any], given: dict[str, Any]) -
         images = encode(state, owner, call)
         rows = shorten_text(state, owner, call, images, left=True, whole=True)
         if rows is None:
-            state.now.held = None  # whoever repeats rows for beams repeats the images, too
+            state.now.held.clear()  # whoever repeats rows for beams repeats the images, too
             return original(module, **given)
-        state.now.owners = rows.owners
         _limit(module, call, ids.shape[1] - call["input_ids"].shape[1])
         out = original(module, **call)
     sequences = out if isinstance(out, Tensor) else out.sequences

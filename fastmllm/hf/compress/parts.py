@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastmllm.compression import Tokens
 from fastmllm.hf.compress.generation import generate
+from fastmllm.hf.compress.media import IMAGE, VIDEO, Medium
 from fastmllm.hf.compress.merging import same_layer
+from fastmllm.hf.compress.projected import filmed, merged, takes_videos
 from fastmllm.hf.compress.rows import Images, Rows
-from fastmllm.hf.compress.state import KEY, Compression
+from fastmllm.hf.compress.seams import Seam
+from fastmllm.hf.compress.state import KEY, Compression, again
 from fastmllm.hf.compress.text import encode, refuse_other_inputs, remember, shorten_text
 from fastmllm.hf.compress.watch import watch
 from fastmllm.hf.fusion import Fusion, arguments, bound_forward
@@ -26,6 +28,8 @@ class Connector(Fusion):
     @staticmethod
     def forward(module: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state: Compression = module.__dict__[KEY]
+        if state.now.medium is VIDEO:  # its frames are pooled first
+            return original(module, x, *args, **kwargs)
         if state.seam.side == "in front of":
             return original(module, state.dense(x), *args, **kwargs)
         return state.dense(original(module, x, *args, **kwargs))
@@ -40,23 +44,7 @@ class Owner(Fusion):
     @staticmethod
     @torch.compiler.disable(recursive=False)
     def get_image_features(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state: Compression = module.__dict__[KEY]
-        call = arguments(original, args, kwargs)
-        if state.now.held is not None:
-            return state.again(call["pixel_values"])
-        if state.seam.prefix == "Llava" and call.get("image_sizes") is not None:
-            raise ValueError("compress: image_sizes: images packed into one row are not compressed")
-        state.now.images, state.now.listening = None, state.inside or state.compressor.layer is not None
-        if state.inside:
-            same_layer(state, call)
-        if state.attention is not None:
-            watch(state)
-        try:
-            out = original(module, **{**call, "return_dict": True})
-            return out if state.seam.connector is not None else _merged(state, module, out, call["image_grid_thw"])
-        finally:
-            state.now.listening = False
-            state.now.watched.clear()
+        return features(module, original, args, kwargs, IMAGE)
 
     @staticmethod
     def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +77,30 @@ class TiledOwner(Owner):
         return packed, torch.tensor(state.now.images.after, device=packed[0].device)
 
 
+class VideoOwner(Owner):
+    """The same of models that make features of videos, too."""
+
+    overrides: ClassVar[tuple[str, ...]] = (*Owner.overrides, "get_video_features")
+
+    @staticmethod
+    @torch.compiler.disable(recursive=False)
+    def get_video_features(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return features(module, original, args, kwargs, VIDEO)
+
+
+class TiledVideoOwner(TiledOwner, VideoOwner):
+    """The same of models that do both."""
+
+    overrides: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys((*TiledOwner.overrides, *VideoOwner.overrides)))
+
+
+def owner_of(seam: Seam) -> type[Owner]:
+    """Return what the model without head computes with."""
+    if seam.videos:
+        return TiledVideoOwner if seam.tiles else VideoOwner
+    return TiledOwner if seam.tiles else Owner
+
+
 class Head(Fusion):
     """The model with a head: text and labels lose the tokens before anything reads them."""
 
@@ -104,6 +116,37 @@ class Head(Fusion):
         return generate(module, original, arguments(original, args, kwargs))
 
 
+def features(
+    module: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], medium: Medium
+) -> Any:  # fmt: skip
+    """Encode and compress images or videos, or return what this call has encoded already."""
+    state: Compression = module.__dict__[KEY]
+    now = state.now
+    if now.medium is not None:  # as Qwen3-VL's videos ask for images
+        return original(module, *args, **kwargs)
+    call = arguments(original, args, kwargs)
+    pixels = call[medium.pixels if medium.pixels in call else IMAGE.pixels]  # transformers < 5.23 names both alike
+    if medium in now.held:
+        return again(now.held[medium], pixels)
+    if state.seam.prefix == "Llava" and call.get("image_sizes") is not None:
+        raise ValueError("compress: image_sizes: images packed into one row are not compressed")
+    if state.inside:
+        same_layer(state, call)
+    if medium is VIDEO:
+        takes_videos(state)
+    if state.attention is not None:
+        watch(state)
+    now.medium, now.images, now.listening = medium, None, state.inside or state.compressor.layer is not None
+    try:
+        out = original(module, **{**call, "return_dict": True})
+        if state.seam.connector is None:
+            return merged(state, module, out, call[medium.grids])
+        return out if medium is IMAGE else filmed(state, out, pixels.shape[1])
+    finally:
+        now.medium, now.listening = None, False
+        now.watched.clear()
+
+
 @torch.compiler.disable(recursive=False)  # the text is rewritten on the host; what is called from here is compiled
 def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Run a model's forward on a text without the tokens that its images lose."""
@@ -111,7 +154,7 @@ def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, 
     if state.now.busy:
         return original(module, *args, **kwargs)
     call = arguments(original, args, kwargs)
-    refuse_other_inputs(call)
+    refuse_other_inputs(call, videos=state.seam.videos)
     if call.get("input_ids") is None:
         return original(module, **call)
     with state.call():
@@ -134,21 +177,4 @@ def whole(rows: Rows, out: Any) -> Any:
     if not isinstance(out, dict):
         return (rows.spread(out[0]), *out[1:])
     out["last_hidden_state"] = rows.spread(out["last_hidden_state"])
-    return out
-
-
-def _merged(state: Compression, module: Any, out: Any, grid_thw: Tensor) -> Any:
-    """Compress what a tower that projects by itself gives: a list of images, and of DeepStack's layers too."""
-    side = module.visual.spatial_merge_size
-    deep: Any = getattr(out, "deepstack_features", None) or ()
-    split = bool(deep) and not isinstance(deep[0], Tensor)  # a list of images, or in transformers < 5.23 one tensor
-    layers = [torch.cat(tuple(features)) if split else features for features in deep]
-    grids = [(t, h // side, w // side) for t, h, w in grid_thw.tolist()]
-    tokens = Tokens.of(torch.cat(tuple(out.pooler_output)), grids, planes=layers)
-    kept = state.reduce(tokens)
-    if kept is not tokens:
-        each = list(kept.seqlens)
-        out.pooler_output = kept.x.split(each)
-        if layers:
-            out.deepstack_features = [plane.split(each) if split else plane for plane in kept.planes]
     return out

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmllm.hf.compress.media import IMAGE, VIDEO
 from fastmllm.hf.compress.rows import PAD, Rows
 from fastmllm.hf.compress.state import Compression
 
+GRIDS = (IMAGE.grids, VIDEO.grids, "second_per_grid_ts")
 SEEN = (
     "_fastmllm_rows"  # on a cache: what is left of the text that it holds, its columns, M-RoPE's lead, its images' end
 )
@@ -22,7 +24,8 @@ def positions(
     """Return the positions of what is left, or nothing where the model counts them itself."""
     given = call.get("position_ids")
     if given is None:
-        with_images = call.get("image_grid_thw") is not None and call.get("mm_token_type_ids") is not None
+        grids = any(call.get(medium.grids) is not None for medium in (IMAGE, VIDEO))
+        with_images = grids and call.get("mm_token_type_ids") is not None
         if not state.seam.mrope or not (with_images or rows.past):
             return {}
         before = rows.index.new_zeros(len(ids), 1)  # tokens of each row in the cache
@@ -51,14 +54,16 @@ def _multimodal(
     text = (valid.cumsum(1) - 1).clamp(min=0)
     lead = getattr(call.get("past_key_values"), SEEN, (None, 0, owner.rope_deltas))[2] if rows.past else None
     if images and state.compressor.position == "keep":
+        given = {name: call[name] for name in GRIDS if call.get(name) is not None}
         positions, _ = owner.get_rope_index(
-            ids, mm_token_type_ids=call["mm_token_type_ids"][:, -ids.shape[1] :],
-            image_grid_thw=call["image_grid_thw"], attention_mask=mask,
-        )  # fmt: skip
+            ids, mm_token_type_ids=call["mm_token_type_ids"][:, -ids.shape[1] :], attention_mask=mask, **given
+        )
+        last = positions.amax((0, 2))[:, None]  # of a grid that text goes on behind, whatever of it is left
         positions = rows.standing(positions)
     else:
         positions = text.expand(3, -1, -1)
-    positions = positions + before + (0 if lead is None else lead)
-    length = valid.sum(1, keepdim=True) + before
-    owner.rope_deltas = positions.amax((0, 2))[:, None] + 1 - length
+        last = text.amax(1, keepdim=True)
+    ahead = before + (0 if lead is None else lead)
+    positions = positions + ahead
+    owner.rope_deltas = last + ahead + 1 - valid.sum(1, keepdim=True) - before
     return torch.cat([(text + before)[None], positions])

@@ -36,7 +36,7 @@ class Rows:
         stands: as `index`, with the placeholders in whose places the tokens stand.
         columns: T, of the text that is new.
         past: columns of the text that are in the cache, of which `cached` (B, P) int64 are left.
-        owners: images of each row.
+        owners: the row of each image.
         behind: columns that are left up to the last placeholder, the cache's included.
     """
 
@@ -108,6 +108,21 @@ class Rows:
         return self.take(position_ids - lost + lost.gather(1, first), 0)
 
 
+def places_of(ids: Tensor, token: int, images: Images) -> Tensor:
+    """Return (P,) int64 where in (B, T) on the host, flat, placeholders stand.
+
+    Raises:
+        ValueError: they are not as many as the images have.
+    """
+    places = (ids == token).flatten().nonzero().flatten()
+    if sum(images.before) != len(places):
+        raise ValueError(
+            f"compress: image features and image tokens do not match, tokens: {len(places)}, features: "
+            f"{sum(images.before)} of images of {images.before[:8]}"
+        )
+    return places
+
+
 def shorten(
     ids: Tensor, token: int, images: Images, *, mask: Tensor | None, left: bool, past: int = 0,
     cached: Tensor | None = None,
@@ -128,14 +143,9 @@ def shorten(
     """
     device, (batch, columns) = ids.device, ids.shape
     host = ids.cpu()  # the one wait: how long rows become is what the text says
-    places = (host == token).flatten().nonzero().flatten()
+    places = places_of(host, token, images)
     before, after = (torch.tensor(n, dtype=torch.int64) for n in (images.before, images.after))
     starts = before.cumsum(0) - before
-    if int(before.sum()) != len(places):
-        raise ValueError(
-            f"compress: image features and image tokens do not match, tokens: {len(places)}, features: "
-            f"{int(before.sum())} of images of {images.before[:8]}"
-        )
     owners = torch.div(places[starts], columns, rounding_mode="floor")
     if bool((owners != torch.div(places[starts + before - 1], columns, rounding_mode="floor")).any()):
         raise ValueError("compress: the placeholders of an image are spread over two rows")
@@ -163,5 +173,5 @@ def shorten(
         stands = index.index_copy(0, slots.to(device, non_blocking=True), taken)
     return Rows(
         index=index.view(batch, longest), stands=stands.view(batch, longest), columns=columns, past=past, cached=cached,
-        owners=tuple(torch.bincount(owners, minlength=batch).tolist()), behind=behind,
+        owners=tuple(owners.tolist()), behind=behind,
     )  # fmt: skip

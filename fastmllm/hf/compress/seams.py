@@ -1,4 +1,4 @@
-"""Where the models of transformers make visual tokens, and which compressors fit there."""
+"""Where the models of transformers make visual tokens, and where compression is asked for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastmllm.compression import METHODS, Compressor, Placement
+from fastmllm.compression import Compressor, Placement
 from fastmllm.compression.published import PUBLISHED, placement
-from fastmllm.hf.fusion import ORIGINAL
+from fastmllm.hf.fusion import ORIGINAL, STATE
 
-TEXT = "its text has one place a token, so positions are renumbered"
-TILED = "its tower attends over all tiles of an image at once, of which some are padding"
-OURS = {"forward", "generate", "get_image_features", "pack_image_features"}  # what the parts of a model replace
-ABOUT_TEXT = ("given", "external", "last_row", "text_rows")  # judged by the prompt, or by whoever calls
+KEY = STATE + "compression"  # where modules keep what is compressed
+MADE = {"get_image_features", "get_video_features", "pack_image_features"}
+OURS = {"forward", "generate"} | MADE  # what the parts of a model replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +32,7 @@ class Seam:
         grid: tokens are a grid, row by row.
         tiles: an image is several tiles, each of them compressed for itself.
         mrope: positions have three parts, time, row and column.
+        videos: frames of a video are one grid, of which the text has a place for each token.
         crossed: images are read by cross-attention, so that the text has no places for them.
     """
 
@@ -44,6 +44,7 @@ class Seam:
     grid: bool = True
     tiles: bool = False
     mrope: bool = False
+    videos: bool = False
     crossed: bool = False
 
     @property
@@ -57,15 +58,15 @@ class Seam:
 SEAMS: Mapping[str, Seam] = {
     "llava": Seam(prefix="Llava", tower="vision_tower", merges=True),
     "llava_next": Seam(prefix="LlavaNext", tower="vision_tower", merges=True, tiles=True),
-    "llava_onevision": Seam(prefix="LlavaOnevision", tower="vision_tower", merges=True, tiles=True),
+    "llava_onevision": Seam(prefix="LlavaOnevision", tower="vision_tower", merges=True, tiles=True, videos=True),
     "internvl": Seam(prefix="InternVL", tower="vision_tower"),
     "paligemma": Seam(prefix="PaliGemma", tower="vision_tower", merges=True),
     "gemma3": Seam(prefix="Gemma3", side="behind", tower="vision_tower"),
     "idefics2": Seam(prefix="Idefics2", connector="connector", side="behind", grid=False),
     "idefics3": Seam(prefix="Idefics3", connector="connector", side="behind", tower="vision_model"),
     "smolvlm": Seam(prefix="SmolVLM", connector="connector", side="behind", tower="vision_model"),
-    "qwen2_vl": Seam(prefix="Qwen2VL", connector=None, tower="visual", mrope=True),
-    "qwen2_5_vl": Seam(prefix="Qwen2_5_VL", connector=None, tower="visual", mrope=True),
+    "qwen2_vl": Seam(prefix="Qwen2VL", connector=None, tower="visual", mrope=True, videos=True),
+    "qwen2_5_vl": Seam(prefix="Qwen2_5_VL", connector=None, tower="visual", mrope=True, videos=True),
     "qwen3_vl": Seam(prefix="Qwen3VL", connector=None, tower="visual", mrope=True),
 }
 
@@ -163,32 +164,3 @@ def _named(text: str, seam: Seam) -> Placement:
             "give the compressor"
         )
     return made
-
-
-def check(compressor: Compressor, seam: Seam, model: Any) -> None:
-    """Refuse a compressor that has no place in this model.
-
-    Raises:
-        ValueError: says why.
-    """
-
-    def refuse(why: str) -> None:
-        raise ValueError(f"patch: cannot compress {seam.prefix} with {compressor.name}: {why}")
-
-    if compressor.position == "calibrate":
-        refuse("position='calibrate' needs a bias on attention that its language model does not take")
-    if compressor.position == "keep" and not (seam.mrope or seam.crossed):
-        refuse(f"{TEXT}: position='renumber'")
-    if compressor.name in ("pixel_shuffle", "temporal_dedup"):
-        wide = "its tokens become wider, and the connector's weights are for the width that they have"
-        refuse(wide if compressor.name == "pixel_shuffle" else "it wants the frames of videos, and these are images")
-    for option in ("relevance", "scorer"):
-        if getattr(compressor, option, None) in ABOUT_TEXT and type(compressor) in METHODS.values():
-            refuse(f"{option}={getattr(compressor, option)!r} judges by what the connector does not see")
-    if compressor.layer is not None and seam.tower is None:
-        latents = f"{seam.place} stand latents: what the tower's patches receive is not theirs"
-        refuse(f"it judges by attention, and {TILED if seam.crossed else latents}")
-    if not seam.mrope and not isinstance(compressor.keep, int | float):
-        refuse("its images, or their tiles, are of one size: one number or fraction for all of them")
-    if getattr(model.config.vision_config, "model_type", None) == "pixtral":
-        refuse("its tower packs images of several sizes into one row")

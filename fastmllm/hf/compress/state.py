@@ -13,32 +13,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmllm.compression import Compressor, Evidence, Tokens
+from fastmllm.compression import Compressor, Evidence, TemporalDedup, Tokens
+from fastmllm.hf.compress.given import Scores, scores_of
+from fastmllm.hf.compress.media import IMAGE, Medium
 from fastmllm.hf.compress.probes import probe_of
 from fastmllm.hf.compress.rows import Images
+from fastmllm.hf.compress.seams import KEY as KEY
 from fastmllm.hf.compress.seams import Seam
-from fastmllm.hf.fusion import STATE
 
-KEY = STATE + "compression"  # where modules keep the one object
+
+@dataclass(slots=True)
+class Encoding:
+    """Images, or videos, that were encoded and compressed.
+
+    Args:
+        features: as the model's own method returns them.
+        images: how many tokens each had and has.
+        pixels: rows of what was encoded.
+        owners: images of each row of the text.
+    """
+
+    features: Any
+    images: Images
+    pixels: int
+    owners: tuple[int, ...] = ()
 
 
 class Call(threading.local):
     """What goes from part to part while a thread calls the model; no other thread sees it.
 
     Attributes:
+        medium: what is being encoded.
         images: of the last encoding.
         busy: a call is under way whose text is shortened already.
-        held: the image features that it has encoded already, of so many rows of `pixels`.
-        owners: images of each row of its text.
+        held: what it has encoded already.
+        given: what the caller says of tokens.
         watched: by name, what the layer that is read gives while `listening`: see `probes`.
     """
 
     def __init__(self) -> None:
+        self.medium: Medium | None = None
         self.images: Images | None = None
         self.busy = False
-        self.held: Any = None
-        self.pixels = 0
-        self.owners: tuple[int, ...] = ()
+        self.held: dict[Medium, Encoding] = {}
+        self.given: dict[Medium, Scores] = {}
         self.listening = False
         self.watched: dict[str, Tensor] = {}
 
@@ -89,12 +107,15 @@ class Compression:
         try:
             yield
         finally:
-            self.now.busy, self.now.held, self.now.owners = False, None, ()
+            self.now.busy, self.now.held = False, {}
 
     @torch.compiler.disable
     def reduce(self, tokens: Tokens) -> Tokens:
         """Compress, and note how many tokens each image had and has."""
-        kept, _ = self.compressor(tokens, Evidence(probe=probe_of(self, tokens)))
+        kept = tokens
+        if not (isinstance(self.compressor, TemporalDedup) and self.now.medium is IMAGE):  # a picture repeats nothing
+            given = scores_of(self, tokens)
+            kept, _ = self.compressor(tokens, Evidence(probe=probe_of(self, tokens), relevance=given, scores=given))
         if kept.x.shape[1] != tokens.x.shape[1]:
             raise ValueError(
                 f"compress: {self.compressor.name} makes tokens {kept.x.shape[1]} wide of tokens {tokens.x.shape[1]} "
@@ -111,35 +132,36 @@ class Compression:
         kept = self.reduce(tokens)
         return x if kept is tokens else kept.dense()
 
-    def again(self, pixels: Tensor) -> Any:
-        """Return what is held, in the order of a batch whose rows generation may have repeated for its beams."""
-        times = len(pixels) // self.now.pixels
-        held = type(self.now.held)(**dict(self.now.held.items()))  # generation writes into what it is given
-        vars(held).update(vars(self.now.held))  # transformers < 5.23 sets what its class has no field for
-        if times > 1:
-            order = repeated(self.now.owners, times)
-            held.pooler_output = self._ordered(held.pooler_output, order, times)
-            if getattr(held, "deepstack_features", None) is not None:
-                held.deepstack_features = [self._ordered(f, order, times) for f in held.deepstack_features]
-        return held
 
-    def _ordered(self, features: Any, order: Sequence[int], times: int) -> Any:
-        images = self.now.images
-        assert images is not None
-        if isinstance(features, Tensor) and features.dim() == 3:  # (I, K, D)
-            return features[list(order)]
-        if isinstance(features, Tensor):  # (T, D)
-            return torch.cat(self._ordered(features.split(list(images.after)), order, times))
-        if tuple(map(len, features)) != images.after:  # one entry a row
-            return [f for f in features for _ in range(times)]
-        return [features[i] for i in order]
+def again(encoding: Encoding, pixels: Tensor) -> Any:
+    """Return what was encoded, in the order of a batch whose rows generation may have repeated for its beams."""
+    times = len(pixels) // encoding.pixels
+    held = type(encoding.features)(**dict(encoding.features.items()))  # generation writes into what it is given
+    vars(held).update(vars(encoding.features))  # transformers < 5.23 sets what its class has no field for
+    if times > 1:
+        order = repeated(encoding.owners, times)
+        held.pooler_output = _ordered(held.pooler_output, encoding.images, order, times)
+        if getattr(held, "deepstack_features", None) is not None:
+            held.deepstack_features = [_ordered(f, encoding.images, order, times) for f in held.deepstack_features]
+    return held
 
 
-def encoded(owner: Any, call: dict[str, Any]) -> Any:
+def _ordered(features: Any, images: Images, order: Sequence[int], times: int) -> Any:
+    if isinstance(features, Tensor) and features.dim() == 3:  # (I, K, D)
+        return features[list(order)]
+    if isinstance(features, Tensor):  # (T, D)
+        return torch.cat(_ordered(features.split(list(images.after)), images, order, times))
+    if tuple(map(len, features)) != images.after:  # one entry a row
+        return [f for f in features for _ in range(times)]
+    return [features[i] for i in order]
+
+
+def encoded(owner: Any, call: dict[str, Any], medium: Medium = IMAGE) -> Any:
     """Encode the images of a call by transformers' method, with those of the call's arguments that it takes."""
-    method = owner.get_image_features
-    names = inspect.signature(method).parameters
-    return method(**{n: call[n] for n in names if call.get(n) is not None}, return_dict=True)
+    method = getattr(owner, medium.method)
+    _, *names = inspect.signature(method).parameters  # the first one is the pixels, whatever it is called
+    more = {n: call[n] for n in names if call.get(n) is not None}
+    return method(call[medium.pixels], **more, return_dict=True)
 
 
 def _blank(compressor: Compressor, seam: Seam) -> Compression:

@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmllm.hf.compress.media import IMAGE, VIDEO, Medium, in_order
 from fastmllm.hf.compress.positions import SEEN, positions
 from fastmllm.hf.compress.rows import Images, Rows, shorten
-from fastmllm.hf.compress.state import Compression, encoded
+from fastmllm.hf.compress.state import Compression, Encoding, encoded
 
 FILL = {"labels": -100, "shift_labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
-def encode(state: Compression, owner: Any, call: dict[str, Any]) -> Images:
-    """Encode and compress a call's images, and hold what comes out until the model asks for it."""
-    if call.get("pixel_values") is None:
-        return Images((), ())
-    state.now.held, state.now.pixels = encoded(owner, call), len(call["pixel_values"])
-    assert state.now.images is not None
-    return state.now.images
+def encode(state: Compression, owner: Any, call: dict[str, Any]) -> dict[Medium, Images]:
+    """Encode and compress a call's images and videos, and hold what comes out until the model asks for it.
+
+    Raises:
+        ValueError: budgets that are one an image, for images and videos.
+    """
+    media = [medium for medium in (IMAGE, VIDEO) if call.get(medium.pixels) is not None]
+    if len(media) > 1 and not isinstance(state.compressor.keep, int | float):
+        raise ValueError("compress: budgets one an image, and a call with images and videos: give one for all of them")
+    for medium in media:
+        features = encoded(owner, call, medium)
+        assert state.now.images is not None
+        state.now.held[medium] = Encoding(features, state.now.images, len(call[medium.pixels]))
+    return {medium: state.now.held[medium].images for medium in media}
 
 
 def refuse_other_inputs(
-    call: dict[str, Any], features: tuple[str, ...] = ("mm_encoder_outputs", "image_hidden_states")
+    call: dict[str, Any],
+    features: tuple[str, ...] = ("mm_encoder_outputs", "image_hidden_states"),
+    videos: bool = False,
 ) -> None:
-    """Refuse what brings visual tokens in past the compressor, image features under some names included."""
-    if call.get("pixel_values_videos") is not None:
-        raise ValueError("compress: videos are not compressed in a model of transformers: unpatch it for them")
+    """Refuse what brings visual tokens in past the compressor, image features under some names included.
+
+    Args:
+        call: arguments by name.
+        features: names of such.
+        videos: they are compressed, too.
+    """
+    if call.get("pixel_values_videos") is not None and not videos:
+        raise ValueError("compress: videos of this model are not compressed: unpatch it for them")
     for name in features:
         if call.get(name) not in (None, {}):
             raise ValueError(
                 f"compress: {name}: image features that are there already; give pixel_values, and unpatch a model that "
                 "drafts for another as its assistant_model"
             )
-    if call.get("pixel_values") is not None and call.get("input_ids") is None:
+    if call.get("input_ids") is None and any(call.get(medium.pixels) is not None for medium in (IMAGE, VIDEO)):
         raise ValueError("compress: placeholders are looked for among input_ids, not among inputs_embeds")
 
 
@@ -78,7 +95,13 @@ def remember(cache: Any, owner: Any, rows: Rows, times: int = 1) -> None:
 
 @torch.compiler.disable
 def shorten_text(
-    state: Compression, owner: Any, call: dict[str, Any], images: Images, *, left: bool, whole: bool = False
+    state: Compression,
+    owner: Any,
+    call: dict[str, Any],
+    found: Mapping[Medium, Images],
+    *,
+    left: bool,
+    whole: bool = False,
 ) -> Rows | None:
     """Rewrite the arguments of a call in place.
 
@@ -86,7 +109,7 @@ def shorten_text(
         state: of the model.
         owner: the module that makes image features, which knows its placeholder and its positions.
         call: arguments by name.
-        images: what the call's images have lost.
+        found: what the call's images and videos have lost.
         left: where rows of different lengths are padded, if the call's mask does not say.
         whole: `input_ids` may hold the cache's text too, as `generate` takes it; they do if the mask is as long.
 
@@ -98,9 +121,8 @@ def shorten_text(
     """
     ids, cache = call["input_ids"], call.get("past_key_values")
     past, cached, lost = cached_columns(cache, len(ids), ids.device)
-    if images.before == images.after and not lost:
+    if all(images.before == images.after for images in found.values()) and not lost:
         return None
-    refuse_beside(call, images)
     mask = call.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError("compress: attention_mask must be (rows, tokens), of which tokens can be taken out")
@@ -110,9 +132,12 @@ def shorten_text(
     host = None if seen is None else seen.cpu()
     if host is not None:
         left = bool((host[:, 0] == 0).any()) or (left and not bool((host[:, -1] == 0).any()))
-    rows = shorten(
-        new, owner.config.image_token_id, images, mask=host, left=left, past=past, cached=cached
-    )  # fmt: skip
+    marked, token, images, kinds = in_order(new, owner.config, found)
+    refuse_beside(call, images)
+    rows = shorten(marked, token, images, mask=host, left=left, past=past, cached=cached)
+    for medium in found:
+        own = [row for row, kind in zip(rows.owners, kinds, strict=True) if kind is medium]
+        state.now.held[medium].owners = tuple(own.count(row) for row in range(len(new)))
     shortened = {"input_ids": rows.take(ids, _pad_id(owner)), "attention_mask": rows.mask(mask)}
     shortened |= positions(state, owner, call, rows, new, seen, shortened["attention_mask"])
     for name, fill in FILL.items():
