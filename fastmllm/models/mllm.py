@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from fastmllm.models.composition import MLLMConfig
     from fastmllm.models.talk import TalkConfig
 
-BLANK = 32  # pixels on a side of the picture that ranks without one look at
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blueprint:
@@ -260,8 +258,6 @@ class MLLM(Scored):
         if visual is not None and inputs.shown is not None:  # what several places show was encoded once
             visual = visual.at(*inputs.shown)
         deepstack = media = None
-        if visual is None and self.training and self.packing is not None:
-            x = x + 0.0 * self._nothing(self.packing)
         if self.looks_across:
             media = self._media(visual, inputs)
         if blank and visual is not None:
@@ -277,16 +273,6 @@ class MLLM(Scored):
         if media is not None and reduction is not None:
             media = media.at(reduction.rows)
         return hidden, media, reduction
-
-    def _nothing(self, packing: Packing) -> Tensor:
-        """Run the image path on a black picture: every rank gathers and reduces sharded parameters, image or not."""
-        plan = packing.policy.plan(BLANK, BLANK)
-        seen = self.images.take([packing.policy.apply(torch.zeros(BLANK, BLANK, 3, dtype=torch.uint8), plan)], [plan])
-        visual = self.images.forward(
-            **{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in seen.arguments.items()}
-        )
-        across = () if visual.across is None else (visual.across,)
-        return torch.stack([part.sum() for part in (visual.tokens, *visual.planes, *across)]).sum()
 
     def _reduction(self, inputs: Inputs) -> Reduction | None:
         """Return what `stages` do to this batch inside of the language model."""
