@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastmllm.hf.fusion import STATE, Fusion, arguments, hooked, outside_autocast
 from fastmllm.kernels.linear_cross_entropy import CHUNK, linear_cross_entropy
@@ -67,8 +68,8 @@ class HeadLoss(Fusion):
             return "its head has been replaced since"  # LoRA
         if hooked(head) and not hasattr(head.weight, "ds_id") and "_old_forward" not in head.__dict__:
             return "its head carries hooks, which would see a loss"  # ZeRO-3's and accelerate's hand on what they get
-        if (named := getattr(module.loss_function, "__name__", "")) != "ForCausalLMLoss":
-            return f"its loss is {named or 'its own'}"
+        if (loss := module.loss_function) is not ForCausalLMLoss:  # by name a wrapper of it would pass, too
+            return f"its loss_function is {getattr(loss, '__name__', 'its own')}, not transformers' own"
         return None if isinstance(logits_to_keep, int) and not logits_to_keep else "logits_to_keep asks for logits"
 
     @staticmethod
@@ -82,12 +83,15 @@ class HeadLoss(Fusion):
         if not _worth_it(head, shifted, ignored):
             return _without_logits(original(module, *args, **kwargs))
         head.__dict__[REQUEST] = (shifted, kwargs.get("num_items_in_batch"), ignored)
+        before = module.__dict__.get("_loss_function")
         module.loss_function = _loss_of
         try:
             return _without_logits(original(module, *args, **kwargs))
         finally:
             head.__dict__.pop(REQUEST, None)
             del module._loss_function
+            if before is not None:
+                module.loss_function = before
 
 
 def _worth_it(head: Any, labels: Tensor, ignored: int) -> bool:
