@@ -81,6 +81,7 @@ class Stages:
         if id(self.owner) not in memo:
             return self
         memo[id(self)] = copied = Stages(self.stages, self.seam, memo[id(self.owner)], None, memo.get(id(self.head)))
+        copy.deepcopy([x.attention for x in self.listeners.values()], memo)  # listeners go along with these alone
         copied.stages, copied.listeners, copied.text = copy.deepcopy((self.stages, self.listeners, self.text), memo)
         return copied
 
