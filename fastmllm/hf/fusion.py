@@ -154,7 +154,8 @@ def fuse(module: nn.Module, fusions: tuple[type[Fusion], ...]) -> None:
     before = type(module)
     module.__class__ = fused_class(before, fusions)
     _rebind(module, before)
-    if _prepared(module, bound := module.__dict__.get("forward"), before):
+    bound = module.__dict__.get("forward")
+    if isinstance(bound, MethodType) and _prepared(module, bound, before):
         module.__dict__[PREPARED], function = bound, bound.__func__
         for fusion in fusions:
             function = _guarded(fusion, "forward", function) if "forward" in fusion.overrides else function

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from fastmllm.compression import Compressor, PivotDedup
 from fastmllm.compression.reduction import IGNORED
+from fastmllm.hf.compress.beside import put
 from fastmllm.hf.compress.held import HELD, Held, held
 from fastmllm.hf.compress.listening import Listener
 from fastmllm.hf.compress.passes import Pass
@@ -174,7 +175,7 @@ class Stages:
         """Leave on a cache what it holds behind each stage."""
         if cache is not None and way is not None:
             left = [way.whole(n) if way.lost(n) else None for n in range(1, len(self.stages) + 1)]
-            setattr(cache, HELD, Held(way.total, left))
+            put(cache, HELD, Held(way.total, left))
 
 
 def asks(compressor: Compressor) -> bool:
