@@ -13,6 +13,7 @@ from tiny_hf_compress import KINDS, QTEXT, ROWS
 
 from fastmllm.compression import Placement, make
 from fastmllm.hf import patch
+from fastmllm.hf.compress.beside import MOVES
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 STAGE = Placement(stages=((1, make("topk", 0.5, scorer="norm")),))
@@ -46,7 +47,7 @@ def following(model, kind, rows, method=None):
         return model(input_ids=word, attention_mask=mask, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("method", ORDERS)
+@pytest.mark.parametrize("method", MOVES)
 @pytest.mark.parametrize("compress", ["divprune:4", STAGE, BOTH], ids=["connector", "stage", "both"])
 def test_rows_that_are_moved_are_followed(compress, method):
     kind = BY_NAME["llava"]

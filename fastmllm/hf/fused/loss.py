@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastmllm.hf.fusion import STATE, Fusion, arguments, hooked, outside_autocast
 from fastmllm.kernels.linear_cross_entropy import CHUNK, linear_cross_entropy
@@ -68,7 +68,8 @@ class HeadLoss(Fusion):
             return "its head has been replaced since"  # LoRA
         if hooked(head) and not hasattr(head.weight, "ds_id") and "_old_forward" not in head.__dict__:
             return "its head carries hooks, which would see a loss"  # ZeRO-3's and accelerate's hand on what they get
-        if (loss := module.loss_function) is not ForCausalLMLoss:  # by name a wrapper of it would pass, too
+        theirs = sys.modules["transformers.loss.loss_utils"].ForCausalLMLoss
+        if (loss := module.loss_function) is not theirs:  # by name a wrapper of it would pass, too
             return f"its loss_function is {getattr(loss, '__name__', 'its own')}, not transformers' own"
         return None if isinstance(logits_to_keep, int) and not logits_to_keep else "logits_to_keep asks for logits"
 
