@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _all
 
 ORIGINAL, STATE = "_fastmllm_original", "_fastmllm_"
+PREPARED = STATE + "prepared"  # the forward that accelerate's mixed precision had bound
 LOWERED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: neither fp64 nor integers
 _FUSED: dict[tuple[type, tuple[type[Fusion], ...]], type] = {}
 
@@ -135,9 +136,12 @@ def bound_forward(module: nn.Module) -> str | None:
     """Say who has put a forward on the instance, which hides its class's: Liger, `kernels`; None for nobody.
 
     accelerate's hooks do so too, but keep the class's forward and call it, and leave it behind: `_rebind` follows them.
+    Its mixed precision (Trainer's, too) calls the class's inside of autocast: fusions go around that.
     """
     bound = module.__dict__.get("forward")
     if bound is None or "_old_forward" in module.__dict__ or _is_own(module, bound, type(module)):
+        return None
+    if PREPARED in module.__dict__ or _prepared(module, bound):
         return None
     function = getattr(bound, "__func__", bound)
     said = function.__code__.co_filename if isinstance(function, FunctionType) else type(bound).__module__
@@ -150,12 +154,21 @@ def fuse(module: nn.Module, fusions: tuple[type[Fusion], ...]) -> None:
     before = type(module)
     module.__class__ = fused_class(before, fusions)
     _rebind(module, before)
+    bound = module.__dict__.get("forward")
+    if isinstance(bound, MethodType) and _prepared(module, bound, before):
+        module.__dict__[PREPARED], function = bound, bound.__func__
+        for fusion in fusions:
+            function = _guarded(fusion, "forward", function) if "forward" in fusion.overrides else function
+        module.__dict__["forward"] = MethodType(function, module)
 
 
 def restore(module: nn.Module) -> None:
     """Put the class of a module back, and drop what its fusions kept on it."""
     before = type(module)
     module.__class__ = before.__dict__[ORIGINAL]
+    prepared = module.__dict__.get(PREPARED)
+    if prepared is not None and "_original_forward" in module.__dict__:  # accelerate has not taken its own off since
+        module.__dict__["forward"] = prepared
     for name in [n for n in module.__dict__ if n.startswith(STATE)]:
         del module.__dict__[name]
     _rebind(module, before)
@@ -165,6 +178,15 @@ def _is_own(module: nn.Module, bound: Any, cls: type) -> bool:
     return (
         isinstance(bound, MethodType) and bound.__self__ is module and bound.__func__ is getattr(cls, "forward", None)
     )
+
+
+def _prepared(module: nn.Module, bound: Any, cls: type | None = None) -> bool:
+    """Tell whether a forward is accelerate's mixed precision around the class's own."""
+    cls = cls or type(module)
+    own = getattr(cls, "forward", None)
+    if not isinstance(bound, MethodType) or not _is_own(module, module.__dict__.get("_original_forward"), cls):
+        return False
+    return inspect.unwrap(bound.__func__, stop=lambda function: function is own) is own
 
 
 def _rebind(module: nn.Module, before: type) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import nn
 
 from fastmllm.compression import Compressor, Placement
 from fastmllm.hf.compress import compress_fusions
-from fastmllm.hf.fusion import Fusion, bound_forward, fuse, is_fused, restore
+from fastmllm.hf.fusion import STATE, Fusion, bound_forward, fuse, is_fused, restore
 from fastmllm.hf.report import Report, Row
 from fastmllm.hf.rules import OPS, fusions_of, known_class, unknown_families
 from fastmllm.hf.rules.dense import WHY, dense_attention
+
+Plan = dict[nn.Module, list[type[Fusion]]]
+Kept = list[tuple[nn.Module, dict[str, Any]]]  # what is to lie on modules beside their parameters
 
 
 class PatchError(ValueError):
@@ -56,15 +60,50 @@ def patch(
 
     Raises:
         PatchError: with `strict`, lists what did not apply.
+        TypeError: what was given is no model, or `ops` is one name.
         ValueError: an unknown operator or method, or compression that this model cannot have.
 
-    Patching a patched model is patching it anew.
+    Patching a patched model is patching it anew; where that raises, it stays patched as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: takes a model, an instance of torch.nn.Module, not {model!r}")
+    if isinstance(ops, str):
+        raise TypeError(f"patch: ops={ops!r}: give a list of names, [{ops!r}]")
     asked = None if ops is None else frozenset(ops)
     if asked is not None and (unknown := asked - set(OPS)):
         raise ValueError(f"patch: ops {sorted(unknown)} are none of {sorted(OPS)}")
-    unpatch(model)
-    plan: dict[nn.Module, list[type[Fusion]]] = {}
+    with _put_back_on_error(model):
+        unpatch(model)
+        plan, rows, kept = _plan(model, compress, asked, strict)
+    for module, fusions in plan.items():
+        fuse(module, tuple(dict.fromkeys(fusions)))
+    for module, state in kept:
+        module.__dict__.update(state)
+    return Report(model, rows)
+
+
+@contextmanager
+def _put_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Patch a model again, as it was patched, if what is done with it raises."""
+    before = [
+        (module, type(module)._fastmllm_fusions, {n: x for n, x in module.__dict__.items() if n.startswith(STATE)})  # type: ignore[attr-defined]
+        for module in model.modules() if is_fused(module)
+    ]  # fmt: skip
+    try:
+        yield
+    except BaseException:
+        for module, fusions, state in before:
+            if not is_fused(module):
+                fuse(module, fusions)
+                module.__dict__.update(state)
+        raise
+
+
+def _plan(
+    model: nn.Module, compress: Placement | Compressor | str | None, asked: frozenset[str] | None, strict: bool
+) -> tuple[Plan, list[Row], Kept]:
+    """Say what an unpatched model's modules are to compute with, and what the report says of it."""
+    plan: Plan = {}
     rows: list[Row] = []
     names = {module: name for name, module in model.named_modules()}
     for module, fusion in list(_candidates(model)):
@@ -91,7 +130,7 @@ def patch(
         rows.append(Row(module=name, kind=type(module).__name__, op="–", backend=None, reason=why))
     for name, module in dense_attention(model) if asked is None else ():
         rows.append(Row(module=name, kind=type(module).__name__, op="–", backend=None, reason=WHY))
-    kept: list[tuple[nn.Module, dict[str, Any]]] = []
+    kept: Kept = []
     for name, module, fusion, state, said in compress_fusions(model, compress):
         if said is not None:
             rows.append(Row(module=name, kind=type(module).__name__, op="compress", backend=said))
@@ -105,11 +144,7 @@ def patch(
         lines = [f"  {row.module or '(model)'} ({row.kind}), {row.op}: {row.reason}" for row in failed]
         lines += [f"  {op}: no module of this model computes it" for op in missing]
         raise PatchError("patch: asked for, but does not apply; the model is unchanged:\n" + "\n".join(lines))
-    for module, fusions in plan.items():
-        fuse(module, tuple(dict.fromkeys(fusions)))
-    for module, state in kept:
-        module.__dict__.update(state)
-    return Report(model, rows)
+    return plan, rows, kept
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -129,6 +129,5 @@ def test_what_was_said_behind_the_images_can_be_taken_back(kind):
         cache.crop(-8)
         with pytest.raises(ValueError, match="text behind its last image"):
             model(input_ids=more, attention_mask=mask, past_key_values=cache)
-        cache.batch_select_indices(torch.tensor([1]))
         with pytest.raises(ValueError, match="the cache is of 3 rows, the text of 1"):
             model(input_ids=more[:1], past_key_values=cache)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 import torch
 from tiny_hf import BOS
 from tiny_hf_llava import gemma3, gemma3_batch, llava, llava_batch, paligemma, paligemma_batch
 from tiny_hf_qwen import FAMILIES as QWEN
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastmllm.hf import patch, unpatch
 from fastmllm.hf.fused import loss as fused_loss
@@ -69,6 +72,26 @@ def test_what_the_operator_cannot_do_runs_transformers(model):
     torch.testing.assert_close(soft.loss, model(**batch).loss)
     hook.remove()
     assert len(report.fallbacks()) == 0  # unpatched: gone with the rest
+
+
+def test_a_wrapped_loss_is_used_and_kept(model):
+    @wraps(ForCausalLMLoss)
+    def doubled(*args, **kwargs):
+        return 2 * ForCausalLMLoss(*args, **kwargs)
+
+    batch = llava_batch()
+    patch(model.train(), ops=["linear_cross_entropy"])
+    once = model(**batch).loss
+    try:
+        model.loss_function = doubled
+        torch.testing.assert_close(model(**batch).loss, 2 * once)
+        assert model.loss_function is doubled
+        model.loss_function = ForCausalLMLoss  # said, not only meant
+        assert model(**batch).logits is None
+        assert model._loss_function is ForCausalLMLoss
+    finally:
+        del model._loss_function
+        unpatch(model)
 
 
 def test_a_capped_or_biased_head_is_left(model):

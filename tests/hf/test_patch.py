@@ -73,6 +73,30 @@ def test_strict_raises_for_what_does_not_apply_and_changes_nothing(model):
     assert not any(is_fused(m) for m in model.modules())
 
 
+def test_what_is_no_model_or_no_list_is_said(model):
+    for given in (None, type(model)):
+        with pytest.raises(TypeError, match="takes a model, an instance"):
+            patch(given)
+    with pytest.raises(TypeError, match=r"give a list of names, \['rms_norm'\]"):
+        patch(model, ops="rms_norm")
+
+
+@pytest.mark.parametrize("wrong", [{"compress": "divprun:4"}, {"ops": ["pixel_shuffle"], "strict": True}], ids=str)
+def test_a_patched_model_stays_so_where_patching_anew_fails(model, wrong):
+    report = patch(model, ops=["rms_norm", "linear_cross_entropy"], compress="divprune:2")
+    with torch.no_grad():
+        before = model.eval()(**llava_batch())
+        classes = [type(m) for m in model.modules()]
+        with pytest.raises(ValueError, match=r"unknown method|does not apply"):
+            patch(model, **wrong)
+        assert [type(m) for m in model.modules()] == classes
+        assert torch.equal(model(**llava_batch()).logits, before.logits)
+    assert not report.fallbacks()
+    with pytest.raises(ValueError, match="none of"):
+        patch(model, ops=["flash"])
+    assert is_fused(model)
+
+
 def test_weights_on_the_meta_device_are_left():
     with torch.device("meta"):
         report = patch(nn.Sequential(nn.LayerNorm(4)), ops=["layer_norm"])

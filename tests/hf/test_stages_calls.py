@@ -173,6 +173,18 @@ def test_shifted_labels_score_what_labels_do():
     assert torch.isfinite(found[0])
 
 
+def test_a_copy_listens_to_each_of_its_own_layers(monkeypatch):
+    monkeypatch.setitem(LLAMA, "num_hidden_layers", 4)
+    stages = tuple((n, make("topk", keep, scorer="last_row")) for n, keep in ((1, 0.5), (3, 0.25)))
+    model, batch = patched(LLAVA, Placement(stages=stages)), LLAVA.rows()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+        assert torch.equal(twin(**batch).logits, before)
+        unpatch(model)
+        assert torch.equal(twin(**batch).logits, before)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_drop_by_themselves_and_unpatching_ends_it(copied):
     model, batch = patched(QWEN), QWEN.rows(side="left")
@@ -326,6 +338,8 @@ def test_calls_that_cannot_be_right_are_refused():
     for call, why in refused:
         with pytest.raises(ValueError, match=why):
             model(**call)
+    with pytest.raises(ValueError, match="prefill_chunk_size=8 cuts the prompt"):
+        model.generate(**batch, **GREEDY, prefill_chunk_size=8)
     assert model(**batch).logits.shape[1] == 18
     assert not hasattr(static, HELD)
     model.__dict__["forward"] = partial(type(model).forward, model)  # as TRL puts one there

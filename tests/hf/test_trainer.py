@@ -15,7 +15,8 @@ from tiny_hf import CLIP, LLAMA, finish
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 
-from fastmllm.hf import FastMLLMCallback, patch
+from fastmllm.compression import Placement, make
+from fastmllm.hf import FastMLLMCallback, patch, unpatch
 from fastmllm.hf.fusion import is_fused
 
 ROOT = Path(__file__).parents[2]
@@ -91,13 +92,13 @@ class Rows(Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def trained(model, folder, **options):
+def trained(model, folder, bf16=False, **options):
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(
         output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, learning_rate=1e-2, optim="sgd",
-        eval_strategy="steps", eval_steps=2, seed=3, disable_tqdm=True,
+        eval_strategy="steps", eval_steps=2, seed=3, disable_tqdm=True, bf16=bf16,
     )  # fmt: skip
     trainer = Trainer(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows(), **options)
     trainer.train()
@@ -120,6 +121,35 @@ def test_training_is_the_same_and_the_model_is_given_back(tmp_path):
     assert found == pytest.approx(expected, rel=1e-4)
     for ours, theirs in zip(patched.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture
+def bf16():
+    """Trainer(bf16=True), whose accelerator says so for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield {"bf16": True}
+    AcceleratorState._reset_state(True)
+
+
+def test_mixed_precision_keeps_the_loss_and_compression_in_front_of_layers(tmp_path, bf16):
+    """accelerate binds a forward of its own before the callback is asked."""
+    from tiny_hf_llava import llava, llava_batch
+
+    model, ops = llava(), ["rms_norm", "linear_cross_entropy"]
+    expected = trained(llava(), tmp_path, **bf16)
+    callback = FastMLLMCallback(ops=ops, compress=Placement(stages=((1, make("topk", 0.5, scorer="last_row")),)))
+    found = trained(model, tmp_path, callbacks=[callback], **bf16)  # of texts alone, which lose nothing
+    assert {row.op for row in callback.report.replaced} == {*ops, "compress"}
+    assert found == pytest.approx(expected, rel=1e-2)
+    assert not any(is_fused(m) for m in model.modules())
+    assert patch(model, ops=ops, compress="divprune:2").replaced
+    batch = llava_batch()
+    out = model.train()(**batch)  # as accelerate left it
+    assert out.logits is None
+    assert out.loss.isfinite()
+    assert unpatch(model)(**batch).logits.shape[:2] == batch["input_ids"].shape
 
 
 def test_a_model_that_is_patched_already_stays_so(tmp_path):

@@ -89,8 +89,8 @@ def _now(x: Left | None, seen: Held, columns: int, batch: int) -> Left | None:
         return None
     if len(x.index) != batch:
         raise ValueError(
-            f"compress: the cache is of {len(x.index)} rows, the text of {batch}; rows cannot be taken out of a "
-            "cache, or put into it, after a call: fill one anew"
+            f"compress: the cache is of {len(x.index)} rows, the text of {batch}; choose or repeat rows "
+            "of a cache by its own methods, or fill one anew"
         )
     if columns > seen.columns:
         return x.then(text(seen.columns, columns - seen.columns, batch, x.index.device))

@@ -98,11 +98,27 @@ class StagedHead(Fusion):
         """Remember where the question ends: without a cache each of its tokens is judged anew."""
         now, call = module.model.__dict__[STAGES].now, arguments(original, args, kwargs)
         ids = call.get("inputs") if call.get("input_ids") is None else call["input_ids"]
+        _refuse_chunks(module, call, 0 if ids is None else ids.shape[1])
         now.prompt, now.grids = 0 if ids is None else ids.shape[1], call.get("image_grid_thw")
         try:
             return original(module, *args, **kwargs)
         finally:
             now.prompt, now.grids = 0, None
+
+
+def _refuse_chunks(module: Any, call: dict[str, Any], columns: int) -> None:
+    """Refuse a prompt in chunks: a stage would take a part of an image for all of it.
+
+    Raises:
+        ValueError: says so.
+    """
+    config = call.get("generation_config") or module.generation_config
+    chunk = call.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    if chunk and chunk < columns:
+        raise ValueError(
+            f"compress: prefill_chunk_size={chunk} cuts the prompt of {columns} tokens, and a stage chooses among all "
+            "tokens of an image: leave it out"
+        )
 
 
 @torch.compiler.disable(recursive=False)  # the text is read on the host; what is called from here is compiled

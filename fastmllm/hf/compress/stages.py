@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from fastmllm.compression import Compressor, PivotDedup
 from fastmllm.compression.reduction import IGNORED
+from fastmllm.hf.compress.beside import put
 from fastmllm.hf.compress.held import HELD, Held, held
 from fastmllm.hf.compress.listening import Listener
 from fastmllm.hf.compress.passes import Pass
@@ -81,6 +82,7 @@ class Stages:
         if id(self.owner) not in memo:
             return self
         memo[id(self)] = copied = Stages(self.stages, self.seam, memo[id(self.owner)], None, memo.get(id(self.head)))
+        copy.deepcopy([x.attention for x in self.listeners.values()], memo)  # listeners go along with these alone
         copied.stages, copied.listeners, copied.text = copy.deepcopy((self.stages, self.listeners, self.text), memo)
         return copied
 
@@ -173,7 +175,7 @@ class Stages:
         """Leave on a cache what it holds behind each stage."""
         if cache is not None and way is not None:
             left = [way.whole(n) if way.lost(n) else None for n in range(1, len(self.stages) + 1)]
-            setattr(cache, HELD, Held(way.total, left))
+            put(cache, HELD, Held(way.total, left))
 
 
 def asks(compressor: Compressor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmllm.hf.compress.beside import put
 from fastmllm.hf.compress.media import IMAGE, VIDEO, Medium, in_order
 from fastmllm.hf.compress.positions import SEEN, positions
 from fastmllm.hf.compress.rows import Images, Rows, shorten
@@ -68,8 +69,8 @@ def cached_columns(cache: Any, batch: int, device: torch.device) -> tuple[int, T
     index, columns, _, behind = seen
     if len(index) != batch:
         raise ValueError(
-            f"compress: the cache is of {len(index)} rows, the text of {batch}; rows cannot be taken out of a "
-            "cache, or put into it, after a call: fill one anew"
+            f"compress: the cache is of {len(index)} rows, the text of {batch}; choose or repeat rows "
+            "of a cache by its own methods, or fill one anew"
         )
     if (gone := index.shape[1] - length) > 0:
         text = torch.arange(columns - gone, columns, device=index.device)
@@ -90,7 +91,7 @@ def remember(cache: Any, owner: Any, rows: Rows, times: int = 1) -> None:
         kept = (rows.whole, None if lead is None else lead.expand(len(rows.index), -1))
         index, lead = (None if t is None else t.repeat_interleave(times, 0) for t in kept)
         behind = rows.behind or (getattr(cache, SEEN, (0,))[-1] if rows.past else 0)
-        setattr(cache, SEEN, (index, rows.past + rows.columns, lead, behind))
+        put(cache, SEEN, (index, rows.past + rows.columns, lead, behind))
 
 
 @torch.compiler.disable

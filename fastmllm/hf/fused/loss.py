@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -67,8 +68,9 @@ class HeadLoss(Fusion):
             return "its head has been replaced since"  # LoRA
         if hooked(head) and not hasattr(head.weight, "ds_id") and "_old_forward" not in head.__dict__:
             return "its head carries hooks, which would see a loss"  # ZeRO-3's and accelerate's hand on what they get
-        if (named := getattr(module.loss_function, "__name__", "")) != "ForCausalLMLoss":
-            return f"its loss is {named or 'its own'}"
+        theirs = sys.modules["transformers.loss.loss_utils"].ForCausalLMLoss
+        if (loss := module.loss_function) is not theirs:  # by name a wrapper of it would pass, too
+            return f"its loss_function is {getattr(loss, '__name__', 'its own')}, not transformers' own"
         return None if isinstance(logits_to_keep, int) and not logits_to_keep else "logits_to_keep asks for logits"
 
     @staticmethod
@@ -82,12 +84,15 @@ class HeadLoss(Fusion):
         if not _worth_it(head, shifted, ignored):
             return _without_logits(original(module, *args, **kwargs))
         head.__dict__[REQUEST] = (shifted, kwargs.get("num_items_in_batch"), ignored)
+        before = module.__dict__.get("_loss_function")
         module.loss_function = _loss_of
         try:
             return _without_logits(original(module, *args, **kwargs))
         finally:
             head.__dict__.pop(REQUEST, None)
             del module._loss_function
+            if before is not None:
+                module.loss_function = before
 
 
 def _worth_it(head: Any, labels: Tensor, ignored: int) -> bool:

@@ -1,0 +1,50 @@
+"""What lies beside a cache follows its rows: beams that are reordered, rows that are chosen or repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmllm.hf.fusion import STATE
+
+MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {  # methods of a cache, and what they do to (B, …)
+    "reorder_cache": lambda x, index: x[_there(index, x)],
+    "batch_select_indices": lambda x, index: x[_there(index, x)],
+    "batch_repeat_interleave": lambda x, times: x.repeat_interleave(times, 0),
+}
+
+
+@torch.compiler.disable
+def put(cache: Any, name: str, value: Any) -> None:
+    """Leave a value on a cache, whose tensors (B, …) go where the cache's rows go."""
+    setattr(cache, name, value)
+    for method in MOVES:
+        if hasattr(cache, method):
+            cache.__dict__[method] = partial(_moved, cache, method)  # a copy's is the copy's own, pickled too
+
+
+def _moved(cache: Any, method: str, by: Any) -> None:
+    rows = next((len(x.keys) for x in cache.layers if isinstance(getattr(x, "keys", None), Tensor)), None)
+    getattr(type(cache), method)(cache, by)
+    for name in [n for n in cache.__dict__ if n.startswith(STATE)]:
+        setattr(cache, name, _each(getattr(cache, name), rows, lambda x: MOVES[method](x, by)))
+
+
+def _each(value: Any, rows: int | None, move: Callable[[Tensor], Tensor]) -> Any:
+    """Move the tensors of `rows` rows in tuples, lists and dataclasses."""
+    if isinstance(value, Tensor):
+        return move(value) if len(value) == rows else value
+    if isinstance(value, list | tuple):
+        return type(value)(_each(x, rows, move) for x in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _each(getattr(value, f.name), rows, move) for f in fields(value)})
+    return value
+
+
+def _there(index: Any, x: Tensor) -> Any:
+    return index.to(x.device) if isinstance(index, Tensor) else index
