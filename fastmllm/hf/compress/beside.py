@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
+from functools import cache as remembered
 from typing import Any
 
 import torch
@@ -23,14 +23,36 @@ MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {  # methods of a cache, and
 def put(cache: Any, name: str, value: Any) -> None:
     """Leave a value on a cache, whose tensors (B, …) go where the cache's rows go."""
     setattr(cache, name, value)
-    for method in MOVES:
-        if hasattr(cache, method):
-            cache.__dict__[method] = partial(_moved, cache, method)  # a copy's is the copy's own, pickled too
+    if not hasattr(type(cache), "_fastmllm_plain"):
+        cache.__class__ = following(type(cache))  # not by methods of its own: a cycle would keep the cache's memory
+
+
+@remembered
+def following(plain: Any) -> type:
+    """Return a subclass of a cache's class, of the same name, whose methods move what lies beside it too."""
+
+    def moving(method: str) -> Callable[[Any, Any], None]:
+        def move(self: Any, by: Any) -> None:
+            _moved(self, method, by)
+
+        return move
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        parts: Any = plain.__reduce_ex__(self, protocol)
+        made, (_, *given), *rest = parts
+        return _remade, (made, plain, *given), *rest
+
+    methods = {method: moving(method) for method in MOVES if hasattr(plain, method)}
+    return type(plain.__name__, (plain,), {"_fastmllm_plain": plain, "__reduce_ex__": reduce, **methods})
+
+
+def _remade(made: Callable[..., Any], plain: type, *given: Any) -> Any:
+    return made(following(plain), *given)
 
 
 def _moved(cache: Any, method: str, by: Any) -> None:
     rows = next((len(x.keys) for x in cache.layers if isinstance(getattr(x, "keys", None), Tensor)), None)
-    getattr(type(cache), method)(cache, by)
+    getattr(type(cache)._fastmllm_plain, method)(cache, by)
     for name in [n for n in cache.__dict__ if n.startswith(STATE)]:
         setattr(cache, name, _each(getattr(cache, name), rows, lambda x: MOVES[method](x, by)))
 
