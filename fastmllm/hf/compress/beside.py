@@ -23,8 +23,9 @@ MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {  # methods of a cache, and
 def put(cache: Any, name: str, value: Any) -> None:
     """Leave a value on a cache, whose tensors (B, …) go where the cache's rows go."""
     setattr(cache, name, value)
-    if not hasattr(type(cache), "_fastmllm_plain"):
-        cache.__class__ = following(type(cache))  # not by methods of its own: a cycle would keep the cache's memory
+    plain: Any = type(cache)
+    if not hasattr(plain, "_fastmllm_plain"):
+        cache.__class__ = following(plain)  # not by methods of its own: a cycle would keep the cache's memory
 
 
 @remembered
