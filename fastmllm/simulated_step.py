@@ -71,10 +71,13 @@ class Step:
 def batch_of(model: VLM | MLLM, load: Load) -> Batch | Inputs:
     """Make a micro-batch of a load; blank pictures."""
     if isinstance(model, MLLM):
-        picture = np.zeros((load.image_size, load.image_size, 3), np.uint8)
-        sample: list[Any] = [*[picture] * load.images, *[1] * load.text_tokens]
+        shape = load.image_size, load.image_size, 3
+        samples: list[list[Any]] = [  # a picture of its own for each: one that several show is encoded once
+            [*(np.zeros(shape, np.uint8) for _ in range(load.images)), *[1] * load.text_tokens]
+            for _ in range(load.samples)
+        ]
         labels = [IGNORE] * load.images + [1] * load.text_tokens
-        return model.pack([sample] * load.samples, [labels] * load.samples)
+        return model.pack(samples, [labels] * load.samples)
     side, places = load.image_size, load.images * load.visual_tokens
     length, images = places + load.text_tokens, load.samples * load.images
     labels = ([IGNORE] * places + [1] * load.text_tokens) * load.samples

@@ -301,6 +301,7 @@ def test_accelerates_hooks_before_and_after(expected, first):
 
 def test_accelerate_mixed_precision(model):
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # the process's, which Trainers of other tests have made
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     plain = accelerator.prepare(llava())
     wanted = gradients(plain, llava_batch())

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path: Path, number: int, code
     assert all(torch.equal(value, values(resumed)[name]) for name, value in values(straight).items())
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """SIGINT raises, as it does but where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_second_sigterm_does_not_cut_the_save(tmp_path: Path) -> None:
     def both(record: StepRecord) -> None:
         if record.step == 2:
