@@ -114,12 +114,12 @@ def simulate(model: VLM | MLLM, load: Load, recomputed: Collection[nn.Module] = 
     hooks = [param.register_post_accumulate_grad_hook(_drop) for param in learning]
     hooks += [module.register_forward_hook(partial(_note, used)) for module in model.modules()]
     try:
-        with (
-            recomputing(recomputed),
-            LiveBytes() as live,
-            FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
-        ):
-            model(batch).backward()
+        with recomputing(recomputed):
+            with LiveBytes() as live:
+                model(batch).backward()
+            # in a run of its own: it follows modules, and with that keeps what is recomputed until it ends
+            with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+                model(batch).backward()
     finally:
         for hook in hooks:
             hook.remove()

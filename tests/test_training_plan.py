@@ -80,7 +80,7 @@ def test_the_recipes_own_model_checkpointing_and_sizes_count(recipe: Recipe) -> 
     first, second = plan_training(recipe, 8).stages
     assert first.step.activations == first.activations[0]
     assert second.step.activations < second.activations[0]
-    assert second.step.activations == pytest.approx(second.activations[1], rel=0.1)  # the layers with most of them
+    assert second.step.activations == pytest.approx(second.activations[1], rel=0.01)  # the layers with most of them
     assert (first.step.tokens, first.step.visual_tokens) == (2 * (256 + 4), 2 * 4)
     assert (second.step.tokens, second.zero_stage) == (260, 3)
 
@@ -100,8 +100,8 @@ def test_the_smallest_stage_that_fits(recipe: Recipe, tiny_model: str, monkeypat
 
     h100 = DEVICES["h100"]
     stage = plan_training(recipe, 8, model=tiny_model).stages[1]
-    assert smallest(1.05 * stage.total)[0] in (1, 2, 3)  # activations vary with what Python has let go of
-    none, text = smallest(0.5 * stage.step.activations)
+    assert smallest(stage.total)[0] in (1, 2, 3)
+    none, text = smallest(0.99 * stage.step.activations)
     assert none is None
     assert "nor does any other: try --recompute, engine.offload=cpu" in text
     assert "before it shares them out" not in smallest(1e9)[1]
