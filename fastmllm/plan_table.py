@@ -56,7 +56,7 @@ def _memory_table(stage: StagePlan) -> Table:
     rows = {
         "parameters": state.parameters, "fp32 master weights": state.masters, "AdamW moments": state.moments,
         "gradients, at the worst moment of backward": state.backward, "parameters gathered": state.gathered,
-        "activations": stage.step.activations,
+        "activations": stage.step.activations, "at the start, while parameters are put there": state.start,
         "the most at once": stage.total, "in host memory": state.host,
         "activations if every layer is kept": kept, "activations if every layer is recomputed": saved,
     }  # fmt: skip
@@ -90,11 +90,6 @@ def _step_table(stage: StagePlan) -> Table:
 def _verdict(plan: TrainingPlan, stage: StagePlan) -> str:
     free = room(plan.device, plan.layout, plan.assumed)
     fits = f"ZeRO-{stage.zero_stage} {'fits' if stage.total <= free else 'does not fit'} into {free / GB:,.1f} GB"
-    if stage.state.start > free:
-        fits += (
-            f" (but the engine puts all {stage.state.start / GB:,.1f} GB of parameters on each device before it shares "
-            "them out, which does not)"
-        )
     if stage.smallest is not None:
         return f"{fits}; the smallest ZeRO stage that fits is {stage.smallest}"
     return f"{fits}, nor does any other: try --recompute, engine.offload=cpu, a smaller batch_size or more --gpus"

@@ -12,6 +12,7 @@ import torch
 from fastmllm.models.composition import MLLMConfig, from_json
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.packing import Packing
+from fastmllm.models.placing import loading_device
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.vlm import native_bfloat16
 from fastmllm.models.weights import load_language, load_tokenizer, load_vision
@@ -104,7 +105,7 @@ def load_mllm(config: TalkConfig, cache: Path | None = None, seed: int = 0) -> M
     assert words is not None
     model.config, model.tokenizer = config, load_tokenizer(words, cache=cache)
     model.requires_grad_(False)
-    return (model.to("cuda") if torch.cuda.is_available() else model).eval()
+    return model.to(loading_device(model)).eval()
 
 
 def _composed(config: TalkConfig, cache: Path | None, seed: int) -> MLLM:

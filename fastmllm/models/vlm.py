@@ -20,6 +20,7 @@ from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
+from fastmllm.models.placing import loading_device
 from fastmllm.models.roles import LANGUAGE, named_roles
 from fastmllm.models.scoring import Scored
 from fastmllm.models.vision import VisionTransformer
@@ -329,7 +330,7 @@ def build_vlm(config: ModelConfig, cache: Path | None = None, seed: int = 0) -> 
         connector = make_connector(config, vision.width, language.config.width, std).to(dtype)
     model = VLM(vision, connector, language, config, load_tokenizer(config.language, cache=cache))
     model.requires_grad_(False)
-    return model.to("cuda") if torch.cuda.is_available() else model
+    return model.to(loading_device(model))
 
 
 def make_connector(config: ModelConfig, vision_width: int, width: int, out_std: float) -> Projector:

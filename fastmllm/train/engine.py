@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -185,21 +185,26 @@ def init_ranks(timeout_s: float = 600.0) -> tuple[int, int, torch.device]:
 
 
 @contextmanager
-def _without_broadcast() -> Iterator[None]:
-    """Skip DeepSpeed's broadcasts of the model: they view parameters as bytes, which scalars (gates) refuse."""
+def _placed_by(place: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """Let DeepSpeed take parameters from `place`: one at a time where it shares them out, and all without broadcast.
+
+    It would move the whole model to the device first, and views parameters as bytes, which scalars (gates) refuse.
+    """
     engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
     init = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
 
-    def partition(self: Any, param: nn.Parameter) -> None:
-        self._convert_to_deepspeed_param(param)
-        param.partition()  # type: ignore[attr-defined]
+    def share_out(self: Any, params: Iterable[nn.Parameter]) -> None:
+        for param in params:
+            place(param)
+            self._convert_to_deepspeed_param(param)
+            param.partition()  # type: ignore[attr-defined]
 
-    originals = engine._broadcast_model, init._zero_init_param
-    engine._broadcast_model, init._zero_init_param = lambda self: None, partition
+    originals = engine._broadcast_model, init._convert_to_zero_parameters
+    engine._broadcast_model, init._convert_to_zero_parameters = lambda self: None, share_out
     try:
         yield
     finally:
-        engine._broadcast_model, init._zero_init_param = originals
+        engine._broadcast_model, init._convert_to_zero_parameters = originals
 
 
 def _leave_ranks() -> None:
@@ -236,27 +241,34 @@ class Engine:
             {"params": group["params"], **values} for group, values in zip(groups, self._hyperparameters, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(optimizer_groups, fused=True)
-        self._same_start()
+        self._homes = [param.device for param in model.parameters()]
         self._linear = nn.functional.linear
         self._stack = len(self._forward_stack())
-        with warnings.catch_warnings(), _without_broadcast():
+        settings = config.to_dict(clip=clip, num_trainable=num_trainable)
+        with warnings.catch_warnings(), _placed_by(self._place):
             warnings.simplefilter("ignore")
+            self._same_start(settings)
             self._engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=self.optimizer,
-                config=config.to_dict(clip=clip, num_trainable=num_trainable),
-                dist_init_required=False,
+                model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
             )
         self._deep = len(self._forward_stack())
 
-    def _same_start(self) -> None:
-        """Give every rank rank 0's parameters."""
-        self.model.to(self.device)
-        if self.world_size > 1:
+    def _same_start(self, settings: dict[str, Any]) -> None:
+        """Give every rank rank 0's parameters; at stage 3 a rank's device has its shares and one whole parameter."""
+        if self.config.zero_stage == 3:
+            self._deepspeed.zero.Init(module=self.model, config_dict_or_path=settings)
+        else:
             for param in self.model.parameters():
-                value = param.detach().contiguous()
-                torch.distributed.broadcast(value, 0)
-                param.data.copy_(value)
+                self._place(param)
+        self.model.to(self.device)  # the buffers
+
+    def _place(self, param: nn.Parameter) -> None:
+        """Put rank 0's value of a parameter on this rank's device, in the engine's dtype."""
+        bfloat16 = self.config.dtype == "bfloat16" and param.is_floating_point()
+        value = param.detach().to(self.device, torch.bfloat16 if bfloat16 else param.dtype).contiguous()
+        if self.world_size > 1:
+            torch.distributed.broadcast(value, 0)
+        param.data = value
 
     def loss_sum(self, batch: Any) -> Tensor:
         """Run the model on a batch (moved to this rank's device).
@@ -374,13 +386,16 @@ class Engine:
                 offload.setup_zero_stage3_hooks()
 
     def close(self) -> None:
-        """Give the model back whole: full parameters, nothing of DeepSpeed on them."""
+        """Give the model back whole: full parameters, nothing of DeepSpeed on them.
+
+        What stage 3 had shared out goes back to the devices where it came from: the whole may fit into the host only.
+        """
         params = [param for param, _ in self._param_keys]
         values = []
-        for param in params:  # one at a time: all of them gathered, and cloned, would be the model twice
+        for param, home in zip(params, self._homes, strict=True):  # one at a time: all gathered were the model twice
             if self.config.zero_stage == 3:
                 with self._deepspeed.zero.GatheredParameters([param]):
-                    values.append(param.detach().clone())
+                    values.append(param.detach().to(home, copy=True))
             else:  # trainable parameters are views of one flat buffer
                 values.append(param.detach().clone() if param.requires_grad else param.detach())
         self._engine.destroy()
@@ -424,7 +439,8 @@ def create_engine(
     """Put a model whose `model(batch)` is a loss sum behind DeepSpeed.
 
     Args:
-        model: moved to this rank's device; cast when config.dtype is bfloat16 (buffers keep their dtype).
+        model: moved to this rank's device, at ZeRO-3 in shares; cast when config.dtype is bfloat16 (buffers keep their
+            dtype).
         groups: parameter groups of `rules.apply_rules` (params, lr, weight_decay, betas).
         config: how to spread the step.
         clip: largest global gradient norm; 0 does not clip.

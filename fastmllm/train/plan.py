@@ -74,7 +74,8 @@ class StateBytes:
         update: the same in the optimizer's step.
         gathered: parameters of other ranks that are here at once in a pass (stage 3).
         host: in the memory of the machine, for this rank (offload).
-        start: all parameters, which the engine puts on the device before it shares them out.
+        start: while parameters come to the device, before anything else is there: all of them; at stage 3 the shares,
+            beside the largest whole.
     """
 
     parameters: int
@@ -88,9 +89,9 @@ class StateBytes:
     start: int
 
     def total(self, activations: int) -> int:
-        """Return the most that is there at once: in the passes, or in the step, when activations are gone."""
+        """Return the most that is there at once: in the passes, in the step, when activations are gone, or before."""
         passes = self.backward + self.gathered + activations
-        return self.parameters + self.masters + self.moments + max(passes, self.update)
+        return max(self.start, self.parameters + self.masters + self.moments + max(passes, self.update))
 
 
 def param_sizes(model: nn.Module, groups: Sequence[Mapping[str, Any]], dtype: str) -> list[ParamSize]:
@@ -122,17 +123,18 @@ def state_bytes(params: Sequence[ParamSize], layout: Layout) -> StateBytes:
     learning = sum(param.numel for group in groups for param in group)
     largest = max((param.numel for group in groups for param in group), default=0) * size
     bucket = min(engine.bucket_elements, learning) * size
-    whole = sum(param.numel * param.itemsize for param in params)
+    whole = start = sum(param.numel * param.itemsize for param in params)
     if engine.zero_stage == 0:
         held = learning * size
         return StateBytes(
             parameters=whole, masters=0, moments=learning * MOMENTS, gradients=held,
-            backward=held + min(learning, FLAT_REDUCE) * size, update=held, gathered=0, host=0, start=whole,
+            backward=held + min(learning, FLAT_REDUCE) * size, update=held, gathered=0, host=0, start=start,
         )  # fmt: skip
     if engine.zero_stage == 3:
         shares = [sum(-(-param.numel // ranks) for param in group) for group in groups]
         small = sum(param.numel * param.itemsize for param in params if param.numel <= SMALL) if ranks > 1 else 0
         parameters = sum(-(-param.numel // ranks) * param.itemsize for param in params) + small
+        start = parameters - small + max(param.numel * param.itemsize for param in params)
         held = sum(shares) * size
         # a gradient is whole until its bucket is reduced
         backward, gathered = held + bucket + largest, _gathered(params, ranks)
@@ -159,7 +161,7 @@ def state_bytes(params: Sequence[ParamSize], layout: Layout) -> StateBytes:
         backward, update = bucket + 2 * largest, fixed + (largest if engine.zero_stage == 2 else 0)
     return StateBytes(
         parameters=parameters, masters=masters, moments=moments, gradients=held, backward=backward, update=update,
-        gathered=gathered, host=host, start=whole,
+        gathered=gathered, host=host, start=start,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fastmllm.train.rules import apply_rules
 from fastmllm.train.traffic import Collective, collectives
 
 HERE = Path(__file__).parent
-STATE = ("parameters", "masters", "moments", "gradients", "alive")
+STATE = ("parameters", "masters", "moments", "gradients", "alive", "start")
 OPERATORS = {"all-reduce": "allreduce_", "all-gather": "_allgather_base_", "reduce-scatter": "_reduce_scatter_base_"}
 
 
@@ -105,6 +105,14 @@ def test_a_frozen_part_has_no_state_and_is_shared_out_at_stage_3_only() -> None:
     assert (two.masters, three.masters) == (1 << 20, 1 << 20)
     assert (two.parameters, three.parameters) == (2 * 17 << 20, 17 << 19)
     assert sum(c.payload for c in collectives(params, layout(2, 4))) == 2 * (2 << 20)
+
+
+def test_stage_3_starts_in_shares_and_the_others_whole() -> None:
+    params = [*sizes(*[1 << 20] * 62), ParamSize(1 << 21, 2)]  # a frozen one is the largest
+    starts = [state_bytes(params, layout(stage, 16)).start for stage in (1, 2, 3)]
+    assert starts == [2 * (64 << 20), 2 * (64 << 20), 2 * (4 << 20) + 2 * (1 << 21)]
+    alone = state_bytes(params, layout(3, 1))
+    assert alone.total(0) >= alone.start == 2 * (64 << 20) + 2 * (1 << 21)
 
 
 def test_offload_leaves_the_optimizer_to_the_host() -> None:
