@@ -55,14 +55,14 @@ def grpo(
     return run
 
 
-def prefer(out: Path, photos: Path, *, engine: dict[str, Any], **options: Any) -> None:
-    """Train four steps on pairs of the same questions, by the recipe's own verb."""
+def prefer(out: Path, photos: Path, *, engine: dict[str, Any], steps: int = 4, **options: Any) -> None:
+    """Train on pairs of the same questions, by the recipe's own verb."""
     splits = Splits(
         train=questions(photos), eval={}, concepts=(), groups=(), licences={}, notes=(), skipped=Counter(),
         unseen_team=False,
     )  # fmt: skip
     stage = StageConfig(
-        name="prefer", kind="prefer", steps=4, batch_size=2, trainable={"connector.*": 3e-3, "language.*": 3e-3},
+        name="prefer", kind="prefer", steps=steps, batch_size=2, trainable={"connector.*": 3e-3, "language.*": 3e-3},
         schedule="constant",
     )  # fmt: skip
     train_stage(tiny_vlm(), splits, stage, EngineConfig(**engine), out, console=Console(file=io.StringIO()), **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import signal
 import socket
@@ -11,11 +13,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  # what making an optimizer imports: here once, not in every fork
-
 from fastmllm.train.engine import _deepspeed
 
 _deepspeed()
+# what making an engine imports, inductor with it: once, not in every fork, and of no concern to garbage collection
+importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+gc.collect()
+gc.freeze()
 
 
 def start(ranks: int, work: Callable[[int], None], said: Path) -> list[int]:

@@ -27,6 +27,8 @@ from fastmllm.train.engine import EngineConfig
 from fastmllm.train.stages import StageConfig
 
 OUT, PHOTOS = Path(sys.argv[1]), Path(sys.argv[2])
+STEPS, KILLED = 20, 11  # the 11th step is done and lost: step 10 is the last one saved
+SAVED: dict[str, Any] = {"save_every": 10}
 QUIET = Console(file=io.StringIO())
 (OUT / "shards").mkdir()
 RECIPE = recipe_of(OUT / "shards", workers=1, window=2)
@@ -37,21 +39,23 @@ def plain(out: Path) -> None:
     engine = {"zero_stage": 3, "accumulation": 2}
     model = toy(dropout=0.2)
     run = trainer(
-        out, model, engine=engine, batches=lambda i: joined(sample(2 * i), sample(2 * i + 1)), save_every=2, keep=2
-    )
+        out, model, changes={"steps": STEPS}, engine=engine, keep=2, **SAVED,
+        batches=lambda i: joined(sample(2 * i), sample(2 * i + 1)),
+    )  # fmt: skip
     run.run()
 
 
 def shards(out: Path) -> None:
     """Shards by worker processes, arranged over two steps; weights, torn and missing images."""
-    train_stage(tiny_vlm(), NOTHING, RECIPE.stages[0], RECIPE.engine, out, save_every=1, console=QUIET)
+    stage = replace(RECIPE.stages[0], steps=STEPS)
+    train_stage(tiny_vlm(), NOTHING, stage, RECIPE.engine, out, console=QUIET, **SAVED)
 
 
 def packed(out: Path) -> None:
     """Shards, micro-batches filled to a budget, the images' features kept."""
-    stage = replace(RECIPE.stages[0], batch_size=1, balance_steps=0, max_tokens=170, max_images=3)
+    stage = replace(RECIPE.stages[0], steps=STEPS, batch_size=1, balance_steps=0, max_tokens=170, max_images=3)
     engine = replace(RECIPE.engine, feature_cache_gib=1.0)
-    train_stage(tiny_vlm(), NOTHING, stage, engine, out, save_every=1, console=QUIET)
+    train_stage(tiny_vlm(), NOTHING, stage, engine, out, console=QUIET, **SAVED)
 
 
 def mixture(out: Path) -> None:
@@ -63,19 +67,19 @@ def mixture(out: Path) -> None:
     )
     cache_features(model, images_of(splits), OUT / "features", QUIET)
     stage = StageConfig(
-        name="mixed", steps=4, batch_size=2, trainable={"connector.*": 3e-3, "language.*": 3e-3},
+        name="mixed", steps=STEPS, batch_size=2, trainable={"connector.*": 3e-3, "language.*": 3e-3},
         mixture={"name": 3.0, "yes_no": 1.0},
     )  # fmt: skip
-    train_stage(model, splits, stage, EngineConfig(), out, save_every=1, console=QUIET)
+    train_stage(model, splits, stage, EngineConfig(), out, console=QUIET, **SAVED)
 
 
 def preferred(out: Path) -> None:
-    prefer(out, PHOTOS, engine={"zero_stage": 2}, save_every=1)
+    prefer(out, PHOTOS, steps=STEPS, engine={"zero_stage": 2}, **SAVED)
 
 
 def sampled(out: Path) -> None:
     """Killed between two steps on the same answers."""
-    run = grpo(out, PHOTOS, grpo={"inner": 3}, save_every=1, engine={"zero_stage": 2})
+    run = grpo(out, PHOTOS, steps=STEPS, grpo={"inner": 3}, engine={"zero_stage": 2}, **SAVED)
     run.run()
 
 
@@ -107,7 +111,7 @@ for stage, ranks in STAGES:
         stage(out)
 
     forks.run(ranks, partial(work, out=place / "straight"), place / "straight.said")
-    ended = forks.wait(forks.start(ranks, killed_after(3, stage, place / "cut", ranks), place / "killed.said"))
+    ended = forks.wait(forks.start(ranks, killed_after(KILLED, stage, place / "cut", ranks), place / "killed.said"))
     assert ended[-1][0] == -signal.SIGKILL, (stage, ended)
-    assert max(path.name for path in place.glob("cut/**/step-*")) == "step-00000002", stage
+    assert max(path.name for path in place.glob("cut/**/step-*")) == "step-00000010", stage
     forks.run(ranks, partial(work, out=place / "cut"), place / "again.said")

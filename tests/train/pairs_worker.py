@@ -1,8 +1,7 @@
-"""What each of two ranks runs for test_pretraining.py: torchrun … pairs_worker.py OUT PHOTOS."""
+"""What test_pretraining.py runs in a process of its own: two ranks of every kind. pairs_worker.py OUT PHOTOS."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+import forks
 from pairs_toy import llava, pair_run, spoken
 from train_toy import trainer
 
-from fastmllm.train.lora import LoRAConfig
+from fastmllm.train.lora import LoRAConfig, _peft
 from fastmllm.train.rules import Rule
 
+_peft()  # once, not in every fork
 OUT, PHOTOS = Path(sys.argv[1]), Path(sys.argv[2])
-RANK = int(os.environ["RANK"])
 RULES: dict[str, Any] = {"vision": 1e-2, "connector": 1e-2, "llm": 1e-2}
 
 
@@ -31,15 +31,18 @@ def train(name: str, zero_stage: int, **changes: Any) -> Any:
     return model
 
 
-for stage in (2, 3):
-    for kind in ("clip", "qformer") if stage == 2 else ("clip", "siglip", "qformer"):
-        pair_run(OUT / f"{kind}{stage}", PHOTOS, kind, 2, 2, engine={"zero_stage": stage}).run()
-    train(f"lora{stage}", stage, lora=LoRAConfig(roles=("vision", "llm"), r=2), trainable=RULES)
-for stage in (0, 1, 2, 3):
-    trained = train(f"llava{stage}", stage)
-    if RANK == 0:
-        trained.save_pretrained(OUT / f"folder{stage}")
-        with torch.no_grad():
-            torch.save(trained.logits(spoken(trained, 0)), OUT / f"logits{stage}.pt")
-train("again", 3, trainable={role: Rule(lr=rate, checkpointing=True) for role, rate in RULES.items()})
-print(f"rank {RANK} done", flush=True)
+def work(rank: int) -> None:
+    for stage in (2, 3):
+        for kind in ("clip", "qformer") if stage == 2 else ("clip", "siglip", "qformer"):
+            pair_run(OUT / f"{kind}{stage}", PHOTOS, kind, 2, 2, engine={"zero_stage": stage}).run()
+        train(f"lora{stage}", stage, lora=LoRAConfig(roles=("vision", "llm"), r=2), trainable=RULES)
+    for stage in (0, 1, 2, 3):
+        trained = train(f"llava{stage}", stage)
+        if rank == 0:
+            trained.save_pretrained(OUT / f"folder{stage}")
+            with torch.no_grad():
+                torch.save(trained.logits(spoken(trained, 0)), OUT / f"logits{stage}.pt")
+    train("again", 3, trainable={role: Rule(lr=rate, checkpointing=True) for role, rate in RULES.items()})
+
+
+forks.run(2, work, OUT / "said", limit_s=200)

@@ -1,15 +1,15 @@
-"""Bytes that DeepSpeed holds and sends, beside the plan of `fastmllm.train.plan`; also run as one of two ranks."""
+"""Bytes that DeepSpeed holds and sends, beside the plan of `fastmllm.train.plan`; two ranks: plan_measure.py SAID."""
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,11 +94,13 @@ def measure(*case: Any) -> dict[str, Any]:
     """Take two steps; return measured and planned bytes of the second, by name."""
     init_ranks()
     gc.collect()
+    frozen = gc.get_freeze_count()  # by `forks`, for good
     gc.freeze()  # DeepSpeed collects garbage often, and `alive` walks over all objects: of this case only
     try:
         return _measure(*case)
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def _measure(zero_stage: int, dtype: str, frozen: bool, offload: str, accumulation: int) -> dict[str, Any]:
@@ -173,8 +175,13 @@ CASES = [
     if (stage, dtype) != (0, "bfloat16")
 ] + [(3, "bfloat16", False, "none", 1), (2, "bfloat16", True, "cpu", 1), (3, "float32", True, "cpu", 1)]  # fmt: skip
 
-if __name__ == "__main__":
+
+def ranks(rank: int) -> None:
     for case in CASES:
-        row = measure(*case)
-        if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(row), file=sys.stdout, flush=True)
+        print(json.dumps(measure(*case)), flush=True)
+
+
+if __name__ == "__main__":
+    import forks
+
+    forks.run(2, ranks, Path(sys.argv[1]), limit_s=200)
