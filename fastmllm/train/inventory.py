@@ -39,8 +39,21 @@ def alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    stat = Path(f"/proc/{pid}/stat")  # of Linux alone
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return (_stat(pid) or "?")[0] not in "ZX"
+
+
+def is_sibling(pid: int) -> bool:
+    """True for a process of this host with the same parent as this one, such as torchrun; False where nobody can tell."""
+    stat = _stat(pid)
+    return len(stat) > 1 and int(stat[1]) == os.getppid()
+
+
+def _stat(pid: int) -> list[str]:
+    """Return state, parent and what follows in the list of processes; nothing where there is none (Linux has one)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

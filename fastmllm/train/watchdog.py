@@ -8,12 +8,14 @@ from a thread of its own, whatever its step is doing, and looks at what the othe
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastmllm.train.inventory import Group, alive
+from fastmllm.train.inventory import Group, alive, is_sibling
 
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set where the store is torchrun's, not rank 0's
 LEFT, FAILED = "left", "failed: "
@@ -97,7 +99,9 @@ class Watchdog:
         leaving.start()
         leaving.join(timeout=self.period_s)
         if lost:
-            raise RankLostError(self._message(lost)) from error
+            message = self._message(lost)
+            self._end_silent(lost)
+            raise RankLostError(message) from error
 
     # --- threads ------------------------------------------------------------------------------------------------
 
@@ -135,9 +139,22 @@ class Watchdog:
     def _give_up(self, lost: Mapping[int, str]) -> None:
         print(self._message(lost), file=sys.stderr, flush=True)
         sys.stdout.flush()
+        self._end_silent(lost)
         self._stop.set()
         self._end(1)
         return None
+
+    def _end_silent(self, lost: Mapping[int, str]) -> None:
+        """Kill lost ranks that the same launcher started here.
+
+        What is stopped hears no SIGTERM, and torchrun waits half a minute before it kills; in torch 2.13 its
+        --shutdown-timeout does not change that.
+        """
+        for rank, text in lost.items():
+            _, pid, machine = self._who[rank]
+            if not text.startswith(FAILED) and machine == _machine() and is_sibling(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     # --- who is lost --------------------------------------------------------------------------------------------
 

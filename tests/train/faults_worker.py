@@ -13,6 +13,7 @@ from typing import Any
 import forks
 from train_toy import ToyBatch, sample, toy, trainer
 
+from fastmllm.train.inventory import alive
 from fastmllm.train.meters import StepRecord
 
 OUT = Path(sys.argv[1])
@@ -37,9 +38,10 @@ def faulty(name: str, fault: Any, *, of: int = 1, heartbeat_s: float = 2.0, zero
     processes = forks.start(2, work, OUT / f"{name}.said")
     (ended,) = forks.wait([processes[1 - of]])
     seconds = time.time() - float((OUT / f"{name}.began").read_text())
+    gone = not alive(processes[of])
     os.kill(processes[of], signal.SIGKILL)  # as torchrun does half a minute later
     forks.wait([processes[of]])
-    found[name] = {"code": ended[0], "seconds": seconds, "pid": processes[of]}
+    found[name] = {"code": ended[0], "seconds": seconds, "pid": processes[of], "gone": gone}
 
 
 def kill(number: int) -> Any:

@@ -47,6 +47,7 @@ def test_a_stopped_rank_ends_the_others(faults: dict[str, Any]) -> None:
     )
     assert "step-00000004 is kept: run the same again to go on" in said
     assert faults["stopped"]["code"] == 1
+    assert faults["stopped"]["gone"]  # torchrun has nothing to wait for
     assert 1.5 < faults["stopped"]["seconds"] < 20
 
 
@@ -63,6 +64,7 @@ def test_a_rank_that_failed_and_stays_is_named_with_its_error(faults: dict[str, 
     said = (faults["out"] / "failed.said.0").read_text()
     assert "failed: ZeroDivisionError: in the data; rank 0 ends" in said
     assert (faults["failed"]["code"], faults["failed"]["seconds"] < 20) == (1, True)
+    assert not faults["failed"]["gone"]  # it may have something to say yet
 
 
 def test_long_steps_and_pauses_are_no_alarm(faults: dict[str, Any]) -> None:
