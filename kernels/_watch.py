@@ -23,8 +23,9 @@ def watched(watcher: Watcher) -> Iterator[None]:
     """Let `watcher(operator, arguments)` hear of every call inside. It must not read tensors on a GPU, nor run others.
 
     The arguments: "attention" q, k, v, cu_seqlens_q, cu_seqlens_k, causal; "cross_attention" q, k, v, media_start,
-    media_stop; "patch_embed" pixels, weight; "gelu_mlp" x, weight1, bias1, weight2; "linear_cross_entropy" hidden,
-    weight, labels, ignore_index, num_targets, and whether a backward pass computes the logits again.
+    media_stop; "cached_attention" q, mask (B, 1, n, L), row and place of each query; "patch_embed" pixels, weight;
+    "gelu_mlp" x, weight1, bias1, weight2; "linear_cross_entropy" hidden, weight, labels, ignore_index, num_targets, and
+    whether a backward pass computes the logits again.
     """
     _watchers.append(watcher)
     try:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmllm.compression.compressor import Probe
+from fastmllm.kernels._watch import report
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.cross_attention import cross_attention
 from fastmllm.kernels.vision_rope import vision_rope
@@ -208,6 +209,7 @@ def _attend_cached(query: Tensor, keys: Tensor, values: Tensor, slots: CacheSlot
     else:
         padded = query.new_zeros(batch, width, *query.shape[1:])
         padded[slots.rows, slots.offsets] = query
+    report("cached_attention", query, mask, slots.rows, slots.offsets)
     out = F.scaled_dot_product_attention(
         padded.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True
     ).transpose(1, 2)  # (B, n, H, Dh)

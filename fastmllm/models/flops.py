@@ -20,11 +20,8 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DepthwiseConv)
 
 # Layers ---------------------------------------------------------------------------------------------------------------
 def product_weight(module: nn.Module) -> Tensor | None:
-    """Return the weight that a module's own call multiplies its input with; None where it has no such product.
-
-    A language-model head has none: in training its product is the loss operator's.
-    """
-    if isinstance(module, PRODUCTS) and not isinstance(module, LMHead):
+    """Return the weight that a module's own call multiplies its input with; None where it has no such product."""
+    if isinstance(module, PRODUCTS):
         return module.weight
     return module.qkv_weight if isinstance(module, EvaAttention) else None
 
@@ -39,6 +36,8 @@ def product_flops(module: nn.Module) -> Callable[[Tensor], int]:
     assert weight is not None
     # of EVA's product q, k and v come out, of its module values of one's width
     each = 2 * (len(weight) if isinstance(module, EvaAttention) else weight[0].numel())
+    if isinstance(module, LMHead):  # asked for a loss, (T,) or less, its product is the loss operator's
+        return lambda out: each * out.numel() * (out.ndim > 1)
     return lambda out: each * out.numel()
 
 

@@ -26,6 +26,8 @@ from fastmllm.models.flops import (
     segment_pairs,
 )
 
+ENTRIES = ("forward", "encode")  # by which models call their vision
+
 
 @dataclass(kw_only=True, slots=True)
 class Work:
@@ -65,13 +67,15 @@ class FlopMeter:
         for module in model.modules():
             if product_weight(module) is not None:
                 self._hooks.append(module.register_forward_hook(self._product_hook(module)))
-        self._vision, self._forward = vision, None if vision is None else vision.__dict__.get("forward")
-        if vision is not None:  # not by hooks: MLLM calls its `forward`
-            vision.forward = self._timed(vision.forward)  # type: ignore[method-assign]
+        self._vision = vision
+        self._own = {name: vars(vision)[name] for name in ENTRIES if vision is not None and name in vars(vision)}
+        for name in ENTRIES:  # not by hooks: MLLM calls `forward`, and what compressors look into is called by `encode`
+            if (entry := getattr(vision, name, None)) is not None:
+                setattr(vision, name, self._timed(entry))
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Count what runs inside as a forward pass whose gradients follow."""
+        """Count what runs inside as a forward pass whose gradients follow; without gradients as that alone."""
         with self._phase(again=False):
             yield
 
@@ -111,9 +115,9 @@ class FlopMeter:
             hook.remove()
         self._hooks = []
         if self._vision is not None:
-            del self._vision.forward
-            if self._forward is not None:
-                self._vision.forward = self._forward  # type: ignore[method-assign]
+            for name in ENTRIES:
+                vars(self._vision).pop(name, None)
+            vars(self._vision).update(self._own)
             self._vision = None
 
     def _cost(self, flops: float, model: float, hardware: float) -> tuple[float, float, float]:
@@ -157,6 +161,13 @@ class FlopMeter:
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> None:
         key = ("segments", id(cu_q), id(cu_k), causal)
         self._attend(key, lambda: segment_pairs(cu_q, cu_k, causal), q, k, v)
+
+    def _cached_attention(self, q: Tensor, mask: Tensor, rows: Tensor, places: Tensor) -> None:
+        def pairs() -> Tensor:
+            seen = mask[rows, 0, places]  # (T, L)
+            return (seen if seen.dtype == torch.bool else seen > -torch.inf).sum()
+
+        self._add_later(("cached", id(mask)), pairs, attention_flops(q, 1), 0, 0)
 
     def _cross_attention(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor) -> None:
         num = len(k)

@@ -43,7 +43,7 @@ def alive(pid: int) -> bool:
 
 
 def is_sibling(pid: int) -> bool:
-    """True for a process of this host with the same parent as this one, such as torchrun; False where nobody can tell."""
+    """True for a process of this host with this one's parent, such as torchrun; False where nobody can tell."""
     stat = _stat(pid)
     return len(stat) > 1 and int(stat[1]) == os.getppid()
 

@@ -338,7 +338,7 @@ class Trainer:
                 upcoming = ahead.submit(self._micro_batches, min(start, stage.steps - 1), engine.rank)
                 for step in range(start, stage.steps):
                     tick = time.perf_counter()
-                    micro = self._answered(engine, step, meter.wait(upcoming.result))
+                    micro = self._answered(engine, step, meter.wait(upcoming.result), meter)
                     targets, stop = engine.sum_over_ranks(sum(batch.num_targets for batch in micro), self._signal)
                     self._seen = micro[0]
                     if stop:
@@ -392,11 +392,11 @@ class Trainer:
         accumulation = self.engine_config.accumulation
         return [self.batches((step * accumulation + micro) * self.world_size + rank) for micro in range(accumulation)]
 
-    def _answered(self, engine: Engine, step: int, micro: list[BatchLike]) -> list[BatchLike]:
+    def _answered(self, engine: Engine, step: int, micro: list[BatchLike], meter: StepMeter) -> list[BatchLike]:
         """Return the batches to learn from: as they are, or with answers that the model gives now."""
         if self.rollouts is None:
             return micro
-        with engine.whole():
+        with engine.whole(), meter.flops.forward():
             return list(self.rollouts(step, cast(list[Prompts], micro)))
 
     def _step(

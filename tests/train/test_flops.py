@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from alignment_toy import grpo, questions
 from tiny_compositions import labels, redrawn, samples, tiny
-from tiny_vlm import tiny_vlm
+from tiny_vlm import colour_photos, tiny_vlm
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastmllm.alignment import prompts_of
+from fastmllm.compression import METHODS, Placement
 from fastmllm.data.packing import Batch
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.cross_attention import cross_attention
@@ -19,7 +24,9 @@ from fastmllm.models.efficientnet import EfficientNet, EfficientNetConfig
 from fastmllm.models.flops import flop_formulas
 from fastmllm.models.vlm import ModelConfig
 from fastmllm.modules.depthwise_conv import DepthwiseConv
+from fastmllm.train.engine import EngineConfig
 from fastmllm.train.flops import FlopMeter, Work
+from fastmllm.train.meters import read_log
 
 
 def counted(model: nn.Module, loss: Callable[[], Tensor], vision: nn.Module | None = None) -> tuple[Work, int]:
@@ -71,8 +78,8 @@ def test_checkpointing_costs_the_hardware_one_more() -> None:
     assert work.hardware == seen == work.model + 3 * ONE
 
 
-def batch_of(lengths: tuple[int, ...] = (9, 14), images: int = 2) -> Batch:
-    """Pack samples; each of the first `images` shows 4 visual tokens."""
+def batch_of(lengths: tuple[int, ...] = (9, 14), images: int = 2, visual: int = 4) -> Batch:
+    """Pack samples; each of the first `images` shows as many visual tokens."""
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     total = int(bounds[-1])
     labels = torch.full((total,), -100)
@@ -83,7 +90,7 @@ def batch_of(lengths: tuple[int, ...] = (9, 14), images: int = 2) -> Batch:
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
         cu_seqlens=bounds.int(),
         max_seqlen=max(lengths),
-        image_index=torch.cat([bounds[i] + torch.arange(1, 5) for i in range(images)]),
+        image_index=torch.cat([bounds[i] + torch.arange(1, visual + 1) for i in range(images)]),
         pixels=torch.randint(0, 255, (images, 32, 32, 3), dtype=torch.uint8),
         num_targets=5,
         ids=[str(i) for i in range(len(lengths))],
@@ -129,6 +136,52 @@ def test_cached_features_cost_nothing() -> None:
     assert cached.hardware == seen
     assert cached.vision == 0
     assert cached.model == work.model - work.vision
+
+
+@pytest.mark.parametrize("kind", ["merged", "judged"])
+def test_an_encoder_that_a_compressor_looks_into_is_vision(kind: str) -> None:
+    config = ModelConfig(image_size=32, visual_tokens=9, dtype="float32")
+    batch = batch_of((14, 19), visual=9)
+    model = tiny_vlm(config=config).train().requires_grad_(False)
+    model.connector.requires_grad_(True)
+    plain, _ = counted(model, lambda: model.connector(model.encode_images(batch.pixels)).sum(), model.vision)
+    judged = Placement.of("connector", METHODS["topk"], 9, scorer="received", layer=-1)
+    model.placement = Placement(merge=9) if kind == "merged" else judged
+    work, _ = counted(model, lambda: model(batch), model.vision)
+    assert work.vision_s > 0
+    assert work.vision == plain.vision if kind == "judged" else 0 < work.vision < plain.vision
+    assert not {"forward", "encode"} & set(vars(model.vision))
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_sampled_answers_cost_their_forward_passes(tmp_path: Path, inner: int) -> None:
+    """Sampling from a cache, the log-probabilities of then and those of the reference: one F each."""
+    model, photos = tiny_vlm(), colour_photos(tmp_path / "photos", count=1)
+    run = grpo(tmp_path, photos, model=model, grpo={"inner": inner, "group": 2})
+    alike = {"name": [sample for sample in questions(photos)["name"] if sample.image is not None]}
+    prompts = prompts_of(model, alike, {}, run.stage, EngineConfig())(0)  # of one length: torch counts padding too
+    run.rollouts.begin()
+    meter = FlopMeter(model, model.vision)
+    with (
+        sdpa_kernel(SDPBackend.MATH),  # torch does not count the CPU's flash attention
+        FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter,
+        meter.forward(),
+    ):
+        run.rollouts(0, [prompts])
+    work = meter.take()
+    meter.close()
+    assert work.model == work.hardware == counter.get_total_flops()
+    assert work.vision_s > 0
+
+
+def test_steps_of_sampling_say_what_it_took(tmp_path: Path) -> None:
+    photos = colour_photos(tmp_path / "photos", count=1)
+    for name, changes in (("without", {"kl": 0.0}), ("with", {"kl": 0.1})):
+        grpo(tmp_path / name, photos, grpo={"inner": 2, "group": 2} | changes).run()
+    without, reference = (read_log(tmp_path / name / "log.jsonl") for name in ("without", "with"))
+    for first, second in ((0, 1), (2, 3)):
+        assert without[first].model_tflop > without[second].model_tflop == reference[second].model_tflop
+    assert 0 < reference[0].model_tflop - without[0].model_tflop < without[1].model_tflop
 
 
 def test_attention_costs_its_own_segments() -> None:
