@@ -40,8 +40,10 @@ gpu:
 	run $(PYTHON) setup.py build_ext --inplace || { echo "make gpu: no extension"; exit 1; }; \
 	run $(PYTHON) -m pytest tests/kernels -q; tests=$$?; \
 	run $(PYTHON) -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -s; bench=$$?; \
-	have() { $(PYTHON) -c 'import importlib.util as u; exit(not all(map(u.find_spec, ("deepspeed", "transformers"))))'; }; \
-	if have; then run $(PYTHON) benchmarks/suite/train_step.py; suite=$$?; [ $$bench != 0 ] || bench=$$suite; \
+	have() { $(PYTHON) -c 'import sys, importlib.util as u; exit(not all(map(u.find_spec, sys.argv[1:])))' "$$@"; }; \
+	if have trl datasets; then run $(PYTHON) benchmarks/suite/alignment.py; suite=$$?; [ $$bench != 0 ] || bench=$$suite; \
+	else echo "make gpu: without trl and datasets a DPO step is not compared"; fi; \
+	if have deepspeed transformers; then run $(PYTHON) benchmarks/suite/train_step.py; suite=$$?; [ $$bench != 0 ] || bench=$$suite; \
 	else echo "make gpu: without deepspeed and transformers the trainers are not compared"; fi; \
 	[ $$tests != 124 ] || echo "make gpu: $(GPU_SECONDS) s were over before the tests were, so nothing was measured"; \
 	[ $$bench != 124 ] || { bench=0; echo "make gpu: $(GPU_SECONDS) s are over; GPU_SECONDS=900 gives more"; }; \

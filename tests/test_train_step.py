@@ -11,8 +11,12 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("deepspeed")
 
+import torch
 import train_step
 import train_step_mix as mix
+
+from fastmllm.models.families import build
+from fastmllm.models.mllm import MLLM
 
 TOY = mix.Case(
     name="toy", what="toy", order="random", batch_size=2, accumulation=2,
@@ -37,6 +41,24 @@ def test_both_sides_learn_the_same() -> None:
     assert all(seconds > 0 for its in row["seconds"].values() for clock in its.values() for seconds in clock)
     assert all(value > 0 for key in ("samples_per_s", "model_tflops", "peak_mib") for value in row[key].values())
     assert train_step.table(row).row_count == 2
+
+
+@pytest.mark.parametrize("case", [*mix.ON_CPU, *mix.ON_GPU], ids=lambda case: f"{case.name}-{case.dtype}")
+def test_every_case_can_be_made_and_fed(case: mix.Case) -> None:
+    with torch.device("meta"):
+        theirs = mix.build(case)
+        ours = build(theirs.config.to_dict(), case.name)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (theirs, MLLM(ours, {}))]
+    assert 0 <= counts[0] - counts[1] < counts[0] / 10  # blocks behind the layer that is used
+    data = mix.samples(case, 2)
+    assert len(data) == 2 * case.samples
+    for at, number in enumerate(data.order[:8]):
+        sample = data[at]
+        assert mix.length(case, number) <= case.text["max_position_embeddings"]
+        assert mix.FIRST <= min(sample.ids[1:]) <= max(sample.ids) < case.text["vocab_size"]
+        assert {picture.shape for picture in sample.pictures} <= {(case.vision["image_size"],) * 2 + (3,)}
+    assert case.providers[0] == "fastmllm"
+    assert {"Trainer", "Trainer + patch", "Trainer + Liger"} >= set(case.providers[1:])
 
 
 def fake(loss: float, seconds: float) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def disturbed(model: MLLM) -> MLLM:
     other, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for param in other.language.parameters():
-            param.add_(torch.randn(param.shape, generator=draw), alpha=0.02)
+            param.add_(torch.randn(param.shape, generator=draw).to(param), alpha=0.02)
     return other
 
 
