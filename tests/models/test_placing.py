@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import gc
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from fastmllm.models.composition import MLLMConfig
+from fastmllm.models.language import LanguageConfig
+from fastmllm.models.mllm import MLLM
 from fastmllm.models.placing import loading_device
+from fastmllm.models.vision import VisionConfig
+
+SMAPS = Path("/proc/self/smaps_rollup")
 
 
 @pytest.mark.parametrize(
@@ -22,3 +32,23 @@ def test_a_large_model_of_several_ranks_stays_on_the_host(
     monkeypatch.setenv("LOCAL_RANK", str(ranks - 1))
     model = torch.nn.Linear(100, 10, bias=False)  # 4000 bytes
     assert str(loading_device(model)) == expected
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="only Linux says which memory is a process's own")
+def test_the_ranks_of_a_machine_share_a_folders_pages(tmp_path: Path) -> None:
+    def own_bytes() -> int:
+        gc.collect()
+        found = re.search(r"^Anonymous:\s+(\d+)", SMAPS.read_text(), re.MULTILINE)
+        assert found
+        return 1024 * int(found[1])
+
+    encoder = VisionConfig(width=16, depth=2, num_heads=2, patch_size=8, image_size=16)
+    language = LanguageConfig(
+        vocab_size=12_000, width=512, depth=2, num_heads=4, num_kv_heads=2, head_dim=128, mlp_width=1024
+    )
+    MLLM.from_config(MLLMConfig(encoder=encoder, language=language, image_token_id=5)).save_pretrained(tmp_path)
+    before = own_bytes()
+    model = MLLM.from_pretrained(tmp_path, torch.float32)
+    size = sum(param.nbytes for param in model.parameters())
+    assert own_bytes() - before < size / 4
+    assert float(model.language.head_weight.detach().sum()) != 0  # it is there all the same
