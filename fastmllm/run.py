@@ -81,7 +81,7 @@ def cache_features(
 ) -> None:
     """Encode images once with the frozen encoder and keep the features; nothing to do when the encoder is trained.
 
-    Features of an `MLLM` are not kept.
+    Those of an `MLLM` are kept as they are needed, in its feature store.
     """
     if isinstance(model, MLLM) or model.config.train_vision:
         return
@@ -149,12 +149,19 @@ def drop_stale_features(model: VLM | MLLM, stage: StageConfig) -> None:
         model.feature_cache = None
 
 
-def feature_store_of(model: VLM, stage: StageConfig, engine: EngineConfig) -> FeatureStore | None:
-    """Return where a stage keeps features of its sources' images; None where it may not or cannot.
+def feature_store_of(model: VLM | MLLM, stage: StageConfig, engine: EngineConfig) -> FeatureStore | None:
+    """Return where a stage keeps features of its images; None where it may not or cannot.
 
-    Compressors that look into the encoder need it to run.
+    Compressors that look into the encoder need it to run. A mixture of a `VLM` has its features in memory.
     """
     placement, room = model.placement, int(engine.feature_cache_gib * 2**30)
+    if isinstance(model, MLLM):
+        towers, packing = nn.ModuleList(model.images.towers()), model.packing
+        if not room or packing is None or any(param.requires_grad for param in towers.parameters()):
+            return None
+        configs = [getattr(tower, "config", None) for tower in (model.images.vision, *towers)]
+        before = type(model.images).__name__, configs, packing.policy
+        return FeatureStore(cache_dir() / "features", towers, before, room)
     looked_into = placement.merge is not None or (
         placement.connector is not None and placement.connector.layer is not None
     )
@@ -202,8 +209,7 @@ def train_stage(
     batches: Callable[[int], BatchLike]
     objective: Callable[[nn.Module], nn.Module] | None = None
     rollouts = None
-    if isinstance(model, VLM):
-        model.feature_store = feature_store_of(model, stage, engine)
+    model.feature_store = feature_store_of(model, stage, engine)
     if stage.sources:
         streamed = StreamedBatches(model, stage, engine, Path(out_dir) / stage.name, console)
         batches, recipe["stream"] = streamed, streamed.loader.stream.identity()
@@ -233,15 +239,13 @@ def train_stage(
         keep=keep,
         console=console,
     )
-    if isinstance(model, MLLM):
-        return trainer.run()
     kept = model.feature_cache
     if stage.sources:
         model.feature_cache = None  # of other images: here every rank encodes, or looks into the store
     try:
         return trainer.run()
     finally:
-        model.feature_cache, model.feature_store = kept, None
+        model.feature_cache, model.feature_store = kept, None  # type: ignore[assignment]
 
 
 def precision_of(config: ModelConfig | TalkConfig) -> str:

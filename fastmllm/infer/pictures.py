@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from fastmllm.data.images import open_image
+from fastmllm.data.images import ImageError, open_image
 from fastmllm.data.sample import Conversation, Sample
 from fastmllm.data.text import ChatTemplate, encode
 from fastmllm.data.turns import Piece, images_of, pieces_of
 from fastmllm.models.inputs import IGNORE, Inputs
 from fastmllm.models.mllm import MLLM
+from fastmllm.models.tower import Known, known_from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,14 +24,14 @@ class Spelled:
         id: of the sample.
         tokens: token ids; None = the next picture.
         labels: aligned with them; -100 where nothing is scored.
-        paths, pictures: in their order.
+        paths, pictures: in their order; `Known` where the model's feature store has a picture's features.
     """
 
     id: str
     tokens: list[int | None]
     labels: list[int]
     paths: list[str]
-    pictures: list[Image.Image]
+    pictures: list[Image.Image | Known]
 
 
 def spell(
@@ -67,9 +68,29 @@ def spell(
         labels += [token if scored and token is not None else IGNORE for token in ids]
         tokens += ids
     paths = images_of(sample)
-    return Spelled(
-        id=sample.id, tokens=tokens, labels=labels, paths=paths, pictures=[open_image(path) for path in paths]
-    )
+    pictures = [picture_of(model, path) for path in paths]
+    return Spelled(id=sample.id, tokens=tokens, labels=labels, paths=paths, pictures=pictures)
+
+
+def picture_of(model: MLLM, path: str) -> Image.Image | Known:
+    """Open a picture, or look up its features in the model's store.
+
+    Raises:
+        ImageError: it cannot be read, or the model's resolution policy refuses it.
+    """
+    try:
+        entry = None if model.feature_store is None else model.feature_store.entry(path)
+    except OSError:
+        entry = None  # opening it says why
+    if entry is not None:
+        return known_from(entry)
+    picture = open_image(path)
+    if model.packing is not None:
+        try:
+            model.packing.policy.plan(*picture.size)
+        except ValueError as error:
+            raise ImageError(f"{path}: {error}") from error
+    return picture
 
 
 def pack_spelled(model: MLLM, rows: Sequence[Spelled], *, scored: bool = True) -> Inputs:
@@ -86,13 +107,14 @@ def pack_spelled(model: MLLM, rows: Sequence[Spelled], *, scored: bool = True) -
     if not rows:
         raise ValueError("collate: no samples; give at least one")
     assert model.config is not None
-    first: dict[str, Image.Image] = {}
+    first: dict[str, Image.Image | Known] = {}
     samples = []
     for row in rows:
         shown = iter([first.setdefault(path, picture) for path, picture in zip(row.paths, row.pictures, strict=True)])
         samples.append([next(shown) if token is None else token for token in row.tokens])
     labels = [row.labels if scored else [IGNORE] * len(row.labels) for row in rows]
-    return replace(model.pack(samples, labels, model.config.sees), ids=[row.id for row in rows])
+    paths = () if model.feature_store is None else tuple(first)
+    return replace(model.pack(samples, labels, model.config.sees, paths), ids=[row.id for row in rows])
 
 
 def collate_pictures(
