@@ -19,7 +19,6 @@ from fastmllm.data.build import Splits
 from fastmllm.data.cache import cache_dir
 from fastmllm.data.images import load_image
 from fastmllm.data.mixture import MixtureSampler
-from fastmllm.data.packing import Batch
 from fastmllm.data.progress import progress_bar, waiting
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import screen
@@ -120,7 +119,7 @@ def batches_of(
     """
     weights = available(stage, samples)
     sampler = MixtureSampler(samples, weights or None, batch_size=stage.batch_size, seed=stage.seed)
-    packing = None if isinstance(model, MLLM) else packing_of(model, stage)
+    packing = packing_of(model, stage)
     samples_of = sampler.batch_samples if packing is None else PackedMixture(sampler, packing, engine, folder)
 
     def batch(index: int) -> Any:
@@ -134,7 +133,7 @@ def batches_of(
             load_pixels=not cached,
             with_answers=True,
         )
-        return replace(made, budget=stage.max_tokens) if isinstance(made, Batch) else made
+        return replace(made, budget=stage.max_tokens)
 
     return batch
 
@@ -198,9 +197,9 @@ def train_stage(
     """
     if model.config is None:
         raise ValueError("train_stage: this MLLM has no words: make it with fastmllm.models.talk.load_mllm")
-    if isinstance(model, MLLM) and (stage.visual_tokens or stage.image_size or stage.max_tokens):
+    if isinstance(model, MLLM) and (stage.visual_tokens or stage.image_size):
         raise ValueError(
-            f"stage {stage.name!r}: visual_tokens, image_size and max_tokens are for a VLM; the model's resolution "
+            f"stage {stage.name!r}: visual_tokens and image_size are for a VLM; the model's resolution "
             "policy says how large images are: leave them out, or change model.composition.resolution_sizes"
         )
     engine = stage.engine(engine_for(model.config, engine))

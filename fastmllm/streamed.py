@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ class StreamedBatches:
     ) -> None:
         ranks, rank = launched_world_size(), int(os.environ.get("RANK", "0"))
         sources = [ShardSource(config, seed=stage.seed) for config in stage.sources]
-        load, join_drawn = _pictures(model) if isinstance(model, MLLM) else _squares(model, stage)
-        packing = None if isinstance(model, MLLM) else packing_of(model, stage)
+        load, join_drawn = _pictures(model, stage) if isinstance(model, MLLM) else _squares(model, stage)
+        packing = packing_of(model, stage)
         plan = BatchPlan(
             batch_size=stage.batch_size,
             micro_batches=engine.accumulation * ranks,
@@ -118,7 +119,7 @@ def _squares(model: VLM, stage: StageConfig) -> tuple[Callable[..., Any], Callab
     return rows, partial(_batch_of, budget=stage.max_tokens)
 
 
-def _pictures(model: MLLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _pictures(model: MLLM, stage: StageConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return what reads a sample and what makes a batch, for a model with a resolution policy."""
     template = template_of(model)
 
@@ -126,7 +127,7 @@ def _pictures(model: MLLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return spell(sample, model, template)
 
     def batch(drawn: Drawn[Spelled]) -> Inputs:
-        return pack_spelled(model, drawn.items, scored=drawn.scored)
+        return replace(pack_spelled(model, drawn.items, scored=drawn.scored), budget=stage.max_tokens)
 
     return load, batch
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from fastmllm.data.images import ImageError, open_image
+from fastmllm.data.images import ImageError, open_image, upright_size
+from fastmllm.data.packer import Size
 from fastmllm.data.sample import Conversation, Sample
 from fastmllm.data.text import ChatTemplate, encode
 from fastmllm.data.turns import Piece, images_of, pieces_of
@@ -51,13 +52,7 @@ def spell(
         TextError: a text that cannot be tokenised.
         ImageError: an image that cannot be read.
     """
-    config, tokenizer = model.config, model.tokenizer
-    if config is None or tokenizer is None:
-        raise ValueError("MLLM: words need a tokenizer and a configuration: make the model with load_mllm")
-    around = [encode(tokenizer, text) if text else [] for text in (config.image_lead, config.image_end)]
-    own = with_answers and answer is None
-    size = model.language.config.vocab_size
-    pieces = list(pieces_of(sample, tokenizer, template, vocab_size=size, with_answers=own))
+    pieces, around = _words(sample, model, template, with_answers and answer is None)
     if with_answers and answer is not None:
         pieces.append(Piece(list(answer), answer=True))
     tokens: list[int | None] = []
@@ -70,6 +65,37 @@ def spell(
     paths = images_of(sample)
     pictures = [picture_of(model, path) for path in paths]
     return Spelled(id=sample.id, tokens=tokens, labels=labels, paths=paths, pictures=pictures)
+
+
+def _words(
+    sample: Sample | Conversation, model: MLLM, template: ChatTemplate, with_answers: bool
+) -> tuple[list[Piece | None], list[list[int]]]:
+    """Return the pieces of a sample, None for a picture, and the tokens in front of and behind each picture."""
+    config, tokenizer = model.config, model.tokenizer
+    if config is None or tokenizer is None:
+        raise ValueError("MLLM: words need a tokenizer and a configuration: make the model with load_mllm")
+    around = [encode(tokenizer, text) if text else [] for text in (config.image_lead, config.image_end)]
+    size = model.language.config.vocab_size
+    return list(pieces_of(sample, tokenizer, template, vocab_size=size, with_answers=with_answers)), around
+
+
+def spelled_size(sample: Sample | Conversation, model: MLLM, template: ChatTemplate) -> Size:
+    """Return what a sample takes of a budget, its visual tokens among `text`: of pictures, headers are read.
+
+    Raises:
+        TextError, ImageError: as `spell`, as far as headers tell.
+    """
+    pieces, around = _words(sample, model, template, True)
+    paths = images_of(sample)
+    text = sum(len(piece.ids) for piece in pieces if piece is not None) + len(paths) * sum(map(len, around))
+    for path in paths:
+        try:
+            text += model.rows_of_picture(*upright_size(path))
+        except ImageError:
+            raise
+        except ValueError as error:
+            raise ImageError(f"{path}: {error}") from error
+    return Size(text=text, images=len(paths))
 
 
 def picture_of(model: MLLM, path: str) -> Image.Image | Known:

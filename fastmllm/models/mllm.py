@@ -21,7 +21,7 @@ from fastmllm.models.inputs import Inputs, make_inputs, unpad
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.media import Deepstack, Media
-from fastmllm.models.packing import Packing, Sample, pack
+from fastmllm.models.packing import Packing, Sample, pack, rows_in_text
 from fastmllm.models.roles import LANGUAGE, named_roles
 from fastmllm.models.scoring import Scored
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
@@ -212,16 +212,32 @@ class MLLM(Scored):
         Raises:
             ValueError: no policy is known, labels do not fit, or a picture that the policy refuses.
         """
+        inner = bool(self.language.inner_layers)
+        return pack(
+            samples, labels, self.images, self._known_packing(), spliced=self._spliced,
+            across="sample" if inner else sees if self.looks_across else None,
+            mrope=self.language.config.mrope_section is not None, paths=paths,
+        )  # fmt: skip
+
+    def rows_of_picture(self, width: int, height: int) -> int:
+        """Return the rows that a picture of this size, in pixels, takes in a batch of `pack`.
+
+        Raises:
+            ValueError: no policy is known, or it refuses the picture.
+        """
+        return rows_in_text(width, height, self.images, self._known_packing(), self._spliced)
+
+    @property
+    def _spliced(self) -> bool:
+        """Whether visual tokens stand in the text; else one placeholder a picture does."""
+        return bool(self.language.inner_layers) or not self.looks_across
+
+    def _known_packing(self) -> Packing:
         if self.packing is None:
             raise ValueError(
                 "fastmllm::MLLM.pack: this checkpoint names no resolution policy: set `packing`, or use inputs()"
             )
-        inner = bool(self.language.inner_layers)
-        return pack(
-            samples, labels, self.images, self.packing, spliced=inner or not self.looks_across,
-            across="sample" if inner else sees if self.looks_across else None,
-            mrope=self.language.config.mrope_section is not None, paths=paths,
-        )  # fmt: skip
+        return self.packing
 
     # Computation ------------------------------------------------------------------------------------------------------
     @property

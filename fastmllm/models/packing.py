@@ -167,6 +167,20 @@ def _shapes(plan: Plan) -> tuple[Tensor, ...]:
     )
 
 
+def rows_in_text(width: int, height: int, path: ImagePath, packing: Packing, spliced: bool) -> int:
+    """Return the rows of a packed batch that a picture of this size, in pixels, takes.
+
+    Args:
+        width, height: of the upright picture.
+        path, packing, spliced: as `pack`.
+
+    Raises:
+        ValueError: the policy refuses it.
+    """
+    plan = packing.policy.plan(width, height)
+    return sum(_counts(path.take([_shapes(plan)], [plan]), path.merge_size)) if spliced else 1
+
+
 def rows_of(counts: Sequence[int], numbers: Sequence[int]) -> Tensor:
     """Return the packed rows of images, in the order of `numbers`, that have `counts` rows each, (N,) int64."""
     starts = [0, *accumulate(counts)]
