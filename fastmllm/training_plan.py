@@ -11,8 +11,7 @@ import torch
 from fastmllm.bench.roofline import measure_rates
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.recompute import layers_of
-from fastmllm.models.shapes import mllm_shape, vlm_shape
-from fastmllm.models.talk import TalkConfig
+from fastmllm.models.shapes import mllm_shape, talk_shape, vlm_shape
 from fastmllm.models.vlm import VLM, ModelConfig, native_bfloat16
 from fastmllm.recipe import Recipe
 from fastmllm.simulated_step import Load, Step, simulate
@@ -150,13 +149,14 @@ def plan_training(
     else:
         machine = DEVICES[device]
     own = recipe.model
-    if model is None and isinstance(own, TalkConfig):
-        if not own.folder:
-            raise ValueError("plan: a composition is planned from its folder: save it, and name that with --model")
-        model = own.folder
-    shape: VLM | MLLM = vlm_shape(own) if model is None and isinstance(own, ModelConfig) else mllm_shape(str(model))
+    shape: VLM | MLLM
+    if model is not None:
+        shape, name = mllm_shape(model), model
+    elif isinstance(own, ModelConfig):
+        shape, name = vlm_shape(own), f"{own.vision} + {own.language}"
+    else:
+        shape, name = talk_shape(own), own.folder or f"the composition of {recipe.name}"
     shape.to(getattr(torch, dtype))
-    name = model or f"{own.vision} + {own.language}"
     stages = [_plan_stage(shape, stage, layout, machine, assumed) for stage in recipe.stages]
     return TrainingPlan(model=name, device=machine, layout=layout, assumed=assumed, stages=stages)
 

@@ -79,13 +79,15 @@ def _words(
     return list(pieces_of(sample, tokenizer, template, vocab_size=size, with_answers=with_answers)), around
 
 
-def spelled_size(sample: Sample | Conversation, model: MLLM, template: ChatTemplate) -> Size:
+def spelled_size(
+    sample: Sample | Conversation, model: MLLM, template: ChatTemplate, *, with_answers: bool = True
+) -> Size:
     """Return what a sample takes of a budget, its visual tokens among `text`: of pictures, headers are read.
 
     Raises:
         TextError, ImageError: as `spell`, as far as headers tell.
     """
-    pieces, around = _words(sample, model, template, True)
+    pieces, around = _words(sample, model, template, with_answers)
     paths = images_of(sample)
     text = sum(len(piece.ids) for piece in pieces if piece is not None) + len(paths) * sum(map(len, around))
     for path in paths:
