@@ -24,6 +24,7 @@ from fastmllm.models.media import Deepstack, Media
 from fastmllm.models.packing import Packing, Sample, pack, rows_in_text
 from fastmllm.models.roles import LANGUAGE, named_roles
 from fastmllm.models.scoring import Scored
+from fastmllm.models.tower import is_sharded
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ class MLLM(Scored):
         """Run a batch; return hidden states, what its rows see across, and what became of its visual tokens."""
         reduction = self._reduction(inputs)
         # every rank runs the image path once a batch, image or not: sharded parameters are gathered in step
-        blank = not inputs.shows_images and self.training
+        blank = not inputs.shows_images and (self.training or is_sharded(self.images))
         inputs = (replace(inputs, images=self.images.blank()) if blank else inputs).to(self.device)
         plan = inputs.plan
         x = self.language.embed(inputs.input_ids)

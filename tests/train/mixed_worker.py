@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from tiny_compositions import labels, picture, redrawn, tiny
+from tiny_compositions import IMAGE, labels, picture, redrawn, tiny
 from train_toy import trainer
 
 OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -23,10 +25,25 @@ COMPOSITIONS = (
 )
 
 
+def as_a_processor(index: int) -> dict[str, torch.Tensor]:
+    """Return an even batch with a picture of one tile, which is four tokens, and an odd one of text."""
+    if index % 2:
+        ids = torch.tensor([[1, 20, 21 + index]])
+        return {"input_ids": ids, "labels": ids}
+    ids = torch.tensor([[1, *[IMAGE] * 4, 10, 11, 12]])
+    pixels = torch.from_numpy(picture(index, 16, 16)).permute(2, 0, 1)[None] / 255
+    return {"input_ids": ids, "labels": torch.where(ids == IMAGE, -100, ids), "pixel_values": pixels}
+
+
 def run(parts: tuple[str, ...], zero_stage: int) -> None:
     model = redrawn(tiny(*parts))
+    processed = parts == COMPOSITIONS[0]
+    if processed:  # as a checkpoint of others, which names no resolution policy
+        model.packing = None
 
     def batch(index: int) -> Any:
+        if processed:
+            return replace(model.inputs(as_a_processor(index)), ids=(str(index),))
         samples = [[1, picture(index), 10, 11, 12]] if index % 2 == 0 else [[1, 20, 21 + index]]
         return replace(model.pack(samples, labels(samples)), ids=(str(index),))
 
