@@ -1,4 +1,4 @@
-"""What each of two ranks runs for test_mixed_ranks.py: torchrun … mixed_worker.py OUT; rank 1 never sees an image."""
+"""What each of two ranks runs for test_mixed_ranks.py: torchrun … mixed_worker.py OUT; rank 1 is shown other things."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from tiny_compositions import IMAGE, labels, picture, redrawn, tiny
 from train_toy import trainer
+
+from fastmllm.models import tower
+from fastmllm.models.tower import Known
 
 OUT, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 COMPOSITIONS = (
@@ -40,14 +43,23 @@ def run(parts: tuple[str, ...], zero_stage: int) -> None:
     processed = parts == COMPOSITIONS[0]
     if processed:  # as a checkpoint of others, which names no resolution policy
         model.packing = None
+    rules = dict.fromkeys(model.roles(), 1e-3)
+    kept = parts == COMPOSITIONS[-1]
+    if kept:  # rank 0 has the features of its frozen towers, rank 1 encodes
+        del rules["vision"]
+        shown = model.pack([[picture(0)]]).images
+        with torch.no_grad():
+            known = Known(size=(28, 20), features=tower.encode(model.images, shown))
 
     def batch(index: int) -> Any:
         if processed:
             return replace(model.inputs(as_a_processor(index)), ids=(str(index),))
+        if kept:
+            samples = [[1, picture(index) if index % 2 else known, 10, 11 + index]]
+            return replace(model.pack(samples, labels(samples)), ids=(str(index),))
         samples = [[1, picture(index), 10, 11, 12]] if index % 2 == 0 else [[1, 20, 21 + index]]
         return replace(model.pack(samples, labels(samples)), ids=(str(index),))
 
-    rules = dict.fromkeys(model.roles(), 1e-3)
     trainer(
         OUT / f"{'-'.join(parts)}-{zero_stage}", model, batches=batch, engine={"zero_stage": zero_stage},
         changes={"steps": 2, "trainable": rules},
