@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from shard_recipe import NOTHING, recipe_of
-from tiny_talk import talking, talks
+from tiny_talk import SIZES, talking, talks
 from tiny_vlm import tiny_vlm
 
 from fastmllm.config import ConfigError
@@ -160,6 +161,22 @@ def test_a_composition_learns_the_same_from_kept_features(
     learning = talking(*parts)
     learning.images.towers()[-1].requires_grad_(True)
     assert feature_store_of(learning, stage, EngineConfig(feature_cache_gib=1.0)) is None
+
+
+@pytest.mark.parametrize("parts", [("qwen", "native", "merger", "tokens"), ("vit", "tiles", "mlp", "tokens")])
+def test_ranks_share_out_a_compositions_patches(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    model = talking(*parts)
+    stage = StageConfig(name="s", steps=4, trainable={"connector": 1e-2}, batch_size=1, sources=(talks(tmp_path),))
+    stage = replace(stage, balance_steps=2)
+    stream = StreamedBatches(model, stage, EngineConfig(accumulation=2), tmp_path / "out").loader.stream
+    assert stream.cost is not None
+    for size in SIZES:
+        images = model.pack([[np.zeros((*size[::-1], 3), np.uint8)]]).images
+        assert images is not None
+        assert stream.cost((size,)) == sum(model.images.units(images))
+    assert len({stream.cost((size,)) for size in SIZES}) > 1
+    assert stream.cost((SIZES[0], SIZES[1])) == stream.cost((SIZES[0],)) + stream.cost((SIZES[1],))
+    assert stream.cost(((4, 1000),)) == 0 or parts[1] == "tiles"
 
 
 def test_a_frozen_tower_runs_in_sub_batches_without_graph(monkeypatch) -> None:

@@ -215,7 +215,7 @@ class MLLM(Scored):
         """
         inner = bool(self.language.inner_layers)
         return pack(
-            samples, labels, self.images, self._known_packing(), spliced=self._spliced,
+            samples, labels, self.images, self.known_packing(), spliced=self._spliced,
             across="sample" if inner else sees if self.looks_across else None,
             mrope=self.language.config.mrope_section is not None, paths=paths,
         )  # fmt: skip
@@ -226,14 +226,19 @@ class MLLM(Scored):
         Raises:
             ValueError: no policy is known, or it refuses the picture.
         """
-        return rows_in_text(width, height, self.images, self._known_packing(), self._spliced)
+        return rows_in_text(width, height, self.images, self.known_packing(), self._spliced)
 
     @property
     def _spliced(self) -> bool:
         """Whether visual tokens stand in the text; else one placeholder a picture does."""
         return bool(self.language.inner_layers) or not self.looks_across
 
-    def _known_packing(self) -> Packing:
+    def known_packing(self) -> Packing:
+        """Return `packing`.
+
+        Raises:
+            ValueError: there is none.
+        """
         if self.packing is None:
             raise ValueError(
                 "fastmllm::MLLM.pack: this checkpoint names no resolution policy: set `packing`, or use inputs()"
