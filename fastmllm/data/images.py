@@ -56,7 +56,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     with _refusing(path), Image.open(openable(path)) as image:
         turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) > 4  # not PNG's own: it decodes all
         width, height = image.size
-        return (height, width) if turned else (width, height)
+        return (height, width) if turned and image.format != "TIFF" else (width, height)  # a TIFF's is upright
 
 
 @contextmanager
