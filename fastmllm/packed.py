@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from fastmllm.data.images import ImageError
 from fastmllm.data.mixture import MixtureSampler
 from fastmllm.data.packer import Budget, Packing, Size
 from fastmllm.data.packing_journal import Journal
@@ -16,7 +17,9 @@ from fastmllm.data.sample import Sample
 from fastmllm.data.shard_index import Skipped
 from fastmllm.data.skipped_log import SkippedLog
 from fastmllm.data.text import TextError
+from fastmllm.infer.pictures import spelled_size
 from fastmllm.infer.respond import template_of
+from fastmllm.models.mllm import MLLM
 from fastmllm.models.vlm import VLM
 from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig, launched_world_size
@@ -28,13 +31,18 @@ def tokens_an_image(counts: Sequence[int], seed: int, index: int) -> int:
     return counts[hashlib.sha256(f"{seed}/{index}".encode()).digest()[0] % len(counts)]
 
 
-def packing_of(model: VLM, stage: StageConfig) -> Packing | None:
+def packing_of(model: VLM | MLLM, stage: StageConfig) -> Packing | None:
     """Return how a stage fills its micro-batches; None where each has `batch_size` samples."""
     if not stage.max_tokens:
         return None
+    budget = Budget(max_tokens=stage.max_tokens, max_images=stage.max_images)
+    if isinstance(model, MLLM):  # each image takes its own number of tokens, which stand in its sample's size
+        size = partial(spelled_size, model=model, template=template_of(model))
+        none = partial(tokens_an_image, (0,), stage.seed)
+        return Packing(budget=budget, size_of=size, tokens_an_image=none, most_tokens_an_image=0)
     counts = stage.visual_tokens or (model.config.visual_tokens,)
     return Packing(
-        budget=Budget(max_tokens=stage.max_tokens, max_images=stage.max_images),
+        budget=budget,
         size_of=partial(
             size_of, tokenizer=model.tokenizer, template=template_of(model), vocab_size=model.language.config.vocab_size
         ),
@@ -78,8 +86,9 @@ class PackedMixture:
         sample = self._sampler.draw(draw)
         try:
             return self._size_of(sample)
-        except TextError as error:
-            return Skipped(shard=sample.task, key=sample.id, reason="unusable text", detail=str(error))
+        except (ImageError, TextError) as error:
+            reason = "undecodable image" if isinstance(error, ImageError) else "unusable text"
+            return Skipped(shard=sample.task, key=sample.id, reason=reason, detail=str(error))
 
     def _name(self, draw: int) -> tuple[str, str]:
         sample = self._sampler.draw(draw)

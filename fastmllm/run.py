@@ -19,7 +19,6 @@ from fastmllm.data.build import Splits
 from fastmllm.data.cache import cache_dir
 from fastmllm.data.images import load_image
 from fastmllm.data.mixture import MixtureSampler
-from fastmllm.data.packing import Batch
 from fastmllm.data.progress import progress_bar, waiting
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import screen
@@ -81,7 +80,7 @@ def cache_features(
 ) -> None:
     """Encode images once with the frozen encoder and keep the features; nothing to do when the encoder is trained.
 
-    Features of an `MLLM` are not kept.
+    Those of an `MLLM` are kept as they are needed, in its feature store.
     """
     if isinstance(model, MLLM) or model.config.train_vision:
         return
@@ -120,7 +119,7 @@ def batches_of(
     """
     weights = available(stage, samples)
     sampler = MixtureSampler(samples, weights or None, batch_size=stage.batch_size, seed=stage.seed)
-    packing = None if isinstance(model, MLLM) else packing_of(model, stage)
+    packing = packing_of(model, stage)
     samples_of = sampler.batch_samples if packing is None else PackedMixture(sampler, packing, engine, folder)
 
     def batch(index: int) -> Any:
@@ -134,7 +133,7 @@ def batches_of(
             load_pixels=not cached,
             with_answers=True,
         )
-        return replace(made, budget=stage.max_tokens) if isinstance(made, Batch) else made
+        return replace(made, budget=stage.max_tokens)
 
     return batch
 
@@ -149,12 +148,19 @@ def drop_stale_features(model: VLM | MLLM, stage: StageConfig) -> None:
         model.feature_cache = None
 
 
-def feature_store_of(model: VLM, stage: StageConfig, engine: EngineConfig) -> FeatureStore | None:
-    """Return where a stage keeps features of its sources' images; None where it may not or cannot.
+def feature_store_of(model: VLM | MLLM, stage: StageConfig, engine: EngineConfig) -> FeatureStore | None:
+    """Return where a stage keeps features of its images; None where it may not or cannot.
 
-    Compressors that look into the encoder need it to run.
+    Compressors that look into the encoder need it to run. A mixture of a `VLM` has its features in memory.
     """
     placement, room = model.placement, int(engine.feature_cache_gib * 2**30)
+    if isinstance(model, MLLM):
+        towers, packing = nn.ModuleList(model.images.towers()), model.packing
+        if not room or packing is None or any(param.requires_grad for param in towers.parameters()):
+            return None
+        configs = [getattr(tower, "config", None) for tower in (model.images.vision, *towers)]
+        before = type(model.images).__name__, configs, packing.policy
+        return FeatureStore(cache_dir() / "features", towers, before, room)
     looked_into = placement.merge is not None or (
         placement.connector is not None and placement.connector.layer is not None
     )
@@ -191,9 +197,9 @@ def train_stage(
     """
     if model.config is None:
         raise ValueError("train_stage: this MLLM has no words: make it with fastmllm.models.talk.load_mllm")
-    if isinstance(model, MLLM) and (stage.visual_tokens or stage.image_size or stage.max_tokens):
+    if isinstance(model, MLLM) and (stage.visual_tokens or stage.image_size):
         raise ValueError(
-            f"stage {stage.name!r}: visual_tokens, image_size and max_tokens are for a VLM; the model's resolution "
+            f"stage {stage.name!r}: visual_tokens and image_size are for a VLM; the model's resolution "
             "policy says how large images are: leave them out, or change model.composition.resolution_sizes"
         )
     engine = stage.engine(engine_for(model.config, engine))
@@ -202,8 +208,7 @@ def train_stage(
     batches: Callable[[int], BatchLike]
     objective: Callable[[nn.Module], nn.Module] | None = None
     rollouts = None
-    if isinstance(model, VLM):
-        model.feature_store = feature_store_of(model, stage, engine)
+    model.feature_store = feature_store_of(model, stage, engine)
     if stage.sources:
         streamed = StreamedBatches(model, stage, engine, Path(out_dir) / stage.name, console)
         batches, recipe["stream"] = streamed, streamed.loader.stream.identity()
@@ -233,15 +238,13 @@ def train_stage(
         keep=keep,
         console=console,
     )
-    if isinstance(model, MLLM):
-        return trainer.run()
     kept = model.feature_cache
     if stage.sources:
         model.feature_cache = None  # of other images: here every rank encodes, or looks into the store
     try:
         return trainer.run()
     finally:
-        model.feature_cache, model.feature_store = kept, None
+        model.feature_cache, model.feature_store = kept, None  # type: ignore[assignment]
 
 
 def precision_of(config: ModelConfig | TalkConfig) -> str:

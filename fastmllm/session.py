@@ -102,8 +102,8 @@ class Session:
     def _vlm(self) -> VLM:
         if isinstance(self.model, MLLM):
             raise ValueError(
-                f"{self.out}: evaluation, sweep and questions are for recipes of a VLM; export this model (fastmllm "
-                "export) and use infer.generate, or transformers"
+                f"{self.out}: a sweep of resolutions and visual tokens is for recipes of a VLM; a composition's "
+                "resolution policy says them: fastmllm eval evaluates it"
             )
         return self.model
 
@@ -145,6 +145,10 @@ class Session:
 
     def evaluate(self) -> Report:
         """Evaluate the trained model, or return the stored report of the same weights and questions."""
+        if not any(self.splits.eval.values()):
+            raise ValueError(
+                f"{self.recipe.name}: its data has no held-out questions: name data that has, as data.path"
+            )
         self.train()
         stored = self._stored("evaluation", self.recipe.eval, self._evaluate)
         rows = [Row(**{**r, "estimate": Estimate(**r["estimate"])}) for r in stored["rows"]]
@@ -153,7 +157,7 @@ class Session:
     def _evaluate(self) -> dict[str, Any]:
         with progress_bar(self.console, "evaluating") as advance, torch.inference_mode():
             report = evaluate(
-                Responder(self._vlm()), self.splits.eval, self.splits.train, self.recipe.eval,
+                Responder(self.model), self.splits.eval, self.splits.train, self.recipe.eval,
                 progress=lambda task, done, total: advance(done, total),
             )  # fmt: skip
         return {"rows": report.to_json(), "records": report.records}
@@ -185,7 +189,7 @@ class Session:
         self._finished()
         self.train(on_mismatch="error")
         with torch.inference_mode():
-            return Responder(self._vlm()).ask(image, prompt)
+            return Responder(self.model).ask(image, prompt)
 
     def _weights(self) -> list[str]:
         digests = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from fastmllm.data.rows import Row, prepare, unscored
 from fastmllm.data.sample import Conversation
 from fastmllm.data.shards import ShardSource
 from fastmllm.data.skipped_log import SkippedLog
-from fastmllm.data.stream import Drawn, Stream
+from fastmllm.data.stream import Drawn, Sizes, Stream
 from fastmllm.infer.pictures import Spelled, pack_spelled, spell
 from fastmllm.infer.respond import template_of
 from fastmllm.models.feature_store import FeatureStore
@@ -51,8 +53,9 @@ class StreamedBatches:
     ) -> None:
         ranks, rank = launched_world_size(), int(os.environ.get("RANK", "0"))
         sources = [ShardSource(config, seed=stage.seed) for config in stage.sources]
-        load, join_drawn = _pictures(model) if isinstance(model, MLLM) else _squares(model, stage)
-        packing = None if isinstance(model, MLLM) else packing_of(model, stage)
+        load, join_drawn = _pictures(model, stage) if isinstance(model, MLLM) else _squares(model, stage)
+        cost: Callable[[Sizes], int] = partial(patches_of, model) if isinstance(model, MLLM) else len
+        packing = packing_of(model, stage)
         plan = BatchPlan(
             batch_size=stage.batch_size,
             micro_batches=engine.accumulation * ranks,
@@ -60,7 +63,7 @@ class StreamedBatches:
             window=stage.balance_steps,
             seed=stage.seed,
         )
-        stream = Stream(sources, load, plan, cost=len, packing=packing)
+        stream = Stream(sources, load, plan, cost=cost, packing=packing)
         stream.keep_journal(out_dir, rank)
         self.loader = Loader(stream, join_drawn, workers=engine.workers, on_batch=self._note)
         self._log = SkippedLog(out_dir, rank, before=stream.skipped)
@@ -118,7 +121,7 @@ def _squares(model: VLM, stage: StageConfig) -> tuple[Callable[..., Any], Callab
     return rows, partial(_batch_of, budget=stage.max_tokens)
 
 
-def _pictures(model: MLLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _pictures(model: MLLM, stage: StageConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return what reads a sample and what makes a batch, for a model with a resolution policy."""
     template = template_of(model)
 
@@ -126,9 +129,18 @@ def _pictures(model: MLLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return spell(sample, model, template)
 
     def batch(drawn: Drawn[Spelled]) -> Inputs:
-        return pack_spelled(model, drawn.items, scored=drawn.scored)
+        return replace(pack_spelled(model, drawn.items, scored=drawn.scored), budget=stage.max_tokens)
 
     return load, batch
+
+
+def patches_of(model: MLLM, sizes: Sizes) -> int:
+    """Return the rows that a model's encoders compute of pictures, by (width, height); those it refuses are skipped."""
+    rows = 0
+    for width, height in sizes:
+        with suppress(ValueError):
+            rows += model.known_packing().policy.plan(width, height).vit_tokens
+    return rows
 
 
 def _batch_of(drawn: Drawn[Row], budget: int) -> Batch:

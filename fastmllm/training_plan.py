@@ -11,8 +11,7 @@ import torch
 from fastmllm.bench.roofline import measure_rates
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.recompute import layers_of
-from fastmllm.models.shapes import mllm_shape, vlm_shape
-from fastmllm.models.talk import TalkConfig
+from fastmllm.models.shapes import mllm_shape, talk_shape, vlm_shape
 from fastmllm.models.vlm import VLM, ModelConfig, native_bfloat16
 from fastmllm.recipe import Recipe
 from fastmllm.simulated_step import Load, Step, simulate
@@ -150,13 +149,14 @@ def plan_training(
     else:
         machine = DEVICES[device]
     own = recipe.model
-    if model is None and isinstance(own, TalkConfig):
-        if not own.folder:
-            raise ValueError("plan: a composition is planned from its folder: save it, and name that with --model")
-        model = own.folder
-    shape: VLM | MLLM = vlm_shape(own) if model is None and isinstance(own, ModelConfig) else mllm_shape(str(model))
+    shape: VLM | MLLM
+    if model is not None:
+        shape, name = mllm_shape(model), model
+    elif isinstance(own, ModelConfig):
+        shape, name = vlm_shape(own), f"{own.vision} + {own.language}"
+    else:
+        shape, name = talk_shape(own), own.folder or f"the composition of {recipe.name}"
     shape.to(getattr(torch, dtype))
-    name = model or f"{own.vision} + {own.language}"
     stages = [_plan_stage(shape, stage, layout, machine, assumed) for stage in recipe.stages]
     return TrainingPlan(model=name, device=machine, layout=layout, assumed=assumed, stages=stages)
 
@@ -205,7 +205,7 @@ def _plan_model(
         communication_s=near / (device.link * speed) + far / (device.network * speed), update_s=update,
         samples_per_s=(0.0, 0.0), smallest=_smallest(params, layout, step.activations, room(device, layout, assumed)),
     )  # fmt: skip
-    samples = samples_of(stage, assumed, _visual_tokens(model, stage)) * engine.accumulation * layout.ranks
+    samples = samples_of(stage, assumed, _visual_tokens(model, stage, assumed)) * engine.accumulation * layout.ranks
     fast, slow = plan.seconds
     return replace(plan, samples_per_s=(samples / fast, samples / slow))
 
@@ -213,7 +213,7 @@ def _plan_model(
 def _load(model: VLM | MLLM, stage: StageConfig, assumed: Assumptions) -> Load:
     """Say what a micro-batch of a stage holds: pairs for "prefer", groups of answers for "grpo"."""
     answers = {"prefer": 2, "grpo": stage.grpo.group}.get(stage.kind, 1)
-    visual = _visual_tokens(model, stage)
+    visual = _visual_tokens(model, stage, assumed)
     size = stage.image_size or model.config.image_size if isinstance(model, VLM) else assumed.image_size
     return Load(
         samples=samples_of(stage, assumed, visual) * answers, text_tokens=assumed.text_tokens, images=assumed.images,
@@ -221,8 +221,10 @@ def _load(model: VLM | MLLM, stage: StageConfig, assumed: Assumptions) -> Load:
     )  # fmt: skip
 
 
-def _visual_tokens(model: VLM | MLLM, stage: StageConfig) -> int:
-    return max(stage.visual_tokens or (model.config.visual_tokens,)) if isinstance(model, VLM) else 0
+def _visual_tokens(model: VLM | MLLM, stage: StageConfig, assumed: Assumptions) -> int:
+    if isinstance(model, MLLM):
+        return model.rows_of_picture(assumed.image_size, assumed.image_size)
+    return max(stage.visual_tokens or (model.config.visual_tokens,))
 
 
 def samples_of(stage: StageConfig, assumed: Assumptions, visual_tokens: int) -> int:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from shard_recipe import NOTHING, recipe_of
+from tiny_talk import SIZES, talking, talks
 from tiny_vlm import tiny_vlm
 
 from fastmllm.config import ConfigError
 from fastmllm.data.loader import Loader
 from fastmllm.models.feature_store import image_key
+from fastmllm.models.mllm import MLLM
 from fastmllm.recipe import Recipe
 from fastmllm.run import feature_store_of, train_stage
 from fastmllm.streamed import StreamedBatches
 from fastmllm.train.engine import EngineConfig
+from fastmllm.train.stages import StageConfig
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +110,73 @@ def test_features_of_streamed_images_are_kept(tmp_path: Path, monkeypatch) -> No
     assert len(seen) == before
     model.vision.requires_grad_(True)
     assert feature_store_of(model, stage, engine) is None
+
+
+def other_weights(model: MLLM) -> None:
+    with torch.no_grad():
+        next(model.images.towers()[-1].parameters()).add_(0.1)
+
+
+def other_policy(model: MLLM) -> None:
+    assert model.packing is not None
+    model.packing = replace(model.packing, policy=replace(model.packing.policy, resample="lanczos"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "change"),
+    [(("vit", "anyres", "mlp", "tokens"), other_policy), (("vit", "dual", "mlp", "cogagent"), other_weights)],
+    ids=["tiles", "dual"],
+)
+def test_a_composition_learns_the_same_from_kept_features(
+    tmp_path: Path, parts: tuple[str, ...], change: Callable[[MLLM], None]
+) -> None:
+    """A stage with shards and a budget: encoded once, then never; any key that is another one encodes again."""
+    pytest.importorskip("deepspeed")
+    stage = StageConfig(name="instruct", steps=2, trainable={"connector": 1e-2}, max_tokens=260, max_images=3)
+    stage = replace(stage, sources=(talks(tmp_path),))
+    seen: list[int] = []
+
+    def run(name: str, gib: float, change: Callable[[MLLM], None] = lambda model: None) -> list[float]:
+        model, out = talking(*parts), tmp_path / name
+        change(model)
+        seen.clear()
+        model.images.vision.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+        train_stage(model, NOTHING, stage, EngineConfig(zero_stage=1, feature_cache_gib=gib, workers=int(gib > 1)), out)
+        assert model.feature_store is None
+        lines = [json.loads(line) for line in (out / "instruct" / "log.jsonl").read_text().splitlines()]
+        assert all(0 <= line["unfilled"] < 1 and line["padding"] == 0 for line in lines)
+        return [line["loss"] for line in lines]
+
+    plain = run("plain", 0.0)
+    every = len(seen)
+    assert run("cold", 1.0) == pytest.approx(plain, rel=1e-5)
+    assert 0 < len(seen) <= every
+    assert run("warm", 2.0) == pytest.approx(plain, rel=1e-5)
+    assert not seen
+    files = len(list((tmp_path / "cache").rglob("*.features")))
+
+    run("changed", 1.0, change)
+    assert seen
+    assert len(list((tmp_path / "cache").rglob("*.features"))) > files
+    learning = talking(*parts)
+    learning.images.towers()[-1].requires_grad_(True)
+    assert feature_store_of(learning, stage, EngineConfig(feature_cache_gib=1.0)) is None
+
+
+@pytest.mark.parametrize("parts", [("qwen", "native", "merger", "tokens"), ("vit", "tiles", "mlp", "tokens")])
+def test_ranks_share_out_a_compositions_patches(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    model = talking(*parts)
+    stage = StageConfig(name="s", steps=4, trainable={"connector": 1e-2}, batch_size=1, sources=(talks(tmp_path),))
+    stage = replace(stage, balance_steps=2)
+    stream = StreamedBatches(model, stage, EngineConfig(accumulation=2), tmp_path / "out").loader.stream
+    assert stream.cost is not None
+    for size in SIZES:
+        images = model.pack([[np.zeros((*size[::-1], 3), np.uint8)]]).images
+        assert images is not None
+        assert stream.cost((size,)) == sum(model.images.units(images))
+    assert len({stream.cost((size,)) for size in SIZES}) > 1
+    assert stream.cost((SIZES[0], SIZES[1])) == stream.cost((SIZES[0],)) + stream.cost((SIZES[1],))
+    assert stream.cost(((4, 1000),)) == 0 or parts[1] == "tiles"
 
 
 def test_a_frozen_tower_runs_in_sub_batches_without_graph(monkeypatch) -> None:

@@ -12,6 +12,10 @@ from tiny_compositions import tiny
 
 from fastmllm import cli
 from fastmllm.models.compose import compose
+from fastmllm.models.composition import from_json
+from fastmllm.models.mllm import MLLM
+from fastmllm.models.shapes import talk_shape
+from fastmllm.models.talk import TalkConfig
 from fastmllm.plan_table import notes, show
 from fastmllm.recipe import Recipe
 from fastmllm.train.devices import DEVICES
@@ -44,6 +48,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     for file in folder.glob("*.safetensors"):
         file.unlink()
     return str(folder)
+
+
+def test_a_composition_is_planned_from_the_recipe() -> None:
+    """Its parameters are those of the composed model; a budget says how many samples fit, by its resolution policy."""
+    file = Path(__file__).parents[1] / "recipes" / "cross_attention.yaml"
+    recipe = Recipe.load(file, ["stages.1.batch_size=1", "stages.1.max_tokens=2048", "stages.1.max_images=3"])
+    config = recipe.model
+    assert isinstance(config, TalkConfig)
+    plan = plan_training(recipe, 2)
+    made = MLLM.from_config(from_json(config.composition, "here"))
+    assert plan.model == "the composition of a small Flamingo"
+    assert {stage.parameters for stage in plan.stages} == {sum(p.numel() for p in made.parameters())}
+    roles, sizes = made.roles(), {name: p.numel() for name, p in made.named_parameters()}
+    first = sum(sizes[name] for role in ("connector", "cross_attention") for name in roles[role])
+    assert plan.stages[0].trainable == first
+    tokens = [stage.step.tokens for stage in plan.stages[:2]]
+    assert tokens == [8 * 257, 3 * 257]  # a picture stands in the text as one token
+    parts = {"vision": "vit_tiny", "language": "smollm2-135m-instruct"}
+    left = {key: value for key, value in config.composition.items() if key not in ("encoder", "language")}
+    filled = talk_shape(replace(config, composition=left | {"fusion": "tokens"}, **parts))
+    assert filled.device.type == "meta"
+    assert (filled.images.vision.config.width, filled.language.config.depth) == (192, 30)
 
 
 def test_a_70b_recipe_is_planned_in_seconds(recipe: Recipe) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fastmllm.data.byte_range import openable
 from fastmllm.data.cache import atomic_path
@@ -33,19 +35,37 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
     Raises:
         ImageError: missing, not an image, truncated, 0 pixels, or more than `MAX_PIXELS` pixels.
     """
+    with _refusing(path), Image.open(openable(path)) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ImageError(
+                f"{path}: {width} x {height} pixels, more than {MAX_PIXELS} "
+                "(decompression bomb?); remove the file or shrink it first"
+            )
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGBA") if alpha else over_white(upright)
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Return (width, height) of what `open_image` makes of a file, from its header.
+
+    Raises:
+        ImageError: as `open_image`, as far as the header tells.
+    """
+    with _refusing(path), Image.open(openable(path)) as image:
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) > 4  # not PNG's own: it decodes all
+        width, height = image.size
+        return (height, width) if turned and image.format != "TIFF" else (width, height)  # a TIFF's is upright
+
+
+@contextmanager
+def _refusing(path: str | Path) -> Iterator[None]:
+    """Say of an image that cannot be used why not, and what to do."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(openable(path)) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageError(
-                        f"{path}: {width} x {height} pixels, more than {MAX_PIXELS} "
-                        "(decompression bomb?); remove the file or shrink it first"
-                    )
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                return upright.convert("RGBA") if alpha else over_white(upright)
+            yield
     except ImageError:
         raise
     except FileNotFoundError as error:

@@ -37,7 +37,7 @@ class Size:
     """What a sample takes of a budget.
 
     Args:
-        text: positions without those of images.
+        text: positions without those of images, but for models whose images differ in size: there with them.
         images: shown in it.
     """
 
@@ -51,7 +51,7 @@ class Packing:
 
     Args:
         budget: of a micro-batch.
-        size_of: sample -> what it takes; a TextError leaves it out.
+        size_of: sample -> what it takes; its TextError or ImageError leaves it out.
         tokens_an_image: micro-batch -> visual tokens of each of its images.
         most_tokens_an_image: of any micro-batch.
     """

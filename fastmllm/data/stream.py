@@ -193,7 +193,7 @@ class Stream(Generic[T]):
             return sample
         try:
             return self.packing.size_of(sample)
-        except TextError as error:
+        except (ImageError, TextError) as error:
             return self._unusable(draw, error)
 
     def _unusable(self, draw: int, error: Exception) -> Skipped:

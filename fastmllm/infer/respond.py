@@ -9,8 +9,9 @@ from fastmllm.data.packing import Batch, collate, pack, sequence_length
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import ChatTemplate, answer_ids, end_token, tokenise
 from fastmllm.infer.generate import generate
-from fastmllm.infer.pictures import collate_pictures
+from fastmllm.infer.pictures import collate_pictures, spelled_size
 from fastmllm.infer.score import score_choices
+from fastmllm.models.inputs import Inputs
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
 
@@ -56,20 +57,30 @@ class Responder:
     """Ask a model questions.
 
     Args:
-        model: the model; its `feature_cache`, when it knows an image at this size, spares the encoder.
+        model: the model; the `feature_cache` of a `VLM`, when it knows an image at this size, spares the encoder.
         max_tokens: tokens of the questions computed together.
-        visual_tokens: K; the model's own by default.
-        image_size: pixels on a side; the model's own by default.
+        visual_tokens: K, of a `VLM`; the model's own by default.
+        image_size: pixels on a side, of a `VLM`; the model's own by default.
+
+    Raises:
+        ValueError: a model that no recipe told its words, or sizes for one whose resolution policy says them.
     """
 
     def __init__(
-        self, model: VLM, max_tokens: int = 1024, visual_tokens: int | None = None, image_size: int | None = None
+        self, model: VLM | MLLM, max_tokens: int = 1024, visual_tokens: int | None = None, image_size: int | None = None
     ) -> None:
         self.model, self.max_tokens = model, max_tokens
-        self.keep = visual_tokens or model.config.visual_tokens
-        self.image_size = image_size or model.config.image_size
         self.template = template_of(model)
-        self.end = end_token(model.tokenizer, self.template)
+        assert model.tokenizer is not None
+        self.tokenizer = model.tokenizer
+        if isinstance(model, VLM):
+            self.keep = visual_tokens or model.config.visual_tokens
+            self.image_size = image_size or model.config.image_size
+        elif visual_tokens or image_size:
+            raise ValueError(
+                "Responder: visual_tokens and image_size are for a VLM; here a resolution policy says them"
+            )
+        self.end = end_token(self.tokenizer, self.template)
 
     def answer(self, samples: Sequence[Sample], max_new_tokens: int = 16) -> list[str]:
         """Generate an answer to each question, greedily."""
@@ -77,7 +88,7 @@ class Responder:
         for places, batch in self._batches(samples):
             tokens = generate(self.model, batch, max_new_tokens=max_new_tokens, stop=(self.end,))
             for place, ids in zip(places, tokens, strict=True):
-                texts[place] = self.model.tokenizer.decode(ids).strip()
+                texts[place] = self.tokenizer.decode(ids).strip()
         return [texts[i] for i in range(len(samples))]
 
     def score(self, samples: Sequence[Sample]) -> list[list[float]]:
@@ -94,20 +105,24 @@ class Responder:
         sample = Sample(id="question", prompt=prompt, answer="?", task="chat", image=image)
         return self.answer([sample], max_new_tokens)[0]
 
-    def _batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch]]:
+    def _batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Batch | Inputs]]:
         """Pack questions into batches of at most `max_tokens`, the image's tokens counted."""
         lengths = [self._length(s) for s in samples]
         for places in pack(lengths, max([self.max_tokens, *lengths])):
             yield places, self._collate([samples[i] for i in places])
 
     def _length(self, sample: Sample) -> int:
-        tokens = tokenise(sample, self.model.tokenizer, self.template)
+        if isinstance(self.model, MLLM):
+            return spelled_size(sample, self.model, self.template, with_answers=False).text
+        tokens = tokenise(sample, self.tokenizer, self.template)
         return sequence_length(tokens, self.keep if sample.image is not None else 0, with_answer=False)
 
     def _ids(self, answer: str) -> list[int]:
-        return [*answer_ids(answer, self.model.tokenizer, self.template), self.end]
+        return [*answer_ids(answer, self.tokenizer, self.template), self.end]
 
-    def _collate(self, samples: Sequence[Sample]) -> Batch:
+    def _collate(self, samples: Sequence[Sample]) -> Batch | Inputs:
+        if isinstance(self.model, MLLM):
+            return collate_for(self.model, samples, with_answers=False)
         cache = self.model.feature_cache
         paths = [s.image for s in samples if s.image is not None]
         cached = cache is not None and cache.image_size == self.image_size and all(p in cache.features for p in paths)

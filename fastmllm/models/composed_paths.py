@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastmllm.models.encoder import segment_bounds
 from fastmllm.models.eva import EvaVisionTransformer
 from fastmllm.models.families.parts import TilePath
 from fastmllm.models.image_path import ImagePath, Seen, Visual
+from fastmllm.models.tower import Features, cut
 from fastmllm.models.vision import VisionConfig, VisionTransformer
 from fastmllm.modules.abstractor import CAbstractor
 from fastmllm.modules.ldp import LDPv2
@@ -165,9 +167,22 @@ class GridPath(ImagePath):
         self.vision, self.connector, self.width = vision, connector, width
         self.merge_size, self.keeps_grid = block or 1, block is not None
 
-    def forward(self, pixels: Tensor, grids: list[tuple[int, int]]) -> Visual:
+    def units(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the patches of each image."""
+        return [h * w for h, w in arguments["grids"]]
+
+    def part(self, arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+        """Return the arguments of some of the images, for `encode`."""
+        pixels = cut(arguments["pixels"], self.units(arguments), first, last)
+        return {"pixels": pixels, "grids": arguments["grids"][first:last]}
+
+    def encode(self, arguments: Mapping[str, Any]) -> Features:
         """Encode a flat uint8 buffer of images with grids (h, w) in patches."""
-        return Visual(tokens=self.connector(self.vision.forward_packed(pixels, grids), grids))
+        return (self.vision.forward_packed(arguments["pixels"], arguments["grids"]),)
+
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Project the images by their grids."""
+        return Visual(tokens=self.connector(features[0], arguments["grids"]))
 
     def blank(self) -> dict[str, Any]:
         """Return an image of zeros that is one block."""
@@ -198,10 +213,27 @@ class DualPath(TilePath):
         super().__init__(vision, connector, width)
         self.high, self.across_width = high, high.width
 
-    def forward(self, patches: Tensor, tiles: int, grid: tuple[int, int], high: Tensor | None = None) -> Visual:
+    def towers(self) -> Sequence[nn.Module]:
+        """Return both encoders."""
+        return self.vision, self.high
+
+    def part(self, arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+        """Return both views of some of the images, for `encode`."""
+        high = cut(arguments["high"], self.units(arguments), first, last)
+        return {**super().part(arguments, first, last), "high": high}
+
+    def units(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the patches of each image, both views together."""
+        beside = (self.high.config.image_size // self.high.config.patch_size) ** 2
+        return [inside + beside for inside in super().units(arguments)]
+
+    def encode(self, arguments: Mapping[str, Any]) -> Features:
         """Encode small images as `TilePath`, and large ones (I, S, S, 3)."""
-        assert high is not None
-        return Visual(tokens=self.project(patches, tiles, grid).flatten(0, 1), across=self.high(high).flatten(0, 1))
+        return *super().encode(arguments), self.high(arguments["high"]).flatten(0, 1)
+
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Project the small images."""
+        return replace(super().connect(features, arguments), across=features[1])
 
     def blank(self) -> dict[str, Any]:
         """Return an image of zeros for both encoders."""

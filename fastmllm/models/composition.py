@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fastmllm.models.decoder import LanguageConfig
 from fastmllm.models.eva import EvaConfig
@@ -232,7 +232,7 @@ def from_json(raw: Mapping[str, Any], origin: str) -> MLLMConfig:
         origin: what the messages call it.
 
     Raises:
-        ValueError: an unknown or a missing name, or parts that do not go together.
+        ValueError: an unknown or a missing name, a value of another kind, or parts that do not go together.
     """
     raw = dict(raw)
     encoder = raw.get("encoder")
@@ -253,18 +253,20 @@ def _read(cls: type, raw: Mapping[str, Any], origin: str) -> Any:
         what = f"has no {unknown[0]!r}" if unknown else f"needs {missing[0]!r}"
         raise ValueError(f"fastmllm::MLLM: {origin}: {cls.__name__} {what}")
     hints = get_type_hints(cls)
-    values = {name: _value(hints[name], value, f"{origin}: {name}") for name, value in raw.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:  # a word where a number belongs
-        raise ValueError(f"fastmllm::MLLM: {origin}: {cls.__name__}: {error}") from error
+    return cls(**{name: _value(hints[name], value, f"{origin}: {name}") for name, value in raw.items()})
 
 
 def _value(hint: Any, value: Any, origin: str) -> Any:
     options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     nested = tuple(option for option in options if isinstance(option, type) and is_dataclass(option))
     if not nested:
-        return _tuples(value)
+        for option in options:
+            try:
+                return _plain(option, value)
+            except (TypeError, ValueError):
+                continue
+        kind = hint.__name__ if isinstance(hint, type) else str(hint)
+        raise ValueError(f"fastmllm::MLLM: {origin}: expected {kind}, found {value!r}")
     if isinstance(value, Mapping):
         return _read(nested[0], value, origin)
     if isinstance(value, nested) or (value is None and types.NoneType in options):
@@ -272,5 +274,16 @@ def _value(hint: Any, value: Any, origin: str) -> Any:
     raise ValueError(f"fastmllm::MLLM: {origin}: {value!r} is no {nested[0].__name__}")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+def _plain(hint: Any, value: Any) -> Any:
+    """Return a value as a field of this kind holds it; a TypeError or ValueError where it is of another."""
+    inner = get_args(hint)
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        kinds = [inner[0]] * len(value) if inner[-1] is ... else inner
+        return tuple(_plain(kind, item) for kind, item in zip(kinds, value, strict=True))
+    if hint is float and not isinstance(value, bool):  # YAML reads 1e-6 as text
+        return float(value)
+    if value is None and hint is types.NoneType:
+        return None
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    raise TypeError

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import PIL
@@ -42,16 +42,17 @@ def image_key(path: str) -> str:
 class FeatureStore:
     """A folder of features, a file an image, as computed: shape and dtype stay.
 
-    Its name is a hash of the encoder's weights, configuration (the layer, the normalisation) and precision, of the
-    image size, and of the versions of what resizes and computes; a file's name is that of the image's bytes. So a
-    changed key never hits. Processes may write at once: a file is whole or absent, and their sizes are counted under a
-    lock. Where the cap is reached nothing more is kept, and what is there stays: an order that comes again, as epochs
-    do, would make a cache that drops the oldest miss every time.
+    Its name is a hash of the encoder's weights, configuration (the layer, the normalisation) and precision, of what is
+    done to images before, and of the versions of what resizes and computes; a file's name is that of the image's bytes.
+    So a changed key never hits. Processes may write at once: a file is whole or absent, and their sizes are counted
+    under a lock. Where the cap is reached nothing more is kept, and what is there stays: an order that comes again, as
+    epochs do, would make a cache that drops the oldest miss every time.
 
     Args:
         folder: of all encoders.
-        encoder: uint8 (I, H, W, 3) -> (I, N, Dv), frozen.
-        image_size: side of the square that images are resized to, pixels.
+        encoder: frozen.
+        before: what else its output depends on, with a `repr` that says all of it: the side of the square that images
+            are resized to, in pixels, or a resolution policy.
         max_bytes: cap; 0 = none.
 
     Attributes:
@@ -59,15 +60,24 @@ class FeatureStore:
         refused: entries that were not kept, at the cap or on a full disk.
     """
 
-    def __init__(self, folder: Path, encoder: nn.Module, image_size: int, max_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, encoder: nn.Module, before: object, max_bytes: int = 0) -> None:
         config = getattr(encoder, "config", None)
         versions = PIL.__version__, fastmllm.__version__
-        of = encoder_fingerprint(encoder, type(encoder).__name__, config, image_size, *versions)
+        of = encoder_fingerprint(encoder, type(encoder).__name__, config, before, *versions)
         self.folder, self.max_bytes = folder / f"features-{of}", max_bytes
         self.damaged, self.refused = 0, 0
 
     def get(self, path: str) -> Tensor | None:
-        """Return the features of an image, (N, Dv) on the CPU, or None.
+        """Return the features of an image, (N, Dv) on the CPU, or None; raises as `entry`."""
+        found = self.entry(path)
+        return None if found is None else found["features"]
+
+    def put(self, path: str, features: Tensor) -> None:
+        """Keep the features of an image, (N, Dv), where there is room."""
+        self.keep(path, {"features": features})
+
+    def entry(self, path: str) -> dict[str, Tensor] | None:
+        """Return what was kept of an image, on the CPU, or None.
 
         Raises:
             OSError: the image cannot be read.
@@ -79,8 +89,8 @@ class FeatureStore:
             return None
         try:
             if data[:8] == _checksum(data[8:]):
-                return load(data[8:])["features"]
-        except (SafetensorError, KeyError, ValueError):
+                return load(data[8:])
+        except (SafetensorError, ValueError):
             pass
         self.damaged += 1
         print(f"feature cache: {file} is damaged; its image is encoded again", file=sys.stderr)
@@ -90,9 +100,9 @@ class FeatureStore:
                 add(-len(data))
         return None
 
-    def put(self, path: str, features: Tensor) -> None:
-        """Keep the features of an image, (N, Dv), where there is room."""
-        payload = save({"features": features.detach().cpu().contiguous()})
+    def keep(self, path: str, entry: Mapping[str, Tensor]) -> None:
+        """Keep tensors of an image where there is room."""
+        payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in entry.items()})
         data = _checksum(payload) + payload
         try:
             file = self._file(path)

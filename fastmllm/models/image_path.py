@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmllm.data.resolution.plan import Plan
+from fastmllm.models import tower
+from fastmllm.models.tower import Features, Stored
+
+if TYPE_CHECKING:
+    from fastmllm.models.feature_store import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,16 +66,55 @@ class ImagePath(nn.Module):
     """Encoder, resolution strategy and connector of a family.
 
     Attributes:
+        vision: the tower.
         width: of the tokens that come out.
         merge_size: patches of a grid on a side that make one visual token.
         across_width: of the tokens of another encoder that layers look at, where there is one.
 
-    forward(**arguments) -> Visual takes what `read` or `take` found.
+    A path says what its tower sees of `arguments`, which `read` or `take` found (`units`, `part`, `encode`), and what
+    becomes of the tower's rows (`connect`).
     """
 
+    vision: Any
     width: int
     merge_size: int = 1
     across_width: int | None = None
+
+    def forward(
+        self, stored: Stored | None = None, store: FeatureStore | None = None, device: Any = None, **arguments: Any
+    ) -> Visual:
+        """Encode pictures and make visual tokens of them.
+
+        Args:
+            stored: pictures of the batch, of which `arguments` hold those that no store knew; None: they hold all.
+            store: where features of the others are kept.
+            device: of the features that were known.
+            arguments: that `read` or `take` found; none where all pictures are known.
+        """
+        if stored is None:
+            return self.connect(tower.encode(self, arguments), arguments)
+        features = tower.encode_unknown(self, arguments or None, stored, store, device)
+        return self.connect(features, stored.layout)
+
+    def towers(self) -> Sequence[nn.Module]:
+        """Return the modules that `encode` runs."""
+        return (self.vision,)
+
+    def units(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the patches of each unit, tile or picture, that the tower sees apart from others."""
+        raise NotImplementedError
+
+    def part(self, arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+        """Return the arguments of units first .. last - 1."""
+        raise NotImplementedError
+
+    def encode(self, arguments: Mapping[str, Any]) -> Features:
+        """Run the tower: packed rows, of each output as many a patch in every unit."""
+        raise NotImplementedError
+
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Make visual tokens of the tower's rows; `arguments` may be without pixels."""
+        raise NotImplementedError
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take the images out of what the family's processor in transformers made; None without images.

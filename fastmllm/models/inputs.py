@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmllm.kernels._splice_plan import SplicePlan, splice_plan
+from fastmllm.models.tower import Stored
 
 IGNORE = -100
 
@@ -21,7 +22,7 @@ class Inputs:
     Args:
         input_ids: (T,) int64 text with one placeholder an image, where visual tokens are spliced in.
         plan: rows, labels, positions and boundaries of the spliced batch (T' rows).
-        images: arguments of the model's image path; None without images.
+        images: arguments of the model's image path; None without images, or where all are in `stored`.
         media_start, media_stop: (T',) int32, the media tokens that each row sees, where layers look across; else None.
         max_media: media tokens of the longest such range, a host number.
         counts: visual tokens of each image in the text, on the host.
@@ -31,6 +32,8 @@ class Inputs:
             stands in several; None: each image stands in one.
         encoder_pixels: all that the encoders are given, and of that what shows something of a picture (`Plan`); (0, 0)
             where a processor made the batch.
+        stored: images whose features a store keeps or already has; None without a store.
+        budget: rows that it could have had, where it was filled to a budget; 0 = it has a number of samples.
     """
 
     input_ids: Tensor
@@ -44,11 +47,18 @@ class Inputs:
     ids: Sequence[str] = ()
     shown: tuple[Tensor, Tensor | None] | None = None
     encoder_pixels: tuple[int, int] = (0, 0)
+    stored: Stored | None = None
+    budget: int = 0
 
     @property
     def num_tokens(self) -> int:
         """T', rows of the spliced batch."""
         return self.plan.source.numel()
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether any row is, or sees, something of an image."""
+        return self.images is not None or self.stored is not None
 
     @property
     def num_targets(self) -> int:

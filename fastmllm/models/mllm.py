@@ -21,15 +21,17 @@ from fastmllm.models.inputs import Inputs, make_inputs, unpad
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.media import Deepstack, Media
-from fastmllm.models.packing import Packing, Sample, pack
+from fastmllm.models.packing import Packing, Sample, pack, rows_in_text
 from fastmllm.models.roles import LANGUAGE, named_roles
 from fastmllm.models.scoring import Scored
+from fastmllm.models.tower import is_sharded
 from fastmllm.models.weights.folder import read_config, read_state, write_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from fastmllm.models.composition import MLLMConfig
+    from fastmllm.models.feature_store import FeatureStore
     from fastmllm.models.talk import TalkConfig
 
 
@@ -75,7 +77,8 @@ class MLLM(Scored):
         self._placement = Placement()
         self.config: TalkConfig | None = None
         self.tokenizer: Tokenizer | None = None
-        self.feature_cache: None = None  # nothing is kept of image paths
+        self.feature_cache: None = None  # features are in a store, not in memory
+        self.feature_store: FeatureStore | None = None  # of a stage in which the tower is frozen
 
     @property
     def placement(self) -> Placement:
@@ -190,16 +193,19 @@ class MLLM(Scored):
         return packed.with_media(seen.media[0][keep], seen.media[1][keep], seen.media[2])
 
     def pack(
-        self, samples: Sequence[Sample], labels: Sequence[Sequence[int]] | None = None, sees: str = "latest"
-    ) -> Inputs:
+        self, samples: Sequence[Sample], labels: Sequence[Sequence[int]] | None = None, sees: str = "latest",
+        paths: Sequence[str] = (),
+    ) -> Inputs:  # fmt: skip
         """Pack token ids and pictures, by the model's own resolution policy.
 
         Args:
-            samples: each a sequence of token ids and, where pictures stand, PIL images or (H, W, 3) uint8. The text
-                that a policy puts around pictures (`Plan.text`) is the caller's, as token ids.
+            samples: each a sequence of token ids and, where pictures stand, PIL images, (H, W, 3) uint8 or, of a
+                feature store, `Known`. The text that a policy puts around pictures (`Plan.text`) is the caller's, as
+                token ids.
             labels: aligned with the samples; -100 where a token is not scored. They are shifted here.
             sees: what a row looks at across, where layers do: a policy of `media_ranges`. "latest" is the picture last
                 introduced, with all of its tiles; its placeholder sees it too. In CogAgent it is always the sample.
+            paths: of the distinct pictures, in the order of their first places, for the model's feature store.
 
         Returns:
             The packed batch, on the CPU.
@@ -207,16 +213,37 @@ class MLLM(Scored):
         Raises:
             ValueError: no policy is known, labels do not fit, or a picture that the policy refuses.
         """
+        inner = bool(self.language.inner_layers)
+        return pack(
+            samples, labels, self.images, self.known_packing(), spliced=self._spliced,
+            across="sample" if inner else sees if self.looks_across else None,
+            mrope=self.language.config.mrope_section is not None, paths=paths,
+        )  # fmt: skip
+
+    def rows_of_picture(self, width: int, height: int) -> int:
+        """Return the rows that a picture of this size, in pixels, takes in a batch of `pack`.
+
+        Raises:
+            ValueError: no policy is known, or it refuses the picture.
+        """
+        return rows_in_text(width, height, self.images, self.known_packing(), self._spliced)
+
+    @property
+    def _spliced(self) -> bool:
+        """Whether visual tokens stand in the text; else one placeholder a picture does."""
+        return bool(self.language.inner_layers) or not self.looks_across
+
+    def known_packing(self) -> Packing:
+        """Return `packing`.
+
+        Raises:
+            ValueError: there is none.
+        """
         if self.packing is None:
             raise ValueError(
                 "fastmllm::MLLM.pack: this checkpoint names no resolution policy: set `packing`, or use inputs()"
             )
-        inner = bool(self.language.inner_layers)
-        return pack(
-            samples, labels, self.images, self.packing, spliced=inner or not self.looks_across,
-            across="sample" if inner else sees if self.looks_across else None,
-            mrope=self.language.config.mrope_section is not None,
-        )  # fmt: skip
+        return self.packing
 
     # Computation ------------------------------------------------------------------------------------------------------
     @property
@@ -249,12 +276,14 @@ class MLLM(Scored):
         """Run a batch; return hidden states, what its rows see across, and what became of its visual tokens."""
         reduction = self._reduction(inputs)
         # every rank runs the image path once a batch, image or not: sharded parameters are gathered in step
-        blank = inputs.images is None and self.training
+        blank = not inputs.shows_images and (self.training or is_sharded(self.images))
         inputs = (replace(inputs, images=self.images.blank()) if blank else inputs).to(self.device)
         plan = inputs.plan
         x = self.language.embed(inputs.input_ids)
         # not by its call: ZeRO-3 gathers in the backward pass for modules whose output is a tensor, not a Visual
-        visual = None if inputs.images is None else self.images.forward(**inputs.images)
+        visual = None
+        if inputs.shows_images:
+            visual = self.images.forward(inputs.stored, self.feature_store, self.device, **(inputs.images or {}))
         if visual is not None and inputs.shown is not None:  # what several places show was encoded once
             visual = visual.at(*inputs.shown)
         deepstack = media = None
@@ -281,7 +310,7 @@ class MLLM(Scored):
             raise ValueError(
                 "MLLM: a published connector gets all tokens of its encoder; compress behind it: language:0"
             )
-        if not self.placement.stages or inputs.images is None or not inputs.counts:
+        if not self.placement.stages or not inputs.shows_images or not inputs.counts:
             return None
         labels = None if plan.labels is None else plan.labels.to(self.device)
         visual = VisualRows.of_batch(

@@ -248,29 +248,49 @@ class QwenVision(nn.Module):
         Raises:
             ValueError: sizes do not fit.
         """
+        rows, grids = self.encode(pixels, grid_thw)
+        return self.merge(rows, grids)
+
+    def encode(
+        self, pixels: Tensor | Sequence[Tensor], grid_thw: Sequence[Sequence[int]] | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[tuple[int, int, int], ...]]:
+        """Run the blocks, without the mergers.
+
+        Args:
+            pixels, grid_thw: as `forward`.
+
+        Returns:
+            Hidden states (M, width) of all patches behind the last block and behind each of `deepstack_layers`, image
+            after image, in the order of attention windows; and (t, h, w) of each image.
+        """
         x, grids = self._embed(pixels, grid_thw)
         config = self.config
         positions = grid_positions(grids, config.merge_size, x.device)
         frames = windows = segment_bounds([h * w for t, h, w in grids for _ in range(t)], x.device)
-        restore: Tensor | None = None
         if config.window is not None:
-            places, back, lengths = window_order(grids, config.merge_size, config.window)
-            windows, restore = segment_bounds(lengths, x.device), _move(back, x.device)
+            places, _, lengths = window_order(grids, config.merge_size, config.window)
+            windows = segment_bounds(lengths, x.device)
             order = _move(places, x.device)
             x, positions = self._permute(x, order), self._permute(positions, order)
         cos, sin = axial_rope_tables(positions, config.width // config.num_heads, config.rope_theta)
         context = _Pass(cos, sin, frames, windows)
 
         branch: Tensor | None = None
-        planes: list[Tensor] = []
+        early: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             x, branch = block(x, branch, context)
             if layer in config.deepstack_layers:
                 x, branch = x + branch, None
-                planes.append(self.deepstack[len(planes)](x))
-        tokens = self.merger(x if branch is None else x + branch)
-        if restore is not None:
-            tokens, *planes = (rows.index_select(0, restore) for rows in (tokens, *planes))
+                early.append(x)
+        return (x if branch is None else x + branch, *early), grids
+
+    def merge(self, rows: Sequence[Tensor], grids: tuple[tuple[int, int, int], ...]) -> VisualTokens:
+        """Make tokens of what `encode` returned."""
+        tokens = self.merger(rows[0])
+        planes = [merger(early) for merger, early in zip(self.deepstack, rows[1:], strict=True)]
+        if self.config.window is not None:
+            restore = _move(window_order(grids, self.config.merge_size, self.config.window)[1], tokens.device)
+            tokens, *planes = (merged.index_select(0, restore) for merged in (tokens, *planes))
         return VisualTokens(tokens, tuple(planes))
 
     def _embed(

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fastmllm.data.resolution import Fixed, InternVL, Mllama, Native, Policy
+from fastmllm.models.compose import blueprint
+from fastmllm.models.composition import to_json
 from fastmllm.models.families import build
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.packing import Packing
+from fastmllm.models.talk import TalkConfig, composition_of, said_packing
 from fastmllm.models.vlm import VLM, ModelConfig, make_connector
 from fastmllm.models.weights.folder import read_config
 from fastmllm.models.weights.language import language_shape
@@ -130,6 +133,24 @@ def mllm_shape(name: str | Path) -> MLLM:
         token = parts.placeholders[0] if parts.placeholders else raw.get("image_token_index", 0)
         model.packing = Packing(policy=_policy(raw["model_type"], parts.images, str(name)), image_token=token)
     return model
+
+
+def talk_shape(config: TalkConfig) -> MLLM:
+    """Build a recipe's composition, or the model of its folder, without weights and without tokenizer.
+
+    Raises:
+        ValueError: as `mllm_shape`, an unknown name of a part, or parts that do not go together.
+    """
+    if config.folder:
+        model = mllm_shape(config.folder)
+        if config.resolution:
+            model.packing = said_packing(config, model)
+        return model
+    with torch.device("meta"):
+        vision = vision_shape(config.vision) if config.vision else None
+        language = language_shape(config.language) if config.language else None
+        made = composition_of(config, vision, language)
+        return MLLM(blueprint(made), {"model_type": "fastmllm", **to_json(made)})
 
 
 def vlm_shape(config: ModelConfig) -> VLM:

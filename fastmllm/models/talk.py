@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from fastmllm.models.composition import MLLMConfig, from_json
+from fastmllm.models.language import LanguageModel
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.packing import Packing
 from fastmllm.models.placing import loading_device
@@ -91,9 +93,7 @@ def load_mllm(config: TalkConfig, cache: Path | None = None, seed: int = 0) -> M
     if config.folder:
         model = MLLM.from_pretrained(config.folder, config.torch_dtype())
         if config.resolution:
-            token = model.placeholders[0] if model.placeholders else model.checkpoint.raw.get("image_token_index", 0)
-            raw = {"resolution": dict(config.resolution), "image_token_id": token}
-            model.packing = Packing.from_json(raw, "model.resolution")
+            model.packing = said_packing(config, model)
         if model.packing is None:
             raise ValueError(
                 f"model: {config.folder} names no resolution policy; say it: resolution: {{name: fixed, image_size: "
@@ -108,20 +108,34 @@ def load_mllm(config: TalkConfig, cache: Path | None = None, seed: int = 0) -> M
     return model.to(loading_device(model)).eval()
 
 
-def _composed(config: TalkConfig, cache: Path | None, seed: int) -> MLLM:
-    """Compose a model and fill in the weights that its parts have."""
+def said_packing(config: TalkConfig, model: MLLM) -> Packing:
+    """Return how a folder's model takes pictures, as the recipe's `resolution` says it."""
+    token = model.placeholders[0] if model.placeholders else model.checkpoint.raw.get("image_token_index", 0)
+    raw = {"resolution": dict(config.resolution), "image_token_id": token}
+    return Packing.from_json(raw, "model.resolution")
+
+
+def composition_of(config: TalkConfig, vision: nn.Module | None, language: LanguageModel | None) -> MLLMConfig:
+    """Return a recipe's composition, with the sizes of the parts that have weights.
+
+    Raises:
+        ValueError: an encoder that is no ViT, or parts that do not go together.
+    """
     raw = dict(config.composition)
-    vision = language = None
-    if config.vision:
-        vision = load_vision(config.vision, torch.float32)
+    if vision is not None:
         if not isinstance(vision, VisionTransformer):
             raise ValueError(f"model.vision: {config.vision} is a {type(vision).__name__}; a composition takes a ViT")
         raw["encoder"] = {"kind": "vit", **asdict(vision.config)}
-    if config.language:
-        language = load_language(config.language, torch.float32, cache=cache)
+    if language is not None:
         raw["language"] = asdict(language.config)
-    made: MLLMConfig = from_json(raw, "model.composition")
-    model = MLLM.from_config(made, seed)
+    return from_json(raw, "model.composition")
+
+
+def _composed(config: TalkConfig, cache: Path | None, seed: int) -> MLLM:
+    """Compose a model and fill in the weights that its parts have."""
+    vision = load_vision(config.vision, torch.float32) if config.vision else None
+    language = load_language(config.language, torch.float32, cache=cache) if config.language else None
+    model = MLLM.from_config(composition_of(config, vision, language), seed)
     if vision is not None:
         model.images.vision.load_state_dict(vision.state_dict())  # type: ignore[union-attr, operator]
     if language is not None:

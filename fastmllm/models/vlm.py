@@ -195,7 +195,7 @@ class VLM(Scored):
             )
         if images == 0:
             # every rank runs encoder and connector once a step, image or not: sharded parameters are gathered in step
-            return embeddings + 0.0 * self._nothing().sum() if self.training else embeddings
+            return embeddings + 0.0 * self._nothing().sum() if self.training or self._sharded else embeddings
         tokens = self._placed_tokens(batch, places // images)
         if batch.shown is not None:  # what several places show was encoded once
             tokens = tokens.unflatten(0, (-1, places // images))[batch.shown.to(self.device)].flatten(0, 1)

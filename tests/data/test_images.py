@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from fastmllm.data import ImageError, load_image
+from fastmllm.data.byte_range import ByteRange
+from fastmllm.data.images import open_image, upright_size
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -104,3 +106,20 @@ def test_a_folder_and_a_bad_size_are_rejected(tmp_path: Path) -> None:
         load_image(tmp_path, 8)
     with pytest.raises(ValueError, match="at least 1 pixel"):
         load_image(tmp_path / "a.png", 0)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_header_tells_the_upright_size(tmp_path: Path, form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"a.{form.lower()}"
+    Image.new("RGB", (12, 7)).save(file, format=form, exif=exif)
+    assert upright_size(file) == open_image(file).size == ((7, 12) if orientation == 6 else (12, 7))
+    inside = ByteRange(str(file), 0, file.stat().st_size)
+    assert upright_size(str(inside)) == open_image(file).size
+    with pytest.raises(ImageError, match="no such image"):
+        upright_size(tmp_path / "gone.png")
+    file.write_bytes(b"no image")
+    with pytest.raises(ImageError, match="damaged in its header"):
+        upright_size(file)

@@ -99,6 +99,12 @@ def test_json_and_back():
         assert from_json(json.loads(json.dumps(to_json(config))), "here") == config
 
 
+def test_numbers_are_read_as_yaml_writes_them():
+    raw = to_json(BASE)
+    raw["language"] |= {"norm_eps": "1e-6", "rope_theta": 10000}
+    assert from_json(raw, "here").language == replace(LANGUAGE, norm_eps=1e-6, rope_theta=10000.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -107,7 +113,19 @@ def test_json_and_back():
         ({"language": {"vocab_size": 8}}, "here: language: LanguageConfig needs 'width'"),
         ({"fusoin": "tokens"}, "here: MLLMConfig has no 'fusoin'"),
         ({"connector_sizes": 3}, "here: connector_sizes: 3 is no ConnectorSizes"),
-        ({"language": to_json(BASE)["language"] | {"depth": "three"}}, "here: language: LanguageConfig: "),
+        (
+            {"language": to_json(BASE)["language"] | {"depth": "three"}},
+            "here: language: depth: expected int, found",
+        ),
+        ({"language": to_json(BASE)["language"] | {"depth": True}}, "here: language: depth: expected int, found True"),
+        ({"language": to_json(BASE)["language"] | {"norm_eps": "no"}}, "here: language: norm_eps: expected float, f"),
+        (
+            {"encoder": to_json(BASE)["encoder"] | {"pixel_mean": [0.5]}},
+            r"encoder: pixel_mean: expected tuple\[fl",
+        ),
+        ({"resolution_sizes": {"pinpoints": [[16]]}}, r"pinpoints: expected tuple\[.* \| None, found \[\[16\]\]"),
+        ({"cross_every": 2.5}, "here: cross_every: expected int, found 2.5"),
+        ({"connector": 3}, "here: connector: expected str, found 3"),
         ({"fusion": "deepstack"}, "do not go together"),
     ],
 )

@@ -86,6 +86,14 @@ def test_text_only_batches_still_run_the_connector(photos):
     assert batch.pixels is None
     model(batch).backward()
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in model.connector.parameters())
+    calls = []
+    model.eval().vision.register_forward_hook(lambda *_: calls.append(1))
+    alone = model(batch)
+    assert calls == []
+    for param in model.vision.parameters():
+        param.ds_id = 0  # as under ZeRO-3, where a validation must keep step too
+    assert torch.equal(model(batch), alone)
+    assert len(calls) == 1
 
 
 def test_cached_features_give_the_same_loss(photos, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mllm_recipe import prepare, session
 
+from fastmllm.eval.runner import CONDITIONS
 from fastmllm.infer.respond import collate_for
 from fastmllm.models.mllm import MLLM
 from fastmllm.train.meters import StepRecord, read_log
@@ -87,6 +88,22 @@ def test_an_exported_run_is_the_trained_model(folder: Path, one: Path) -> None:
     batch = collate_for(finished.model, finished.splits.train["name"][:3], with_answers=True)
     with torch.no_grad():
         assert torch.equal(loaded.logits(batch), finished.model.logits(batch))
+
+
+def test_a_finished_run_is_evaluated_beside_its_controls(folder: Path, one: Path) -> None:
+    limits = ["eval.limit=4", "eval.max_new_tokens=2", "engine.accumulation=2"]
+    finished = session(folder, one, *limits)
+    report = finished.evaluate()
+    tasks = {task for task, questions in finished.splits.eval.items() if questions}
+    assert {"name", "exists", "yes_no"} <= tasks
+    assert {(row.task, row.condition) for row in report.rows} >= {(t, c) for t in tasks for c in CONDITIONS}
+    again = session(folder, one, *limits)
+    assert again.evaluate().to_json() == report.to_json()
+    assert again.parts["evaluation"]["reused"]
+    image = next(sample.image for sample in finished.splits.eval["name"])
+    assert isinstance(finished.ask(str(image), "What is this?"), str)
+    with pytest.raises(ValueError, match="resolution policy says them"):
+        finished.sweep()
 
 
 def test_what_is_not_finished_is_not_exported(folder: Path, tmp_path: Path) -> None:

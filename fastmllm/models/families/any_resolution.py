@@ -22,6 +22,7 @@ from fastmllm.models.families.parts import (
 )
 from fastmllm.models.image_path import Seen, Visual
 from fastmllm.models.mllm import Blueprint
+from fastmllm.models.tower import Features
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.connectors import read_projector
 from fastmllm.models.weights.mapping import Rule
@@ -43,11 +44,10 @@ class AnyResPath(TilePath):
         super().__init__(vision, connector, width)
         self.policy, self.packer = policy, AnyResPacker(width)
 
-    def forward(
-        self, patches: Tensor, tiles: int, grid: tuple[int, int], regrids: Sequence[Regrid | None] = ()
-    ) -> Visual:
-        """Encode cut tiles; `regrids` say how those of each image lie."""
-        return Visual(tokens=self.packer(self.project(patches, tiles, grid), regrids)[0])
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Project tiles and join them; `regrids` say how those of each image lie."""
+        regrids: Sequence[Regrid | None] = arguments["regrids"]
+        return Visual(tokens=self.packer(self.project(features[0], arguments["tiles"]), regrids)[0])
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` (I, most tiles, 3, H, W) and `image_sizes` (I, 2), height first, out of a batch."""

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmllm.models.checkpoint import Layout
 from fastmllm.models.families import tied
-from fastmllm.models.families.parts import blank_tile, cut, decoder, decoder_rules, decoder_unused, vision_tower
-from fastmllm.models.image_path import ImagePath, Seen, Visual
+from fastmllm.models.families.parts import WholePath, cut, decoder, decoder_rules, decoder_unused, vision_tower
+from fastmllm.models.image_path import Seen, Visual
 from fastmllm.models.inputs import unpad
 from fastmllm.models.mllm import Blueprint
+from fastmllm.models.tower import Features
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.connectors import qformer_rules, read_qformer
 from fastmllm.models.weights.mapping import Rule, Shape, prefixed
@@ -46,7 +47,7 @@ QFORMER_UNUSED: dict[str, Shape] = dict.fromkeys(
 )
 
 
-class QFormerPath(ImagePath):
+class QFormerPath(WholePath):
     """Encode images of one size, class tokens included; queries read them, with the question in InstructBLIP.
 
     Args:
@@ -61,23 +62,21 @@ class QFormerPath(ImagePath):
         self.qformer = QFormer(config)
         self.projection = nn.Linear(config.width, width)
 
-    def forward(
-        self, patches: Tensor, images: int, grid: tuple[int, int], text_ids: Tensor | None = None,
-        text_bounds: Tensor | None = None, longest_text: int = 0,
-    ) -> Visual:  # fmt: skip
-        """Encode cut images (images * h * w, P * P * 3), each with its packed question (InstructBLIP)."""
-        tokens = self.vision.forward_packed(patches, [grid] * images, class_token=True)
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Let the queries read the images, each with its packed question (InstructBLIP)."""
+        (tokens,), images, grid = features, arguments["images"], arguments["grid"]
         each = grid[0] * grid[1] + 1
         bounds = torch.arange(images + 1, dtype=torch.int32, device=tokens.device) * each
         text = None
-        if text_ids is not None and text_bounds is not None:
-            text = PackedText(ids=text_ids, cu_seqlens=text_bounds, max_seqlen=longest_text)
+        if "text_ids" in arguments:
+            text = PackedText(
+                ids=arguments["text_ids"], cu_seqlens=arguments["text_bounds"], max_seqlen=arguments["longest_text"]
+            )
         return Visual(tokens=self.projection(self.qformer(ImageTokens.of_images(tokens, bounds, each), text)))
 
     def blank(self) -> dict[str, Any]:
         """Return one image of zeros, and a question of one token where there is one."""
-        patches, grid = blank_tile(self.vision.config)
-        arguments: dict[str, Any] = {"patches": patches, "images": 1, "grid": grid}
+        arguments = super().blank()
         if self.qformer.config.vocab_size:
             arguments |= {"text_ids": torch.zeros(1, dtype=torch.int64), "longest_text": 1}
             arguments["text_bounds"] = torch.tensor([0, 1], dtype=torch.int32)

@@ -12,7 +12,7 @@ from fastmllm.data.resolution.plan import Plan
 from fastmllm.models.checkpoint import Layout
 from fastmllm.models.families import tied
 from fastmllm.models.families.parts import (
-    blank_tile,
+    WholePath,
     cut,
     decoder,
     decoder_rules,
@@ -20,8 +20,9 @@ from fastmllm.models.families.parts import (
     flat,
     vision_tower,
 )
-from fastmllm.models.image_path import ImagePath, Seen, Visual
+from fastmllm.models.image_path import Seen, Visual
 from fastmllm.models.mllm import Blueprint
+from fastmllm.models.tower import Features
 from fastmllm.models.vision import VisionTransformer
 from fastmllm.models.weights.fusion import (
     IDEFICS_RESAMPLER,
@@ -35,7 +36,7 @@ from fastmllm.modules.cross_attention import GatedCrossAttention
 from fastmllm.modules.resampler import PerceiverResampler
 
 
-class IdeficsPath(ImagePath):
+class IdeficsPath(WholePath):
     """Encode images of one size, class tokens included, and resample them.
 
     Args:
@@ -47,19 +48,14 @@ class IdeficsPath(ImagePath):
         super().__init__()
         self.vision, self.resampler, self.width = vision, resampler, vision.config.width
 
-    def forward(self, patches: Tensor, images: int, grid: tuple[int, int]) -> Visual:
-        """Encode images: cut, (images * h * w, P * P * 3), or a flat uint8 buffer of them."""
-        tokens = self.vision.forward_packed(patches, [grid] * images, class_token=True)
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Resample the images' rows."""
+        (tokens,), images, grid = features, arguments["images"], arguments["grid"]
         if self.resampler is None:
             return Visual(tokens=tokens)
         each = grid[0] * grid[1] + 1
         bounds = torch.arange(images + 1, dtype=torch.int32, device=tokens.device) * each
         return Visual(tokens=self.resampler(tokens, bounds, each))
-
-    def blank(self) -> dict[str, Any]:
-        """Return one image of zeros."""
-        patches, grid = blank_tile(self.vision.config)
-        return {"patches": patches, "images": 1, "grid": grid}
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
         """Take `pixel_values` (B, I, 3, H, W) and `image_attention_mask` (B, L, I) out of a processor's batch."""

@@ -15,6 +15,8 @@ from fastmllm.models.families.parts import decoder
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.mllama_vision import MllamaVision
 from fastmllm.models.mllm import Blueprint
+from fastmllm.models.tower import Features
+from fastmllm.models.tower import cut as cut_units
 from fastmllm.models.weights.fusion import MLLAMA_CROSS, mllama_cross_config
 from fastmllm.models.weights.language import LAYER_RULES
 from fastmllm.models.weights.mapping import Rule, prefixed
@@ -44,9 +46,22 @@ class MllamaPath(ImagePath):
         self.vision, self.width = vision, width
         self.projector = nn.Linear(vision.config.out_width, width)
 
-    def forward(self, tiles: Tensor, aspect_ratio_ids: list[int], layout: str = "chw") -> Visual:
+    def units(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the rows of each image: its tiles see each other."""
+        return [self.vision.num_tokens(n) for n in arguments["aspect_ratio_ids"]]
+
+    def part(self, arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+        """Return the arguments of some of the images, for `encode`."""
+        tiles = cut_units(arguments["tiles"], self.units(arguments), first, last)
+        return {**arguments, "tiles": tiles, "aspect_ratio_ids": arguments["aspect_ratio_ids"][first:last]}
+
+    def encode(self, arguments: Mapping[str, Any]) -> Features:
         """Encode tiles (P, 3, H, W), in 0..1, of images whose aspect ratios say how many each has."""
-        return Visual(tokens=self.projector(self.vision(tiles, aspect_ratio_ids, layout)))
+        return (self.vision(arguments["tiles"], arguments["aspect_ratio_ids"], arguments.get("layout", "chw")),)
+
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Project all rows."""
+        return Visual(tokens=self.projector(features[0]))
 
     def take(self, tiles: Sequence[tuple[Tensor, ...]], plans: Sequence[Plan]) -> Seen:
         """Take up to `max_tiles` tiles of each image, as its grid says."""

@@ -13,6 +13,8 @@ from fastmllm.data.resolution.plan import Plan
 from fastmllm.models.checkpoint import VISION
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.language import LanguageModel
+from fastmllm.models.tower import Features
+from fastmllm.models.tower import cut as cut_units
 from fastmllm.models.vision import VisionConfig, VisionTransformer
 from fastmllm.models.weights.connectors import feature_layers
 from fastmllm.models.weights.language import DECODER_RULES, UNUSED, language_config
@@ -164,13 +166,26 @@ class TilePath(ImagePath):
         super().__init__()
         self.vision, self.connector, self.width, self.skip = vision, connector, width, skip
 
-    def forward(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Visual:
-        """Encode tiles of one grid (h, w): cut, (tiles * h * w, P * P * 3), or a flat uint8 buffer of them."""
-        return Visual(tokens=self.project(patches, tiles, grid).flatten(0, 1))
+    def units(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the patches of each tile."""
+        h, w = arguments["grid"]
+        return [h * w] * arguments["tiles"]
 
-    def project(self, patches: Tensor, tiles: int, grid: tuple[int, int]) -> Tensor:
+    def part(self, arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+        """Return the arguments of some of the tiles, for `encode`."""
+        patches = cut_units(arguments["patches"], self.units(arguments), first, last)
+        return {**arguments, "patches": patches, "tiles": last - first}
+
+    def encode(self, arguments: Mapping[str, Any]) -> Features:
+        """Encode tiles of one grid (h, w): cut, (tiles * h * w, P * P * 3), or a flat uint8 buffer of them."""
+        return (self.vision.forward_packed(arguments["patches"], [arguments["grid"]] * arguments["tiles"]),)
+
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Project the tiles one by one."""
+        return Visual(tokens=self.project(features[0], arguments["tiles"]).flatten(0, 1))
+
+    def project(self, features: Tensor, tiles: int) -> Tensor:
         """Return (tiles, K, D)."""
-        features = self.vision.forward_packed(patches, [grid] * tiles)
         return self.connector(features.unflatten(0, (tiles, -1))[:, self.skip :])
 
     def read(self, batch: Mapping[str, Any]) -> Seen | None:
@@ -209,6 +224,33 @@ class TilePath(ImagePath):
             pixels = pixels[..., : size - size % p, : size - size % p]
         grid = (pixels.shape[2] // p, pixels.shape[3] // p)
         return {"patches": cut(pixels, p), "tiles": len(pixels), "grid": grid}
+
+
+class WholePath(ImagePath):
+    """Encode images of one size, their class tokens included.
+
+    A family's path reads them (`connect`). Its arguments: patches, images and grid.
+    """
+
+    def units(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the patches of each image."""
+        h, w = arguments["grid"]
+        return [h * w] * arguments["images"]
+
+    def part(self, arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+        """Return the arguments of some of the images, for `encode`."""
+        patches = cut_units(arguments["patches"], self.units(arguments), first, last)
+        return {**arguments, "patches": patches, "images": last - first}
+
+    def encode(self, arguments: Mapping[str, Any]) -> Features:
+        """Encode images: cut, (images * h * w, P * P * 3), or a flat uint8 buffer of them."""
+        grids = [arguments["grid"]] * arguments["images"]
+        return (self.vision.forward_packed(arguments["patches"], grids, class_token=True),)
+
+    def blank(self) -> dict[str, Any]:
+        """Return one image of zeros."""
+        patches, grid = blank_tile(self.vision.config)
+        return {"patches": patches, "images": 1, "grid": grid}
 
 
 def host_list(values: Tensor | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

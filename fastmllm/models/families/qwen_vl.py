@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmllm.data.resolution.plan import Plan
 from fastmllm.models.checkpoint import Layout
@@ -16,6 +16,7 @@ from fastmllm.models.families.parts import decoder, decoder_rules, decoder_unuse
 from fastmllm.models.image_path import ImagePath, Seen, Visual
 from fastmllm.models.mllm import Blueprint
 from fastmllm.models.qwen_vision import QwenVision, QwenVisionConfig
+from fastmllm.models.tower import Features, cut
 from fastmllm.models.weights.mapping import prefixed
 from fastmllm.models.weights.qwen_vision import (
     qwen2_5_vision_config,
@@ -77,10 +78,28 @@ class NativePath(ImagePath):
         self.image_token, self.video_token = image_token, video_token
         self.tokens_per_second, self.frames_apart = tokens_per_second, frames_apart
 
-    def forward(self, patches: Tensor, grids: list[tuple[int, ...]]) -> Visual:
+    def towers(self) -> Sequence[nn.Module]:
+        """Return what is in front of the mergers."""
+        return self.vision.patch_embed, self.vision.blocks
+
+    def units(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the patches of each image or video."""
+        return [t * h * w for t, h, w in arguments["grids"]]
+
+    def part(self, arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
+        """Return the arguments of some of the images and videos, for `encode`."""
+        patches = cut(arguments["patches"], self.units(arguments), first, last)
+        return {"patches": patches, "grids": arguments["grids"][first:last]}
+
+    def encode(self, arguments: Mapping[str, Any]) -> Features:
         """Encode patches (M, C * T * P * P) of all grids (t, h, w), or a flat uint8 buffer of single images."""
+        patches, grids = arguments["patches"], arguments["grids"]
         images = (patches, grids) if patches.dim() == 2 else (self._images(patches, grids),)
-        seen = self.vision.forward(*images)  # not by its call: its output is no tensor, as in MLLM._decode
+        return self.vision.encode(*images)[0]
+
+    def connect(self, features: Features, arguments: Mapping[str, Any]) -> Visual:
+        """Merge patches into tokens."""
+        seen = self.vision.merge(features, tuple((t, h, w) for t, h, w in arguments["grids"]))
         return Visual(tokens=seen.tokens, planes=seen.planes)
 
     def blank(self) -> dict[str, Any]:
