@@ -13,7 +13,7 @@ from tiny_hf_compress import KINDS, QTEXT, ROWS
 
 from fastmllm.compression import Placement, make
 from fastmllm.hf import patch
-from fastmllm.hf.compress.beside import MOVES
+from fastmllm.hf.compress.cached import MOVES
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 STAGE = Placement(stages=((1, make("topk", 0.5, scorer="norm")),))

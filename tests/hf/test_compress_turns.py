@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from fastmllm.compression import make
 from fastmllm.hf import patch
-from fastmllm.hf.compress.positions import SEEN
+from fastmllm.hf.compress.cached import RECORD
 
 EXACT = 1e-5
 TURNS = ("llava", "internvl", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -81,7 +81,7 @@ def test_a_loop_of_forwards_takes_the_mask_of_the_whole_text(kind):
         patch(patched, compress=compressor(kind))
         batch = kind.rows(side="left")
         out = patched(**batch, use_cache=True)
-        assert getattr(out.past_key_values, SEEN)[1] == batch["input_ids"].shape[1]
+        assert getattr(out.past_key_values, RECORD).given == batch["input_ids"].shape[1]
         mask, more = batch["attention_mask"], [44, 45, 46]
         for i, token in enumerate(more):
             mask = torch.cat([mask, torch.ones(len(ROWS), 1, dtype=torch.long)], 1)

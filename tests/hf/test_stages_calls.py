@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 from fastmllm.compression import Placement, TopK, make
 from fastmllm.hf import patch, unpatch
-from fastmllm.hf.compress.held import HELD
+from fastmllm.hf.compress.cached import RECORD
 
 EXACT = 1e-5
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -341,7 +341,7 @@ def test_calls_that_cannot_be_right_are_refused():
     with pytest.raises(ValueError, match="prefill_chunk_size=8 cuts the prompt"):
         model.generate(**batch, **GREEDY, prefill_chunk_size=8)
     assert model(**batch).logits.shape[1] == 18
-    assert not hasattr(static, HELD)
+    assert not hasattr(static, RECORD)
     model.__dict__["forward"] = partial(type(model).forward, model)  # as TRL puts one there
     with pytest.raises(ValueError, match="where an answer begins"):
         model.train().model(**batch)

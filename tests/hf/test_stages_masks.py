@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastmllm.compression import make
-from fastmllm.hf.compress.held import Held, Left, text
+from fastmllm.hf.compress.cached import Held, Left, text
 from fastmllm.hf.compress.layers import StagedLayer
 from fastmllm.hf.compress.masks import mask_of
 from fastmllm.hf.compress.passes import Pass

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmllm.compression import Compressor, Probe
 from fastmllm.compression.reduction import Reduction, VisualRows
 from fastmllm.compression.tokens import cumulative
-from fastmllm.hf.compress.held import Held, Left, text
+from fastmllm.hf.compress.cached import Held, Left, text
 from fastmllm.hf.compress.listening import Listener
 from fastmllm.hf.compress.masks import gathered, mask_of
 from fastmllm.hf.compress.probing import Behind, probe_of

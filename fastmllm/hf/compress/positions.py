@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmllm.hf.compress.cached import RECORD, Held
 from fastmllm.hf.compress.media import IMAGE, VIDEO
 from fastmllm.hf.compress.rows import PAD, Rows
 from fastmllm.hf.compress.state import Compression
 
 GRIDS = (IMAGE.grids, VIDEO.grids, "second_per_grid_ts")
-SEEN = (
-    "_fastmllm_rows"  # on a cache: what is left of the text that it holds, its columns, M-RoPE's lead, its images' end
-)
 
 
 def positions(
@@ -52,7 +50,8 @@ def _multimodal(
     """Return (4, B, T') positions: of the text that is left, and where its tokens stood in time, row and column."""
     valid = (rows.index != PAD).long()
     text = (valid.cumsum(1) - 1).clamp(min=0)
-    lead = getattr(call.get("past_key_values"), SEEN, (None, 0, owner.rope_deltas))[2] if rows.past else None
+    seen = getattr(call.get("past_key_values"), RECORD, Held())
+    lead = None if not rows.past else owner.rope_deltas if seen.kept is None else seen.lead
     if images and state.compressor.position == "keep":
         given = {name: call[name] for name in GRIDS if call.get(name) is not None}
         positions, _ = owner.get_rope_index(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmllm.compression import Probe
 from fastmllm.compression.reduction import Reduction
 from fastmllm.compression.tokens import cumulative
-from fastmllm.hf.compress.held import Left
+from fastmllm.hf.compress.cached import Left
 from fastmllm.hf.compress.rows import PAD
 from fastmllm.kernels.attention import attention
 

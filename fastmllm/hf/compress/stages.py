@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ from torch.nn.functional import pad
 
 from fastmllm.compression import Compressor, PivotDedup
 from fastmllm.compression.reduction import IGNORED
-from fastmllm.hf.compress.beside import put
-from fastmllm.hf.compress.held import HELD, Held, held
+from fastmllm.hf.compress.cached import RECORD, Held, held, note
 from fastmllm.hf.compress.listening import Listener
 from fastmllm.hf.compress.passes import Pass
 from fastmllm.hf.compress.prompt import Prompt, image_lengths, images_of_rows
@@ -117,7 +116,7 @@ class Stages:
         if text is None:
             return None
         (batch, columns), device = text.shape[:2], text.device
-        have = held(cache, [layer for layer, _ in self.stages], batch)
+        have = held(cache, batch, [layer for layer, _ in self.stages])
         features = (call.get("mm_encoder_outputs") or {}).get("image")  # as `generate` encodes them itself
         if features is None and call.get("pixel_values") is not None:
             features = self.now.held = encoded(self.owner, call)
@@ -174,8 +173,8 @@ class Stages:
     def hold(self, cache: Any, way: Pass | None) -> None:
         """Leave on a cache what it holds behind each stage."""
         if cache is not None and way is not None:
-            left = [way.whole(n) if way.lost(n) else None for n in range(1, len(self.stages) + 1)]
-            put(cache, HELD, Held(way.total, left))
+            left = tuple(way.whole(n) if way.lost(n) else None for n in range(1, len(self.stages) + 1))
+            note(cache, replace(getattr(cache, RECORD, Held()), columns=way.total, left=left))
 
 
 def asks(compressor: Compressor) -> bool:

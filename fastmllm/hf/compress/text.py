@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmllm.hf.compress.beside import put
+from fastmllm.hf.compress.cached import RECORD, Held, Left, held, note, text
 from fastmllm.hf.compress.media import IMAGE, VIDEO, Medium, in_order
-from fastmllm.hf.compress.positions import SEEN, positions
+from fastmllm.hf.compress.positions import positions
 from fastmllm.hf.compress.rows import Images, Rows, shorten
 from fastmllm.hf.compress.state import Compression, Encoding, encoded
 
@@ -58,40 +59,21 @@ def refuse_other_inputs(
         raise ValueError("compress: placeholders are looked for among input_ids, not among inputs_embeds")
 
 
-def cached_columns(cache: Any, batch: int, device: torch.device) -> tuple[int, Tensor | None, bool]:
-    """Return how many columns of the text a cache holds, which are left of them, and whether any was lost."""
-    length = 0 if cache is None else int(cache.get_seq_length())
-    if not length:
-        return 0, None, False
-    seen = getattr(cache, SEEN, None)
-    if seen is None:
-        return length, torch.arange(length, device=device).expand(batch, -1), False
-    index, columns, _, behind = seen
-    if len(index) != batch:
-        raise ValueError(
-            f"compress: the cache is of {len(index)} rows, the text of {batch}; choose or repeat rows "
-            "of a cache by its own methods, or fill one anew"
-        )
-    if (gone := index.shape[1] - length) > 0:
-        text = torch.arange(columns - gone, columns, device=index.device)
-        if length < behind or not bool((index[:, length:] == text).all()):
-            raise ValueError(
-                f"compress: the cache was cropped to {length} tokens, but only text behind its last image can be taken "
-                f"back, to {behind} tokens, and none that is padded behind: fill a cache anew"
-            )
-        index, columns = index[:, :length], columns - gone
-    grown = torch.arange(columns, columns + length - index.shape[1], device=device).expand(len(index), -1)
-    return columns + grown.shape[1], torch.cat([index.to(device), grown], 1), True
-
-
 def remember(cache: Any, owner: Any, rows: Rows, times: int = 1) -> None:
-    """Leave on a cache what it holds of the text, how far its positions are ahead, and where its last image ends."""
+    """Note on a cache what it holds of the text as it was given, how far its positions are ahead, and its images' end.
+
+    Args:
+        cache: or None.
+        owner: the module that makes image features.
+        rows: what is left of the text.
+        times: each row is repeated.
+    """
     if cache is not None:
-        lead = getattr(owner, "rope_deltas", None)
-        kept = (rows.whole, None if lead is None else lead.expand(len(rows.index), -1))
-        index, lead = (None if t is None else t.repeat_interleave(times, 0) for t in kept)
-        behind = rows.behind or (getattr(cache, SEEN, (0,))[-1] if rows.past else 0)
-        put(cache, SEEN, (index, rows.past + rows.columns, lead, behind))
+        seen, lead = getattr(cache, RECORD, Held()), getattr(owner, "rope_deltas", None)
+        lead = None if lead is None else lead.expand(len(rows.index), -1).repeat_interleave(times, 0)
+        kept = Left(rows.whole.repeat_interleave(times, 0))
+        behind = rows.behind or (seen.behind if rows.past else 0)
+        note(cache, replace(seen, given=rows.past + rows.columns, kept=kept, behind=behind, lead=lead))
 
 
 @torch.compiler.disable
@@ -121,9 +103,11 @@ def shorten_text(
         ValueError: something in the call that does not go along.
     """
     ids, cache = call["input_ids"], call.get("past_key_values")
-    past, cached, lost = cached_columns(cache, len(ids), ids.device)
-    if all(images.before == images.after for images in found.values()) and not lost:
+    have = held(cache, len(ids))
+    if all(images.before == images.after for images in found.values()) and have.kept is None:
         return None
+    past = have.given
+    cached = (have.kept or text(0, past, len(ids), ids.device)).index.to(ids.device) if past else None
     mask = call.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError("compress: attention_mask must be (rows, tokens), of which tokens can be taken out")
