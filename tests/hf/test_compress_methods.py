@@ -18,9 +18,9 @@ from fastmllm.compression import METHODS, Attend, TopK, make
 from fastmllm.compression.published import PUBLISHED
 from fastmllm.compression.selection import take
 from fastmllm.hf import patch, relevance, unpatch
-from fastmllm.hf.compress.parts import Connector
-from fastmllm.hf.compress.state import KEY
-from fastmllm.hf.compress.watch import Watched
+from fastmllm.hf.compress.connector import Connector
+from fastmllm.hf.compress.listening import Watched
+from fastmllm.hf.compress.seams import KEY
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 LLAVA, QWEN = BY_NAME["llava"], BY_NAME["qwen2_5_vl"]
@@ -131,9 +131,9 @@ def test_one_layer_is_watched_and_only_while_images_are_encoded():
     assert watched == ["1.self_attn.k_proj", "1.self_attn.q_proj"]  # of three layers
     run(model)
     state = model.model.__dict__[KEY]
-    assert not state.now.watched
+    assert not state.tower.now.watched
     model.model.vision_tower(LLAVA.rows()["pixel_values"])  # as gradient checkpointing runs it again
-    assert not state.now.watched
+    assert not state.tower.now.watched
 
 
 class Chosen(TopK):
