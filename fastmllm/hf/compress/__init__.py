@@ -1,4 +1,30 @@
-"""Visual-token compression inside of a Hugging Face model."""
+"""Visual-token compression inside of a Hugging Face model: `patch(model, compress=...)`.
+
+Tokens of images go in two places, which one object knows, `Compression` in `state`; the modules that take part have it
+beside their parameters:
+
+- in front of the text, where the model makes image features. Ids, labels, mask and positions are rewritten before the
+  language model sees them, and `generate` takes the prompt so, because transformers measures a text by the first
+  layer's cache. What is left counts its positions anew, or keeps them with M-RoPE;
+- in front of layers of the language model ("stages"). The text goes in as it was given, and rows are taken out on the
+  way: positions stay, every group of layers has its own mask and its own length of cache.
+
+Of both: which columns of the text are left (`rows`), what a cache holds of them (`cached`), the layer whose attention
+judges (`listening`, `scores`), the model that calls it all (`owner`, `generation`).
+
+| what | file |
+|---|---|
+| families, and where each makes visual tokens | `seams` |
+| what is asked for, and whether it fits | `fitting` |
+| one model's compression, and a call's | `state` |
+| the model without head and with it; its `generate` | `owner`, `generation` |
+| images and videos: encoded, compressed, told apart | `features`, `media` |
+| in front of the text: connector, tower, cross-attention | `connector`, `merging`, `crossed` |
+| the text without what is gone | `rows`, `text` |
+| in front of layers: what is planned, done, and seen | `prompt`, `layers`, `passes`, `masks` |
+| attention that tokens are judged by, or given relevance | `listening`, `scores`, `given` |
+| what lies beside a cache | `cached` |
+"""
 
 from __future__ import annotations
 
@@ -10,9 +36,9 @@ from torch import nn
 from fastmllm.compression import BipartiteMerge, Compressor, Placement
 from fastmllm.hf.compress.connector import connected
 from fastmllm.hf.compress.crossed import crossed, find_crossed
-from fastmllm.hf.compress.fitting import check, placement_of
+from fastmllm.hf.compress.fitting import check, has_class_token, placement_of
 from fastmllm.hf.compress.layers import staged, take_stages
-from fastmllm.hf.compress.listening import has_class_token, listener_of
+from fastmllm.hf.compress.listening import listener_of
 from fastmllm.hf.compress.owner import Head, owner_of
 from fastmllm.hf.compress.seams import KEY, family_of, find
 from fastmllm.hf.compress.state import Compression

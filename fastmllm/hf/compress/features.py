@@ -46,6 +46,29 @@ def _encoded(owner: Any, call: dict[str, Any], medium: Medium) -> Any:
     return method(call[medium.pixels], **more, return_dict=True)
 
 
+def refuse_other_inputs(state: Compression, call: dict[str, Any], front: bool) -> None:
+    """Refuse what brings visual tokens in past the compressor.
+
+    Args:
+        state: of the model.
+        call: arguments by name.
+        front: image features are compressed in front of the text, so that none may be there already.
+
+    Raises:
+        ValueError: names it.
+    """
+    if call.get(VIDEO.pixels) is not None and (state.stages or not state.seam.videos):
+        raise ValueError("compress: videos of this model are not compressed: unpatch it for them")
+    for name in ("mm_encoder_outputs", "image_hidden_states") if front else ("image_hidden_states",):
+        if call.get(name) not in (None, {}):
+            raise ValueError(
+                f"compress: {name}: image features that are there already; give pixel_values, and unpatch a model that "
+                "drafts for another as its assistant_model"
+            )
+    if call.get("input_ids") is None and any(call.get(medium.pixels) is not None for medium in (IMAGE, VIDEO)):
+        raise ValueError("compress: placeholders are looked for among input_ids, not among inputs_embeds")
+
+
 def features(
     module: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], medium: Medium
 ) -> Any:  # fmt: skip

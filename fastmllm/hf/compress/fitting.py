@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from fastmllm.compression import METHODS, Compressor, PivotDedup, Placement
 from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.compress.seams import Seam
@@ -11,6 +13,7 @@ from fastmllm.hf.compress.seams import Seam
 TEXT = "its text has one place a token, so positions are renumbered"
 TILED = "its tower attends over all tiles of an image at once, of which some are padding"
 PREFIX = "its prompt sees all of itself, and scores are those of causal attention"
+CLASS_TOKENS = ("class_embedding", "cls_token")
 ABOUT_TEXT = ("last_row", "text_rows")  # judged by the prompt
 
 
@@ -129,3 +132,15 @@ def asks(compressor: Compressor) -> bool:
     """Tell whether a compressor judges by attention, not by keys alone (DART)."""
     by_keys = isinstance(compressor, PivotDedup) and compressor.pivots == "norm"
     return compressor.layer is not None and not by_keys
+
+
+def has_class_token(tower: nn.Module) -> bool:
+    """Tell whether a tower puts a token of its own in front of the patches."""
+    return any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in tower.named_parameters())
+
+
+def reads_first_row(compressor: Any) -> bool:
+    """Tell whether a compressor reads the class token's attention."""
+    if getattr(compressor, "relevance", None) == "cls_row":
+        return True
+    return getattr(compressor, "scorer", None) == "cls_row" and getattr(compressor, "pivots", "score") == "score"

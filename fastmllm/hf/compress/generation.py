@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmllm.hf.compress.features import refuse_other_inputs
 from fastmllm.hf.compress.media import IMAGE
 from fastmllm.hf.compress.rows import Rows
 from fastmllm.hf.compress.seams import KEY
 from fastmllm.hf.compress.state import Compression
-from fastmllm.hf.compress.text import refuse_other_inputs, remember, shorten_text
+from fastmllm.hf.compress.text import remember, shorten_text
 
 
 @torch.no_grad()

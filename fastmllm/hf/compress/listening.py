@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastmllm.compression import Compressor
+from fastmllm.hf.compress.fitting import has_class_token, reads_first_row
 from fastmllm.hf.compress.seams import KEY
 from fastmllm.hf.fusion import Fusion, arguments, fuse, is_fused
 
 PROJECTIONS = ("q_proj", "k_proj")
 LAYER = re.compile(r"(^|\.)(layers?|blocks)\.\d+\.(self_attn|attn|attention)$")
-CLASS_TOKENS = ("class_embedding", "cls_token")
 
 
 class Heard(threading.local):
@@ -183,7 +183,7 @@ def listener_of(tower: Any, compressor: Compressor) -> Listener:
     whole = getattr(tower, "fullatt_block_indexes", None)
     if whole is not None and wanted % len(layers) not in whole:
         refuse(f"{name} of {kind} looks inside of windows alone: take one of layers {', '.join(map(str, whole))}")
-    if not has_class_token(tower) and _first_row(compressor):
+    if not has_class_token(tower) and reads_first_row(compressor):
         refuse(f"{kind} has no class token whose attention could be read: take scorer (or relevance) 'received'")
     return Listener(attention, parts_of(attention), compressor.name)
 
@@ -195,15 +195,3 @@ def watched(listener: Listener, root: nn.Module) -> Iterator[tuple[str, nn.Modul
     yield at, listener.attention, WatchedCall, kept, None
     for part, fusion in listener.parts.items():
         yield f"{at}.{part}", getattr(listener.attention, part), fusion, kept, None
-
-
-def has_class_token(tower: nn.Module) -> bool:
-    """Tell whether a tower puts a token of its own in front of the patches."""
-    return any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in tower.named_parameters())
-
-
-def _first_row(compressor: Any) -> bool:
-    """Tell whether a compressor reads the class token's attention."""
-    if getattr(compressor, "relevance", None) == "cls_row":
-        return True
-    return getattr(compressor, "scorer", None) == "cls_row" and getattr(compressor, "pivots", "score") == "score"

@@ -12,7 +12,7 @@ from fastmllm.compression import Probe
 from fastmllm.compression.budget import tokens_to_keep
 from fastmllm.compression.merge_schedule import merge_schedule
 from fastmllm.compression.tokens import cumulative
-from fastmllm.hf.compress.listening import has_class_token
+from fastmllm.hf.compress.fitting import has_class_token
 from fastmllm.hf.compress.rows import Images
 from fastmllm.hf.compress.seams import KEY
 from fastmllm.hf.compress.state import Compression

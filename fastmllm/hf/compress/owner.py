@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from fastmllm.hf.compress.features import features
+from fastmllm.hf.compress.features import features, refuse_other_inputs
 from fastmllm.hf.compress.generation import generate
 from fastmllm.hf.compress.media import IMAGE, VIDEO
 from fastmllm.hf.compress.prompt import plan
 from fastmllm.hf.compress.rows import Images, Rows
 from fastmllm.hf.compress.seams import KEY
 from fastmllm.hf.compress.state import Compression
-from fastmllm.hf.compress.text import refuse_other_inputs, remember, shorten_text
+from fastmllm.hf.compress.text import remember, shorten_text
 from fastmllm.hf.fusion import Fusion, arguments, bound_forward
 
 

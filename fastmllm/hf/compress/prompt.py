@@ -20,7 +20,7 @@ from fastmllm.hf.compress.media import IMAGE
 from fastmllm.hf.compress.passes import Pass
 from fastmllm.hf.compress.rows import Images, Rows
 from fastmllm.hf.compress.state import Compression
-from fastmllm.hf.compress.text import refuse_beside
+from fastmllm.hf.compress.text import LABELS, ends, follow, padding, refuse_beside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,29 +100,21 @@ def plan(state: Compression, call: dict[str, Any]) -> Rows | None:
         refuse_beside(call, Images(prompt.seqlens, way.reduction.budgets[state.stages[-1][0]]))
         if flash and batch == 1 and _packed(call):
             raise ValueError("compress: texts packed into one row keep their boundaries beside the text in flash")
-        for name in ("labels", "shift_labels"):
-            if call.get(name) is not None:
-                call[name] = rows.take(call[name], IGNORED)
+        follow(call, rows, LABELS)
     return rows
 
 
 @torch.compiler.disable
 def _prompt(state: Compression, call: dict[str, Any], have: Held, features: Any) -> Prompt:
-    ids, mask, labels = call["input_ids"], call.get("attention_mask"), call.get("shift_labels")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        raise ValueError("compress: attention_mask must be (rows, tokens), of which tokens can be taken out")
+    ids, labels, mask = call["input_ids"], call.get("shift_labels"), padding(call)
     if labels is None and call.get("labels") is not None:
         labels = pad(call["labels"], (0, 1), value=IGNORED)[:, 1:]
-    host = None if mask is None else mask.cpu()
-    left = labels is None and not state.owner.training
-    if host is not None:
-        new = host[:, -ids.shape[1] :]
-        left = bool((new[:, 0] == 0).any()) or (left and not bool((new[:, -1] == 0).any()))
+    _, left = ends(mask, ids.shape[1], labels is None and not state.owner.training)
     token = state.owner.config.image_token_id
     places = ids.cpu() == token
     seqlens = image_lengths(features, places)
     return Prompt(
-        ids=ids, token=token, seqlens=seqlens, grid=_grid(state, call, seqlens, places), mask=host,
+        ids=ids, token=token, seqlens=seqlens, grid=_grid(state, call, seqlens, places), mask=mask,
         labels=None if labels is None else labels.cpu(), left=left,
         asked=state.now.prompt - have.columns if state.now.prompt else None,
     )  # fmt: skip

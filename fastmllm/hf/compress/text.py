@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmllm.compression.reduction import IGNORED
 from fastmllm.hf.compress.cached import RECORD, Held, Left, held, note, text
 from fastmllm.hf.compress.features import encode
 from fastmllm.hf.compress.media import IMAGE, VIDEO, Medium, in_order
@@ -16,32 +17,10 @@ from fastmllm.hf.compress.passes import Pass
 from fastmllm.hf.compress.rows import PAD, Images, Rows, shorten
 from fastmllm.hf.compress.state import Compression
 
-FILL = {"labels": -100, "shift_labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+LABELS = {"labels": IGNORED, "shift_labels": IGNORED}  # and what fills a row of them up
+FILL = {**LABELS, "token_type_ids": 0, "mm_token_type_ids": 0}
 GRIDS = (IMAGE.grids, VIDEO.grids, "second_per_grid_ts")
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-
-
-def refuse_other_inputs(state: Compression, call: dict[str, Any], front: bool) -> None:
-    """Refuse what brings visual tokens in past the compressor.
-
-    Args:
-        state: of the model.
-        call: arguments by name.
-        front: image features are compressed in front of the text, so that none may be there already.
-
-    Raises:
-        ValueError: names it.
-    """
-    if call.get(VIDEO.pixels) is not None and (state.stages or not state.seam.videos):
-        raise ValueError("compress: videos of this model are not compressed: unpatch it for them")
-    for name in ("mm_encoder_outputs", "image_hidden_states") if front else ("image_hidden_states",):
-        if call.get(name) not in (None, {}):
-            raise ValueError(
-                f"compress: {name}: image features that are there already; give pixel_values, and unpatch a model that "
-                "drafts for another as its assistant_model"
-            )
-    if call.get("input_ids") is None and any(call.get(medium.pixels) is not None for medium in (IMAGE, VIDEO)):
-        raise ValueError("compress: placeholders are looked for among input_ids, not among inputs_embeds")
 
 
 def remember(cache: Any, owner: Any, rows: Rows | None, way: Pass | None, times: int = 1) -> None:
@@ -96,15 +75,11 @@ def _shorten(
         return None
     past = have.given
     cached = (have.kept or text(0, past, len(ids), ids.device)).index.to(ids.device) if past else None
-    mask = call.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        raise ValueError("compress: attention_mask must be (rows, tokens), of which tokens can be taken out")
+    mask, host = call.get("attention_mask"), padding(call)
     whole = whole and ids.shape[1] > past and (mask is None or mask.shape[1] == ids.shape[1])
     new = ids[:, past:] if whole else ids
     seen = None if mask is None else mask[:, mask.shape[1] - new.shape[1] :]
-    host = None if seen is None else seen.cpu()
-    if host is not None:
-        left = bool((host[:, 0] == 0).any()) or (left and not bool((host[:, -1] == 0).any()))
+    host, left = ends(host, new.shape[1], left)
     marked, token, images, kinds = in_order(new, owner.config, found)
     refuse_beside(call, images)
     rows = shorten(marked, token, images, mask=host, left=left, past=past, cached=cached)
@@ -113,11 +88,36 @@ def _shorten(
         state.now.held[medium].owners = tuple(own.count(row) for row in range(len(new)))
     shortened = {"input_ids": rows.take(ids, _pad_id(owner)), "attention_mask": rows.mask(mask)}
     shortened |= _positions(state, owner, call, rows, new, seen, shortened["attention_mask"])
-    for name, fill in FILL.items():
-        if call.get(name) is not None:
-            shortened[name] = rows.take(call[name], fill)
     call.update(shortened)
+    follow(call, rows, FILL)
     return rows
+
+
+def follow(call: dict[str, Any], rows: Rows, fills: Mapping[str, int]) -> None:
+    """Take out of what a call says of each token what rows have lost."""
+    for name, fill in fills.items():
+        if call.get(name) is not None:
+            call[name] = rows.take(call[name], fill)
+
+
+def padding(call: dict[str, Any]) -> Tensor | None:
+    """Return a call's mask on the host, 0 where its text is padded, or None.
+
+    Raises:
+        ValueError: it is a mask of another kind.
+    """
+    mask = call.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise ValueError("compress: attention_mask must be (rows, tokens), of which tokens can be taken out")
+    return None if mask is None else mask.cpu()
+
+
+def ends(host: Tensor | None, columns: int, left: bool) -> tuple[Tensor | None, bool]:
+    """Return the mask of a text's last columns, and whether its rows are padded in front: `left` where it is silent."""
+    if host is None:
+        return None, left
+    new = host[:, host.shape[1] - columns :]
+    return new, bool((new[:, 0] == 0).any()) or (left and not bool((new[:, -1] == 0).any()))
 
 
 def refuse_beside(call: dict[str, Any], images: Images) -> None:
