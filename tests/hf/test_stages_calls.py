@@ -70,6 +70,26 @@ def test_a_forward_behind_a_cache_brings_a_new_image(options):
     assert distance(list(out), hand) < EXACT
 
 
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_keys_are_judged_where_generate_counts_them(name):
+    """Rows padded in front, in a loop without position_ids; DART's norms are of turned keys."""
+    kind = BY_NAME[name]
+    model, batch = patched(kind, stage(1, **DART)), kind.rows(side="left")
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    first = int(name == "paligemma")  # counts from 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + first
+    found = []
+    with torch.no_grad():
+        for at in ({}, {"position_ids": positions}):
+            out = model(**batch, **{n: p[:, :-1] for n, p in at.items()}, use_cache=True)
+            word = model(input_ids=torch.full((3, 1), 40), attention_mask=mask, past_key_values=out.past_key_values,
+                         **{n: p[:, -1:] for n, p in at.items()})  # fmt: skip
+            found.append(torch.cat([out.logits, word.logits], 1))
+        assert torch.equal(*found)
+        said = model.generate(**batch, **GREEDY)[:, -2]
+        assert torch.equal(found[0][:, -2].argmax(-1), said)
+
+
 def test_a_second_turn_with_a_new_image():
     model, cache = patched(LLAVA), DynamicCache()
     before = LLAVA.rows(side="left")

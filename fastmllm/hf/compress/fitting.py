@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
-from fastmllm.compression import METHODS, Compressor, PivotDedup, Placement
+from fastmllm.compression import METHODS, BipartiteMerge, Compressor, PivotDedup, Placement
+from fastmllm.compression.budget import check_budget
 from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.compress.seams import Seam
 
@@ -30,7 +32,7 @@ def placement_of(compress: Placement | Compressor | str, seam: Seam) -> Placemen
     if isinstance(compress, str):
         compress = _named(compress, seam)
     if isinstance(compress, Compressor):
-        return Placement(connector=compress)
+        compress = Placement(connector=compress)
     if not isinstance(compress, Placement):
         raise ValueError(f"patch: compress must be a Placement, a Compressor or a published name, got {compress!r}")
     if compress.stages and seam.crossed:
@@ -46,7 +48,30 @@ def placement_of(compress: Placement | Compressor | str, seam: Seam) -> Placemen
             raise ValueError("patch: compress both inside of the encoder and at the connector: choose one of them")
     if compress.merge is None and not compress.compressors:
         raise ValueError("patch: compress=Placement() compresses nowhere: give its connector a compressor, or None")
+    _check_budgets(compress)
     return compress
+
+
+def _check_budgets(asked: Placement) -> None:
+    """Refuse what no image can be left with, whatever its size."""
+    for compressor in asked.compressors:
+        if not isinstance(compressor, Compressor):
+            raise ValueError(f"patch: a Placement takes compressors, got {compressor!r}: make(method, keep, ...) one")
+    budgets = [] if asked.merge is None else [(BipartiteMerge.name, asked.merge)]
+    try:
+        for name, keep in (*budgets, *((compressor.name, compressor.keep) for compressor in asked.compressors)):
+            check_budget(name, keep)
+    except ValueError as error:
+        raise ValueError(f"patch: compress: {error}") from None
+    for (first, before), (layer, compressor) in pairwise(asked.stages):
+        if layer <= first:
+            raise ValueError(f"patch: stages in front of layers {first} and {layer}: one a layer, the first one first")
+        keep, left = compressor.keep, before.keep
+        if type(keep) is type(left) and isinstance(keep, int | float) and keep > left:  # type: ignore[operator]
+            raise ValueError(
+                f"patch: in front of layer {layer} {keep} tokens are to be left of {left} in front of layer {first}: "
+                "budgets count what came in first, and cannot grow"
+            )
 
 
 def _named(text: str, seam: Seam) -> Placement:

@@ -123,6 +123,8 @@ def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, 
             rows = shorten_text(state, call, left=call.get("labels") is None and not module.training)
         if state.stages:
             left = plan(state, call)
+        if module is state.head and not (rows is None and left is None):
+            _refuse_kept_back(call)
         way = state.now.way
         out = original(module, **call)
     for lost in (left, rows) if replaced else ():
@@ -130,6 +132,20 @@ def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, 
     cache = out.get("past_key_values") if isinstance(out, dict) else call.get("past_key_values")
     remember(cache, owner, rows, way)
     return out
+
+
+def _refuse_kept_back(call: dict[str, Any]) -> None:
+    """Refuse a call of a Trainer that counts labels and keeps them back, to compare them with logits that are fewer.
+
+    Raises:
+        ValueError: says so.
+    """
+    labels = call.get("labels") if call.get("shift_labels") is None else call["shift_labels"]
+    if labels is None and call.get("num_items_in_batch") is not None:
+        raise ValueError(
+            "compress: a Trainer with label_smoothing_factor or compute_loss_func keeps the labels back, and logits "
+            "are fewer than they: leave both out, the model's own loss follows what is left of the text"
+        )
 
 
 def whole(rows: Rows, out: Any) -> Any:

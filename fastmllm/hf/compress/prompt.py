@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastmllm.compression import Compressor
 from fastmllm.compression.reduction import IGNORED
 from fastmllm.compression.tokens import Grid
 from fastmllm.hf.compress.cached import Held, held
 from fastmllm.hf.compress.features import again, encode, repeated
+from fastmllm.hf.compress.fitting import asks
 from fastmllm.hf.compress.media import IMAGE
 from fastmllm.hf.compress.passes import Pass
 from fastmllm.hf.compress.rows import Images, Rows
@@ -85,6 +87,8 @@ def plan(state: Compression, call: dict[str, Any]) -> Rows | None:
     if text is None:
         return None
     (batch, columns), device = text.shape[:2], text.device
+    if not state.seam.mrope and call.get("position_ids") is None and any(_norms(c) for _, c in state.stages):
+        call["position_ids"] = _counted(call, columns, device, first=int(state.seam.prefix == "PaliGemma"))
     have = held(call.get("past_key_values"), batch, [layer for layer, _ in state.stages])
     features = (call.get("mm_encoder_outputs") or {}).get("image")  # as `generate` encodes them itself
     if features is None and call.get(IMAGE.pixels) is not None:
@@ -102,6 +106,20 @@ def plan(state: Compression, call: dict[str, Any]) -> Rows | None:
             raise ValueError("compress: texts packed into one row keep their boundaries beside the text in flash")
         follow(call, rows, LABELS)
     return rows
+
+
+def _norms(compressor: Compressor) -> bool:
+    """Tell whether a compressor's choice depends on where a token is counted: by norms of turned keys (DART)."""
+    return compressor.layer is not None and not asks(compressor)
+
+
+@torch.compiler.disable
+def _counted(call: dict[str, Any], columns: int, device: torch.device, first: int) -> Tensor | None:
+    """Return (B, T) positions as `generate` counts them, from `first`, where rows are padded in front, or None."""
+    mask = padding(call)
+    if mask is None or not bool((mask[:, 0] == 0).any()):
+        return None
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -columns:].to(device) + first
 
 
 @torch.compiler.disable
