@@ -110,7 +110,8 @@ def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, 
         return original(module, *args, **kwargs)
     call = arguments(original, args, kwargs)
     front = state.compressor is not None and not state.now.shortened
-    refuse_other_inputs(state, call, front)
+    if front or state.stages:
+        refuse_other_inputs(state, call, front)
     replaced = None if module is state.head or state.head is None else bound_forward(state.head)
     if replaced and module.training and state.judged:
         raise ValueError(
