@@ -9,9 +9,6 @@ beside their parameters:
 - in front of layers of the language model ("stages"). The text goes in as it was given, and rows are taken out on the
   way: positions stay, every group of layers has its own mask and its own length of cache.
 
-Of both: which columns of the text are left (`rows`), what a cache holds of them (`cached`), the layer whose attention
-judges (`listening`, `scores`), the model that calls it all (`owner`, `generation`).
-
 | what | file |
 |---|---|
 | families, and where each makes visual tokens | `seams` |
@@ -62,7 +59,6 @@ def compress_fusions(
     owner, at = (module.model, f"{name}.model".lstrip(".")) if head else (module, name)
     family_of(owner)
     state = Compression(seam, owner, module if head else None)
-    said = None
     if placement.stages:
         take_stages(state, placement.stages)
     if placement.merge is not None or placement.connector is not None:
@@ -72,11 +68,8 @@ def compress_fusions(
         return
     if head:
         yield name, module, Head, {}, None
-    if (compressor := state.compressor) is not None:
-        place = f"inside of {seam.tower}" if state.inside else seam.place
-        said = f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {place}"
-    yield at, owner, owner_of(state), {KEY: state}, said
-    if compressor is not None:
+    yield at, owner, owner_of(state), {KEY: state}, state.said
+    if state.compressor is not None:
         yield from connected(state, model, at)
     if state.stages:
         yield from staged(state, f"{at}.{seam.text}".lstrip("."))

@@ -104,10 +104,8 @@ def crossed(
         root: the model that is patched.
         name: in it of what has the tower.
     """
-    compressor, owner, kept = state.compressor, state.owner, {KEY: state}
-    assert compressor is not None
-    said = f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {state.seam.place}"
-    yield f"{name}.vision_model".lstrip("."), owner.vision_model, Encoded, kept, said
+    owner, kept = state.owner, {KEY: state}
+    yield f"{name}.vision_model".lstrip("."), owner.vision_model, Encoded, kept, state.said
     if state.seam.prefix == "Mllama":
         yield f"{name}.language_model".lstrip("."), owner.language_model, CrossMask, kept, None
     if state.tower is not None:

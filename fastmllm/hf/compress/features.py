@@ -69,9 +69,7 @@ def refuse_other_inputs(state: Compression, call: dict[str, Any], front: bool) -
         raise ValueError("compress: placeholders are looked for among input_ids, not among inputs_embeds")
 
 
-def features(
-    module: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], medium: Medium
-) -> Any:  # fmt: skip
+def features(module: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], medium: Medium) -> Any:
     """Encode and compress images or videos, or return what this call has encoded already."""
     state: Compression = module.__dict__[KEY]
     now = state.now

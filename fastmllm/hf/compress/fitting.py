@@ -12,6 +12,7 @@ from fastmllm.compression.budget import check_budget
 from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.compress.seams import Seam
 
+GRID = "what comes behind it makes one of r x r patches, or reads where each stood: merged tokens are no grid"
 TEXT = "its text has one place a token, so positions are renumbered"
 TILED = "its tower attends over all tiles of an image at once, of which some are padding"
 PREFIX = "its prompt sees all of itself, and scores are those of causal attention"
@@ -39,10 +40,7 @@ def placement_of(compress: Placement | Compressor | str, seam: Seam) -> Placemen
         raise ValueError(f"patch: cannot compress inside of the language model of {seam.prefix}: it has no image rows")
     if compress.merge is not None:
         if not seam.merges:
-            grid = (
-                "what comes behind it makes one of r x r patches, or reads where each stood: merged tokens are no grid"
-            )
-            why = "we know no layers of its tower" if seam.crossed else grid
+            why = "we know no layers of its tower" if seam.crossed else GRID
             raise ValueError(f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: {why}")
         if compress.connector is not None:
             raise ValueError("patch: compress both inside of the encoder and at the connector: choose one of them")

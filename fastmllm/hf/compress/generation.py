@@ -46,11 +46,10 @@ def generate(module: Any, original: Callable[..., Any], given: dict[str, Any]) -
     times = len(sequences) // len(ids)
     answer = sequences[:, call["input_ids"].shape[1] :]
     sequences = torch.cat([ids.repeat_interleave(times, 0).to(answer.device), answer], 1)
+    remember((call if isinstance(out, Tensor) else out).get("past_key_values"), state.owner, rows, None, times)
     if isinstance(out, Tensor):
-        remember(call.get("past_key_values"), state.owner, rows, None, times)
         return sequences
     out.sequences = sequences
-    remember(out.get("past_key_values"), state.owner, rows, None, times)
     return out
 
 

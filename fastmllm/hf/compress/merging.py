@@ -39,9 +39,8 @@ class MergingLayer(Fusion):
         """
         if merges is None:
             return original(module, hidden_states, attention_mask, *args, **kwargs)
-        size = (
-            None if size is None else size.detach()
-        )  # reentrant checkpointing asks for the gradient of all it returns
+        # reentrant checkpointing asks for the gradient of all it returns
+        size = None if size is None else size.detach()
         branch, keys = _attend(module.self_attn, module.layer_norm1(hidden_states), size)
         x = hidden_states + branch
         if merges:

@@ -78,9 +78,7 @@ class Pass:
             after = self.reduction.budgets[layer]
             if after != prompt.seqlens:
                 images = Images(prompt.seqlens, after)
-                self.rows[number] = shorten(
-                    prompt.ids, prompt.token, images, mask=mask, left=prompt.left, past=past
-                )  # fmt: skip
+                self.rows[number] = shorten(prompt.ids, prompt.token, images, mask=mask, left=prompt.left, past=past)
         self._slots = [valid.flatten().nonzero()[:, 0].to(device)] * (len(self.layers) + 1)
         self._at = self.new[0].index.flatten().index_select(0, self._slots[0])  # (Tp,) column of each row, packed
         self._valid, self._host = valid, prompt.mask

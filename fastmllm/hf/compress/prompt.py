@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastmllm.compression import Compressor
 from fastmllm.compression.reduction import IGNORED
 from fastmllm.compression.tokens import Grid
 from fastmllm.hf.compress.cached import Held, held
@@ -82,12 +81,13 @@ def plan(state: Compression, call: dict[str, Any]) -> Rows | None:
     Returns:
         What is left of the text behind the last layer; None: all of it.
     """
-    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-    text = ids if ids is not None else embeds
+    ids = call.get("input_ids")
+    text = call.get("inputs_embeds") if ids is None else ids
     if text is None:
         return None
     (batch, columns), device = text.shape[:2], text.device
-    if not state.seam.mrope and call.get("position_ids") is None and any(_norms(c) for _, c in state.stages):
+    turned = any(c.layer is not None and not asks(c) for _, c in state.stages)  # norms of turned keys (DART)
+    if turned and not state.seam.mrope and call.get("position_ids") is None:
         call["position_ids"] = _counted(call, columns, device, first=int(state.seam.prefix == "PaliGemma"))
     have = held(call.get("past_key_values"), batch, [layer for layer, _ in state.stages])
     features = (call.get("mm_encoder_outputs") or {}).get("image")  # as `generate` encodes them itself
@@ -106,11 +106,6 @@ def plan(state: Compression, call: dict[str, Any]) -> Rows | None:
             raise ValueError("compress: texts packed into one row keep their boundaries beside the text in flash")
         follow(call, rows, LABELS)
     return rows
-
-
-def _norms(compressor: Compressor) -> bool:
-    """Tell whether a compressor's choice depends on where a token is counted: by norms of turned keys (DART)."""
-    return compressor.layer is not None and not asks(compressor)
 
 
 @torch.compiler.disable

@@ -91,9 +91,7 @@ def _of_packed(state: Compression, heard: Listener, tokens: Tokens) -> Probe:
 def _of_rows(q: Tensor, k: Tensor, seqlens: tuple[int, ...], columns: Tensor | None, cls_token: bool) -> Probe:
     starts, longest = cumulative(seqlens, q.device), max(seqlens)
     _, lse = attention(q, k, k, starts, max_seqlen_q=longest, causal=False, return_lse=True)
-    return Probe(
-        q=q, k=k, lse=lse, cu_seqlens=starts, max_seqlen=longest, columns=columns, cls_token=cls_token
-    )  # fmt: skip
+    return Probe(q=q, k=k, lse=lse, cu_seqlens=starts, max_seqlen=longest, columns=columns, cls_token=cls_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +124,7 @@ class Behind:
 
 
 @torch.no_grad()
-def text_probe(
-    heard: Listener, slots: Tensor, reduction: Reduction, behind: Behind | None
-) -> Probe:  # fmt: skip
+def text_probe(heard: Listener, slots: Tensor, reduction: Reduction, behind: Behind | None) -> Probe:
     """Return the attention of a layer of a language model, over the rows of its group.
 
     Args:
@@ -137,16 +133,16 @@ def text_probe(
         reduction: of those.
         behind: the cache in front of them, or None.
     """
-    attention_of = heard.attention
+    layer = heard.attention
     *projected, cos, sin = heard.take("queries", "keys", "cos", "sin")
-    q, k = (x.unflatten(-1, (-1, attention_of.head_dim)) for x in projected)  # (B, T, H, D), (B, T, Hkv, D)
-    if getattr(attention_of, "q_norm", None) is not None:
-        q, k = attention_of.q_norm(q), attention_of.k_norm(k)
-    turn = inspect.unwrap(type(attention_of).forward).__globals__["apply_rotary_pos_emb"]
+    q, k = (x.unflatten(-1, (-1, layer.head_dim)) for x in projected)  # (B, T, H, D), (B, T, Hkv, D)
+    if getattr(layer, "q_norm", None) is not None:
+        q, k = layer.q_norm(q), layer.k_norm(k)
+    turn = inspect.unwrap(type(layer).forward).__globals__["apply_rotary_pos_emb"]
     q, k = (x.transpose(1, 2) for x in turn(q.transpose(1, 2), k.transpose(1, 2), cos, sin))
     q = q.flatten(0, 1).index_select(0, slots)
     columns = cu_k = None
-    longest, bias, scale = reduction.max_seqlen, reduction.key_bias, attention_of.scaling
+    longest, bias, scale = reduction.max_seqlen, reduction.key_bias, layer.scaling
     if behind is None:
         k = k.flatten(0, 1).index_select(0, slots)
     else:

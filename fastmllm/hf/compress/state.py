@@ -103,7 +103,7 @@ class Compression:
             return self
         memo[id(self)] = copied = Compression(self.seam, memo[id(self.owner)], memo.get(id(self.head)))
         copy.deepcopy([x.attention for x in self.listeners], memo)  # listeners go along with these alone
-        for name in [f.name for f in fields(self)][3:]:
+        for name in {f.name for f in fields(self)} - {"seam", "owner", "head"}:
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 
@@ -115,6 +115,14 @@ class Compression:
     def text(self) -> Any:
         """The language model."""
         return getattr(self.owner, self.seam.text)
+
+    @property
+    def said(self) -> str | None:
+        """What the report says of the tokens that the text is given."""
+        if (compressor := self.compressor) is None:
+            return None
+        place = f"inside of {self.seam.tower}" if self.inside else self.seam.place
+        return f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {place}"
 
     @property
     def judged(self) -> bool:
