@@ -100,8 +100,13 @@ def test_qwen_learns_behind_its_merger():
     assert distance(found[0], found[1]) > 1e-3
 
 
-@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"loss": lambda *_, **__: None}], ids=str)
-@pytest.mark.parametrize("compress", ["divprune:4", Placement(stages=((1, make("topk", 4, scorer="norm")),))], ids=str)
+KEPT_BACK = [
+    ("divprune:4", {"label_smoothing_factor": 0.1}),
+    (Placement(stages=((1, make("topk", 4, scorer="norm")),)), {"loss": lambda *_, **__: None}),
+]
+
+
+@pytest.mark.parametrize(("compress", "options"), KEPT_BACK, ids=["connector", "stage"])
 def test_labels_that_a_trainer_keeps_back_are_refused(compress, options, tmp_path):
     """It would compare them with logits that are fewer."""
     with pytest.raises(ValueError, match="keeps the labels back"):
