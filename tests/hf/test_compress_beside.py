@@ -13,7 +13,9 @@ from tiny_hf_compress import KINDS, QTEXT, ROWS
 
 from fastmllm.compression import Placement, make
 from fastmllm.hf import patch
-from fastmllm.hf.compress.beside import MOVES
+from fastmllm.hf.compress.cached import MOVES
+from fastmllm.hf.compress.owner import Head, Owner, TiledOwner
+from fastmllm.hf.compress.seams import KEY
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 STAGE = Placement(stages=((1, make("topk", 0.5, scorer="norm")),))
@@ -55,3 +57,15 @@ def test_rows_that_are_moved_are_followed(compress, method):
     patch(model, compress=compress)
     whole = following(model, kind, ROWS)
     assert distance(following(model, kind, ROWS, method), whole[ORDERS[method][1]]) < 1e-5
+
+
+def test_both_places_share_one_state_one_owner_and_one_head():
+    model = BY_NAME["llava_next"].build()
+    for compress, owner in ((STAGE, Owner), (BOTH, TiledOwner)):
+        patch(model, compress=compress)
+        fused = [
+            (m, f) for m in model.modules() for f in getattr(type(m), "_fastmllm_fusions", ()) if f.op == "compress"
+        ]
+        assert [m for m, f in fused if f is Head] == [model]
+        assert [(m, f) for m, f in fused if issubclass(f, Owner)] == [(model.model, owner)]
+        assert len({id(m.__dict__[KEY]) for m, _ in fused if KEY in m.__dict__}) == 1

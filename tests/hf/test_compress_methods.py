@@ -14,13 +14,13 @@ from hf_checks import distance
 from tiny_hf import CLIP, LLAMA, finish
 from tiny_hf_compress import KINDS, ROWS
 
-from fastmllm.compression import METHODS, Attend, TopK, make
+from fastmllm.compression import METHODS, Attend, Placement, TopK, make
 from fastmllm.compression.published import PUBLISHED
 from fastmllm.compression.selection import take
 from fastmllm.hf import patch, relevance, unpatch
-from fastmllm.hf.compress.parts import Connector
-from fastmllm.hf.compress.state import KEY
-from fastmllm.hf.compress.watch import Watched
+from fastmllm.hf.compress.connector import Connector
+from fastmllm.hf.compress.listening import Watched
+from fastmllm.hf.compress.seams import KEY
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 LLAVA, QWEN = BY_NAME["llava"], BY_NAME["qwen2_5_vl"]
@@ -48,6 +48,31 @@ SAID = {
     "InternVL pixel shuffle, v1": "weights of its own", "Qwen2-VL merger": "weights of its own",
     "Idefics3 pixel shuffle": "wider",
 }  # fmt: skip
+
+
+def stages(*budgets):
+    return Placement(stages=tuple((layer, make("topk", keep, scorer="norm")) for layer, keep in budgets))
+
+
+NEVER = [  # what no image can be left with, whatever its size
+    ("DivPrune:many", "neither a number"),
+    ("DivPrune:4:2", "neither a number"),
+    ("DivPrune:inf", "neither a number"),
+    ("nobody:4", "unknown method"),
+    (7, "must be a Placement"),
+    ("DivPrune:0", r"patch: .* keep 0 must lie in 1\.\.N"),
+    ("VisionZip:-3", "keep -3 must lie"),
+    ("VisionZip:0.0", "keep 0.0 is a fraction"),
+    ("DivPrune:1.5", "keep 1.5 is a fraction"),
+    ("ToMe:0", "keep 0 must lie"),
+    (make("topk", True, scorer="norm", **RENUMBER), "must be a number of tokens"),
+    (Placement(merge=1.5), "keep 1.5 is a fraction"),
+    (Placement(connector="VisionZip"), "takes compressors, got 'VisionZip'"),
+    (stages((1, 0)), "keep 0 must lie"),
+    (stages((1, 4), (1, 2)), "one a layer"),
+    (stages((2, 4), (1, 2)), "the first one first"),
+    (stages((1, 0.25), (2, 0.5)), "cannot grow"),
+]
 
 
 def run(model, kind=LLAVA):
@@ -90,13 +115,10 @@ def test_budgets_behind_a_name():
     assert run(model).shape[1] == 18
     patch(model, compress="DivPrune:5")
     assert run(model).shape[1] == 20
-    for wrong, why in (
-        ("DivPrune:many", "neither a number"),
-        ("nobody:4", "unknown method"),
-        (7, "must be a Placement"),
-    ):
+    for wrong, why in NEVER:
         with pytest.raises(ValueError, match=why):
             patch(model, compress=wrong)
+    assert run(model).shape[1] == 20  # a model that was patched stays so
     patch(model, compress="DivPrune:17")
     with pytest.raises(ValueError, match=r"keep 17 must lie in 1\.\.16"):
         run(model)
@@ -131,9 +153,9 @@ def test_one_layer_is_watched_and_only_while_images_are_encoded():
     assert watched == ["1.self_attn.k_proj", "1.self_attn.q_proj"]  # of three layers
     run(model)
     state = model.model.__dict__[KEY]
-    assert not state.now.watched
+    assert not state.tower.now.watched
     model.model.vision_tower(LLAVA.rows()["pixel_values"])  # as gradient checkpointing runs it again
-    assert not state.now.watched
+    assert not state.tower.now.watched
 
 
 class Chosen(TopK):

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 from fastmllm.compression import TopK, make
 from fastmllm.compression.selection import take
 from fastmllm.hf import patch
-from fastmllm.hf.compress.state import KEY
+from fastmllm.hf.compress.seams import KEY
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 MERGED = [BY_NAME[n] for n in ("internvl", "gemma3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")]
@@ -122,7 +122,7 @@ def test_published_methods_generate_and_learn(kind):
     prompt, how = kind.rows(side="left"), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     said = model.generate(**prompt, **how)
     assert torch.equal(said, model.generate(**prompt, **how, use_cache=False))
-    assert not model.model.__dict__[KEY].now.watched
+    assert not model.model.__dict__[KEY].tower.now.watched
     model.train()
     model(**kind.rows(labels=True)).loss.backward()
     grads = [p.grad for p in tower_of(model).parameters() if p.grad is not None]

@@ -8,7 +8,7 @@ from hf_checks import distance
 from tiny_hf_compress import KINDS, ROWS
 from transformers import Trainer, TrainingArguments
 
-from fastmllm.compression import Attend, ConvReduce
+from fastmllm.compression import Attend, ConvReduce, Placement, make
 from fastmllm.hf import FastMLLMCallback, patch, unpatch
 
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -36,7 +36,7 @@ def test_gradients_reach_all_weights(design):
     assert not lost
 
 
-def trainer(model, path, compressor, optimizer, callbacks):
+def trainer(model, path, compressor, optimizer, callbacks, loss=None, **options):
     rows = [LLAVA.rows((row,), labels=True) for row in (ROWS[0], ROWS[2])]
 
     def collate(batch):
@@ -44,7 +44,7 @@ def trainer(model, path, compressor, optimizer, callbacks):
 
     arguments = TrainingArguments(
         output_dir=str(path), max_steps=3, per_device_train_batch_size=1, report_to=[], save_strategy="no",
-        learning_rate=1e-2, disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+        learning_rate=1e-2, disable_tqdm=True, use_cpu=True, remove_unused_columns=False, **options,
     )  # fmt: skip
     schedule = None
     if optimizer:
@@ -52,6 +52,7 @@ def trainer(model, path, compressor, optimizer, callbacks):
         made = torch.optim.SGD(both, lr=1e-2)
         schedule = (made, torch.optim.lr_scheduler.ConstantLR(made, 1.0))
     return Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks,
+                   compute_loss_func=loss,
                    **({} if schedule is None else {"optimizers": schedule}))  # fmt: skip
 
 
@@ -97,3 +98,16 @@ def test_qwen_learns_behind_its_merger():
         found.append({n: p.grad.clone() for n, p in compressor.named_parameters() if p.requires_grad})
     assert all(g.any() for grads in found for g in grads.values())
     assert distance(found[0], found[1]) > 1e-3
+
+
+KEPT_BACK = [
+    ("divprune:4", {"label_smoothing_factor": 0.1}),
+    (Placement(stages=((1, make("topk", 4, scorer="norm")),)), {"loss": lambda *_, **__: None}),
+]
+
+
+@pytest.mark.parametrize(("compress", "options"), KEPT_BACK, ids=["connector", "stage"])
+def test_labels_that_a_trainer_keeps_back_are_refused(compress, options, tmp_path):
+    """It would compare them with logits that are fewer."""
+    with pytest.raises(ValueError, match="keeps the labels back"):
+        trainer(LLAVA.build(), tmp_path, None, False, [FastMLLMCallback(compress=compress)], **options).train()

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fastmllm.compression import Placement
 from fastmllm.hf import patch
-from fastmllm.hf.compress.state import KEY
+from fastmllm.hf.compress.seams import KEY
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 LLAVA, QWEN = BY_NAME["llava"], BY_NAME["qwen2_5_vl"]
@@ -109,7 +109,7 @@ def test_copies_of_a_model_have_their_own_state():
         assert state is copied.model.multi_modal_projector.__dict__[KEY]
         assert state is not model.model.__dict__[KEY]
         assert (state.owner, state.head) == (copied.model, copied)
-        assert state.attention in set(copied.modules())
+        assert state.tower.attention in set(copied.modules())
     alone = copy.deepcopy(model.model)
     assert alone.__dict__[KEY].head is None
     assert torch.equal(alone(**batch)[0], model.model(**batch)[0])

@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 from fastmllm.compression import Placement, TopK, make
 from fastmllm.hf import patch, unpatch
-from fastmllm.hf.compress.held import HELD
+from fastmllm.hf.compress.cached import RECORD
 
 EXACT = 1e-5
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -68,6 +68,26 @@ def test_a_forward_behind_a_cache_brings_a_new_image(options):
                 for row, more in zip(ROWS, NEXT, strict=True)]  # fmt: skip
     assert out.shape[1] == 6
     assert distance(list(out), hand) < EXACT
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_keys_are_judged_where_generate_counts_them(name):
+    """Rows padded in front, in a loop without position_ids; DART's norms are of turned keys."""
+    kind = BY_NAME[name]
+    model, batch = patched(kind, stage(1, **DART)), kind.rows(side="left")
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    first = int(name == "paligemma")  # counts from 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + first
+    found = []
+    with torch.no_grad():
+        for at in ({}, {"position_ids": positions}):
+            out = model(**batch, **{n: p[:, :-1] for n, p in at.items()}, use_cache=True)
+            word = model(input_ids=torch.full((3, 1), 40), attention_mask=mask, past_key_values=out.past_key_values,
+                         **{n: p[:, -1:] for n, p in at.items()})  # fmt: skip
+            found.append(torch.cat([out.logits, word.logits], 1))
+        assert torch.equal(*found)
+        said = model.generate(**batch, **GREEDY)[:, -2]
+        assert torch.equal(found[0][:, -2].argmax(-1), said)
 
 
 def test_a_second_turn_with_a_new_image():
@@ -213,7 +233,8 @@ def test_lora_before_and_after():
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_a_compiled_model_computes_the_same():
+def test_a_compiled_model_computes_the_same(request):
+    request.addfinalizer(torch._dynamo.reset)  # frames of transformers count what all tests compile
     model, batch = patched(LLAVA), LLAVA.rows()
     with torch.no_grad():
         before = model(**batch).logits
@@ -341,7 +362,7 @@ def test_calls_that_cannot_be_right_are_refused():
     with pytest.raises(ValueError, match="prefill_chunk_size=8 cuts the prompt"):
         model.generate(**batch, **GREEDY, prefill_chunk_size=8)
     assert model(**batch).logits.shape[1] == 18
-    assert not hasattr(static, HELD)
+    assert not hasattr(static, RECORD)
     model.__dict__["forward"] = partial(type(model).forward, model)  # as TRL puts one there
     with pytest.raises(ValueError, match="where an answer begins"):
         model.train().model(**batch)

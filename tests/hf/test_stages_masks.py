@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from fastmllm.compression import make
-from fastmllm.hf.compress.held import Held, Left, text
-from fastmllm.hf.compress.layers import StagedLayer
+from fastmllm.hf.compress.cached import Held, Left, text
+from fastmllm.hf.compress.layers import DECODERS, StagedLayer
 from fastmllm.hf.compress.masks import mask_of
 from fastmllm.hf.compress.passes import Pass
 from fastmllm.hf.compress.prompt import Prompt, image_lengths, images_of_rows
 from fastmllm.hf.compress.rows import PAD
-from fastmllm.hf.compress.staging import DECODERS
 from fastmllm.hf.fusion import fused_class
 
 QUERIES = torch.tensor([[5, 7, 8], [PAD, 6, 8]])

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmllm.compression import Compressor
 from fastmllm.compression.budget import tokens_to_keep
-from fastmllm.hf.compress.seams import Seam, family_of
-from fastmllm.hf.compress.state import KEY, Compression
-from fastmllm.hf.compress.watch import watch, watched
+from fastmllm.hf.compress.listening import listening, watched
+from fastmllm.hf.compress.seams import KEY, Seam, family_of
+from fastmllm.hf.compress.state import Compression
 from fastmllm.hf.fusion import Fusion, arguments
 
 # package under transformers.models -> the seam, and the classes that have the tower
@@ -43,15 +42,9 @@ class Encoded(Fusion):
     @torch.compiler.disable(recursive=False)
     def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state: Compression = module.__dict__[KEY]
-        state.now.listening = state.compressor.layer is not None
-        if state.attention is not None:
-            watch(state)
-        try:
+        with state.call(), listening(state.tower):
             out = original(module, *args, **kwargs)
             x = _kept(state, out[0])
-        finally:
-            state.now.listening = False
-            state.now.watched.clear()
         if isinstance(out, tuple):
             return (x, *out[1:])
         out.last_hidden_state = x
@@ -77,6 +70,7 @@ class CrossMask(Fusion):
     def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state: Compression = module.__dict__[KEY]
         call = arguments(original, args, kwargs)
+        assert state.compressor is not None
         tile = state.owner.vision_model.num_patches
         left = 1 + tokens_to_keep(state.compressor.name, state.compressor.keep, (tile - 1,))[0]
         states, mask = call.get("cross_attention_states"), call.get("cross_attention_mask")
@@ -101,20 +95,18 @@ def find_crossed(model: nn.Module) -> tuple[str, Any, Seam] | None:
 
 
 def crossed(
-    name: str, owner: Any, state: Compression, compressor: Compressor
+    state: Compression, root: nn.Module, name: str
 ) -> Iterator[tuple[str, nn.Module, type[Fusion], dict[str, Any], str | None]]:
     """Yield the parts that take part, as `compress_fusions` does.
 
     Args:
-        name: of the owner in the model.
-        owner: what has the tower.
         state: of the model.
-        compressor: of the tower's tokens.
+        root: the model that is patched.
+        name: in it of what has the tower.
     """
-    at, kept = f"{name}.vision_model".lstrip("."), {KEY: state}
-    said = f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {state.seam.place}"
-    yield at, owner.vision_model, Encoded, kept, said
+    owner, kept = state.owner, {KEY: state}
+    yield f"{name}.vision_model".lstrip("."), owner.vision_model, Encoded, kept, state.said
     if state.seam.prefix == "Mllama":
         yield f"{name}.language_model".lstrip("."), owner.language_model, CrossMask, kept, None
-    if compressor.layer is not None:
-        yield from watched(owner.vision_model, at, compressor, state)
+    if state.tower is not None:
+        yield from watched(state.tower, root)

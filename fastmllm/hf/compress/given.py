@@ -49,7 +49,8 @@ def relevance(model: nn.Module, images: Scores | None = None, *, videos: Scores 
         ValueError: the model has no compressor that judges by them, or they are not finite, or, when it is called, not
             as many as the tokens.
     """
-    state = next((m.__dict__[KEY] for m in model.modules() if KEY in m.__dict__), None)
+    states = (m.__dict__[KEY] for m in model.modules() if KEY in m.__dict__)
+    state = next((state for state in states if getattr(state, "compressor", None) is not None), None)
     if state is None:
         raise ValueError("relevance: nothing is compressed at the connector of this model: patch(model, compress=...)")
     compressor = state.compressor
@@ -74,6 +75,7 @@ def scores_of(state: Compression, tokens: Tokens) -> Tensor | None:
         ValueError: the caller has given nothing, or not as much as there are tokens.
     """
     compressor, medium = state.compressor, state.now.medium or IMAGE
+    assert compressor is not None
     scores = state.now.given.get(medium)
     if scores is not None:
         return _of_tokens(scores, tokens)

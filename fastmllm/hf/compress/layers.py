@@ -1,19 +1,29 @@
-"""What the parts of a model do while visual tokens are dropped between the layers of its language model."""
+"""The layers of a language model in front of which visual tokens are dropped.
+
+A stage runs when its layer is called, so that gradient checkpointing recomputes the layer on the rows that it had;
+positions stay, and each group of layers has its own mask and its own length of cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastmllm.hf.compress.parts import whole
+from fastmllm.compression import Compressor
+from fastmllm.hf.compress.fitting import check_stage
+from fastmllm.hf.compress.listening import PROJECTIONS, Listener, Watched, WatchedKeys, listening
 from fastmllm.hf.compress.rows import PAD
-from fastmllm.hf.compress.stages import NUMBER, STAGES, Stages
-from fastmllm.hf.compress.text import refuse_other_inputs
-from fastmllm.hf.fusion import Fusion, arguments, bound_forward
+from fastmllm.hf.compress.seams import KEY, Seam, family_of
+from fastmllm.hf.compress.state import Compression
+from fastmllm.hf.fusion import STATE, Fusion, arguments
+
+NUMBER = STATE + "layer"
+# packages under transformers.models whose decoder layers are Llama's in what they are called with
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TURNS = "its layers take turns with a sliding window, which a cache of fewer tokens would measure otherwise"
 
 
 class StagedLayer(Fusion):
@@ -28,18 +38,19 @@ class StagedLayer(Fusion):
     @staticmethod
     @torch.compiler.disable(recursive=False)
     def __call__(module: Any, original: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        state: Stages = module.__dict__[STAGES]
+        state: Compression = module.__dict__[KEY]
         way, layer = state.now.way, module.__dict__[NUMBER]
         if way is None:
             return original(module, hidden_states, *args, **kwargs)
         if args:
             kwargs = arguments(type(module).forward, (hidden_states, *args), kwargs)
             del kwargs["hidden_states"]
-        x = way.enter(layer, hidden_states, state.listeners.get(layer - 1), kwargs.get("past_key_values"))
+        x = way.enter(layer, hidden_states, state.layers.get(layer - 1), kwargs.get("past_key_values"))
         kwargs = way.arranged(layer, kwargs, x.dtype)
-        listener = state.listeners.get(layer)
-        listening = listener is not None and way.reduction is not None
-        with listener.listen(kwargs["position_embeddings"]) if listener and listening else nullcontext():
+        listener = None if way.reduction is None else state.layers.get(layer)
+        if listener is not None:
+            listener.turned(kwargs["position_embeddings"])
+        with listening(listener):
             return original(module, x, **kwargs)
 
 
@@ -54,7 +65,7 @@ class StagedText(Fusion):
         module: Any, original: Callable[..., Tensor], hidden_states: Tensor, visual_pos_masks: Tensor,
         visual_embeds: Tensor,
     ) -> Tensor:  # fmt: skip
-        way = module.__dict__[STAGES].now.way
+        way = module.__dict__[KEY].now.way
         number = 0 if way is None else way.group(way.layer)
         if not number or way.reduction is None or not way.lost(number):
             return original(module, hidden_states, visual_pos_masks, visual_embeds)
@@ -67,79 +78,64 @@ class StagedText(Fusion):
         return original(module, hidden_states, mask, visual_embeds.index_select(0, chosen))
 
 
-class StagedOwner(Fusion):
-    """The model without head."""
-
-    op = "compress"
-    overrides: ClassVar[tuple[str, ...]] = ("forward", "get_image_features")
-
-    @staticmethod
-    def get_image_features(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        features = module.__dict__[STAGES].now.held
-        return original(module, *args, **kwargs) if features is None else features
-
-    @staticmethod
-    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return staged(module, module, original, args, kwargs)
-
-
-class StagedHead(Fusion):
-    """The model with a head: labels lose the tokens before anything reads them."""
-
-    op = "compress"
-    overrides = ("forward", "generate")
-
-    @staticmethod
-    def forward(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return staged(module, module.model, original, args, kwargs)
-
-    @staticmethod
-    def generate(module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Remember where the question ends: without a cache each of its tokens is judged anew."""
-        now, call = module.model.__dict__[STAGES].now, arguments(original, args, kwargs)
-        ids = call.get("inputs") if call.get("input_ids") is None else call["input_ids"]
-        _refuse_chunks(module, call, 0 if ids is None else ids.shape[1])
-        now.prompt, now.grids = 0 if ids is None else ids.shape[1], call.get("image_grid_thw")
-        try:
-            return original(module, *args, **kwargs)
-        finally:
-            now.prompt, now.grids = 0, None
-
-
-def _refuse_chunks(module: Any, call: dict[str, Any], columns: int) -> None:
-    """Refuse a prompt in chunks: a stage would take a part of an image for all of it.
+def take_stages(state: Compression, stages: tuple[tuple[int, Compressor], ...]) -> None:
+    """Let a model compress in front of layers of its language model.
 
     Raises:
-        ValueError: says so.
+        ValueError: this model cannot be compressed so.
     """
-    config = call.get("generation_config") or module.generation_config
-    chunk = call.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-    if chunk and chunk < columns:
-        raise ValueError(
-            f"compress: prefill_chunk_size={chunk} cuts the prompt of {columns} tokens, and a stage chooses among all "
-            "tokens of an image: leave it out"
-        )
+    layers = _layers(state.text, state.seam)
+    for layer, compressor in stages:
+        check_stage(layer, compressor, state.seam, len(layers))
+    weight = next(p for p in layers[0].parameters() if p.is_floating_point())
+    state.stages = tuple((n, c.to(weight)) for n, c in stages)
+    window = state.text.config.sliding_window if "sliding_attention" in _kinds(state.text) else None
+    parts = dict(zip(PROJECTIONS, (Watched, WatchedKeys), strict=True))  # not its norms: those may be operators of ours
+    for layer, compressor in stages:
+        if compressor.layer is not None:
+            heard = Listener(layers[layer - 1].self_attn, parts, compressor.name, layer - 1, window)
+            state.layers[layer - 1] = heard
 
 
-@torch.compiler.disable(recursive=False)  # the text is read on the host; what is called from here is compiled
-def staged(module: Any, owner: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run a model's forward, whose layers drop tokens on the way."""
-    state: Stages = owner.__dict__[STAGES]
-    if state.now.busy:
-        return original(module, *args, **kwargs)
-    call = arguments(original, args, kwargs)
-    refuse_other_inputs(call, ("image_hidden_states",))
-    replaced = module is not state.head and state.head is not None and bound_forward(state.head)
-    if replaced and module.training and state.judged:
-        raise ValueError(
-            "compress: where an answer begins decides what is left, and the forward that somebody has put in place of "
-            f"the model's keeps its labels back ({replaced}): a method that does not judge by attention"
-        )
-    with state.call():
-        rows = state.begin(call)
-        way = state.now.way
-        out = original(module, **call)
-    if rows is not None and replaced:
-        out = whole(rows, out)
-    state.hold(out.get("past_key_values") if isinstance(out, dict) else call.get("past_key_values"), way)
-    return out
+def staged(state: Compression, at: str) -> Iterator[tuple[str, nn.Module, type[Fusion], dict[str, Any], str | None]]:
+    """Yield the layers that take part, and what calls them, as `compress_fusions` does.
+
+    Args:
+        state: of the model.
+        at: the name of its language model.
+    """
+    if hasattr(state.text, "_deepstack_process"):
+        yield at, state.text, StagedText, {KEY: state}, None
+    said = {n: f"{c.name}, K = {c.keep}, {c.mode}, in front of it" for n, c in state.stages}
+    for number in range(state.stages[0][0] - 1, len(state.text.layers)):
+        kept = {KEY: state, NUMBER: number}
+        yield f"{at}.layers.{number}", state.text.layers[number], StagedLayer, kept, said.get(number)
+
+
+def _kinds(text: Any) -> set[str]:
+    """Return what attention the layers of a language model have."""
+    config = text.config
+    sliding = getattr(config, "sliding_window", None) is not None
+    return set(getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
+
+
+def _layers(text: Any, seam: Seam) -> Any:
+    """Return the decoder layers of a language model.
+
+    Raises:
+        ValueError: what its layers do with their rows is not known.
+    """
+
+    def refuse(why: str) -> None:
+        raise ValueError(f"patch: cannot compress inside of the language model of {seam.prefix}: {why}")
+
+    if len(_kinds(text)) > 1 or seam.prefix == "Gemma3":
+        refuse(TURNS)
+    layers = getattr(text, "layers", ())
+    for layer in layers:
+        package, cls = family_of(layer)
+        if package not in DECODERS or not cls.__name__.endswith("DecoderLayer"):
+            refuse(f"how a {cls.__name__} takes its rows is not known; known families: {', '.join(DECODERS)}")
+    if not len(layers):
+        refuse(f"{type(text).__name__} has no list of layers")
+    return layers

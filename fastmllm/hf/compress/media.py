@@ -30,9 +30,7 @@ class Medium:
     method: str
 
 
-IMAGE = Medium(
-    pixels="pixel_values", grids="image_grid_thw", token="image_token_id", method="get_image_features"
-)  # fmt: skip
+IMAGE = Medium(pixels="pixel_values", grids="image_grid_thw", token="image_token_id", method="get_image_features")
 VIDEO = Medium(
     pixels="pixel_values_videos", grids="video_grid_thw", token="video_token_id", method="get_video_features"
 )  # fmt: skip

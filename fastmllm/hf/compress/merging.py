@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmllm.compression import Compressor, Probe
+from fastmllm.compression import Probe
 from fastmllm.compression.budget import tokens_to_keep
 from fastmllm.compression.merge_schedule import merge_schedule
 from fastmllm.compression.tokens import cumulative
+from fastmllm.hf.compress.fitting import has_class_token
 from fastmllm.hf.compress.rows import Images
-from fastmllm.hf.compress.state import KEY, Compression
-from fastmllm.hf.compress.watch import has_class_token
+from fastmllm.hf.compress.seams import KEY
+from fastmllm.hf.compress.state import Compression
 from fastmllm.hf.fusion import ORIGINAL, Fusion
 from fastmllm.kernels.attention import attention
 from fastmllm.kernels.token_merge import token_merge
@@ -38,9 +39,8 @@ class MergingLayer(Fusion):
         """
         if merges is None:
             return original(module, hidden_states, attention_mask, *args, **kwargs)
-        size = (
-            None if size is None else size.detach()
-        )  # reentrant checkpointing asks for the gradient of all it returns
+        # reentrant checkpointing asks for the gradient of all it returns
+        size = None if size is None else size.detach()
         branch, keys = _attend(module.self_attn, module.layer_norm1(hidden_states), size)
         x = hidden_states + branch
         if merges:
@@ -75,7 +75,7 @@ class MergingEncoder(Fusion):
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         state: Compression = module.__dict__[KEY]
-        if not state.now.listening:  # somebody asks for the tower alone
+        if state.now.medium is None or state.compressor is None:  # somebody asks for the tower alone
             return original(module, inputs_embeds, attention_mask, **kwargs)
         images, rows = inputs_embeds.shape[:2]
         lead = int(state.cls_token)
@@ -103,14 +103,17 @@ def layers_read(config: Any, count: int) -> int:
     return count if layer is None else int(layer) % (count + 1)
 
 
-def merging(
-    tower: Any, at: str, compressor: Compressor, state: Compression
-) -> Iterator[tuple[str, nn.Module, type[Fusion], dict[str, Any], None]]:
+def merging(at: str, state: Compression) -> Iterator[tuple[str, nn.Module, type[Fusion], dict[str, Any], None]]:
     """Yield the parts of a tower inside of which tokens merge, as `compress_fusions` does.
+
+    Args:
+        at: the name of the tower.
+        state: of the model.
 
     Raises:
         ValueError: its layers are others than we know, or the model reads more of it than one layer's patches.
     """
+    tower = getattr(state.owner, str(state.seam.tower))
 
     def refuse(why: str) -> None:
         raise ValueError(f"patch: cannot merge tokens inside of {type(tower).__name__}: {why}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from torch import Tensor
 from fastmllm.compression import Compressor, Probe
 from fastmllm.compression.reduction import Reduction, VisualRows
 from fastmllm.compression.tokens import cumulative
-from fastmllm.hf.compress.held import Held, Left, text
+from fastmllm.hf.compress.cached import Held, Left, text
 from fastmllm.hf.compress.listening import Listener
 from fastmllm.hf.compress.masks import gathered, mask_of
-from fastmllm.hf.compress.probing import Behind, probe_of
-from fastmllm.hf.compress.prompt import Prompt
 from fastmllm.hf.compress.rows import PAD, Images, Rows, shorten
+from fastmllm.hf.compress.scores import Behind, text_probe
+
+if TYPE_CHECKING:
+    from fastmllm.hf.compress.prompt import Prompt
 
 
 class Pass:
@@ -76,9 +78,7 @@ class Pass:
             after = self.reduction.budgets[layer]
             if after != prompt.seqlens:
                 images = Images(prompt.seqlens, after)
-                self.rows[number] = shorten(
-                    prompt.ids, prompt.token, images, mask=mask, left=prompt.left, past=past
-                )  # fmt: skip
+                self.rows[number] = shorten(prompt.ids, prompt.token, images, mask=mask, left=prompt.left, past=past)
         self._slots = [valid.flatten().nonzero()[:, 0].to(device)] * (len(self.layers) + 1)
         self._at = self.new[0].index.flatten().index_select(0, self._slots[0])  # (Tp,) column of each row, packed
         self._valid, self._host = valid, prompt.mask
@@ -131,6 +131,11 @@ class Pass:
         """Whether a group of layers sees other columns than the text has."""
         return number > 0 and (self.held.left[number - 1] is not None or any(r is not None for r in self.rows[:number]))
 
+    @property
+    def left(self) -> tuple[Left | None, ...]:
+        """The columns that are left behind each stage, the cache's too; None: all."""
+        return tuple(self.whole(n) if self.lost(n) else None for n in range(1, len(self.new)))
+
     @torch.compiler.disable
     def arranged(self, layer: int, call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Return a layer's arguments for the rows that it sees."""
@@ -180,8 +185,7 @@ class Pass:
                 f"compress: a text of {self.total} tokens is longer than the sliding window of {heard.window} of the "
                 "layers whose attention judges its images"
             )
-        q, k = heard.take()
         behind = None
         if self.held.columns:
             behind = Behind(self.whole(number), self.held.columns, self._host, cache.layers[heard.layer].keys)
-        return probe_of(q, k, self._slots[number], self.reduction, heard.attention.scaling, behind)
+        return text_probe(heard, self._slots[number], self.reduction, behind)

@@ -143,7 +143,8 @@ def shorten(
     """
     device, (batch, columns) = ids.device, ids.shape
     host = ids.cpu()  # the one wait: how long rows become is what the text says
-    places = places_of(host, token, images)
+    seen = (host == token).flatten() & bool(images.before)  # without an image, words that were said: read as such
+    places = places_of(host, token, images) if images.before else seen.nonzero().flatten()
     before, after = (torch.tensor(n, dtype=torch.int64) for n in (images.before, images.after))
     starts = before.cumsum(0) - before
     owners = torch.div(places[starts], columns, rounding_mode="floor")
@@ -163,7 +164,7 @@ def shorten(
     index = torch.full((batch * longest,), PAD, dtype=torch.int64)
     index[at] = source % columns + past
     index = index.to(device, non_blocking=True)
-    slots = at[(host.flatten() == token)[source]]
+    slots = at[seen[source]]
     behind = 0 if not len(slots) else int((slots % longest).max()) + 1 + (0 if cached is None else cached.shape[1])
     stands = index
     if images.pos is not None and len(images.pos):

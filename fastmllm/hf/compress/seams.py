@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastmllm.compression import Compressor, Placement
-from fastmllm.compression.published import PUBLISHED, placement
 from fastmllm.hf.fusion import ORIGINAL, STATE
 
 KEY = STATE + "compression"  # where modules keep what is compressed
@@ -28,6 +26,7 @@ class Seam:
         side: whether tokens are taken in front of the connector or behind it.
         tower: the name of the module whose attention may be read: a token of the connector is one row of it, or is made
             of r x r of them.
+        text: the name of the language model.
         merges: tokens may merge inside of the tower: what comes behind it asks for no grid.
         grid: tokens are a grid, row by row.
         tiles: an image is several tiles, each of them compressed for itself.
@@ -40,6 +39,7 @@ class Seam:
     connector: str | None = "multi_modal_projector"
     side: Literal["in front of", "behind"] = "in front of"
     tower: str | None = None
+    text: str = "language_model"
     merges: bool = False
     grid: bool = True
     tiles: bool = False
@@ -62,9 +62,9 @@ SEAMS: Mapping[str, Seam] = {
     "internvl": Seam(prefix="InternVL", tower="vision_tower"),
     "paligemma": Seam(prefix="PaliGemma", tower="vision_tower", merges=True),
     "gemma3": Seam(prefix="Gemma3", side="behind", tower="vision_tower"),
-    "idefics2": Seam(prefix="Idefics2", connector="connector", side="behind", grid=False),
-    "idefics3": Seam(prefix="Idefics3", connector="connector", side="behind", tower="vision_model"),
-    "smolvlm": Seam(prefix="SmolVLM", connector="connector", side="behind", tower="vision_model"),
+    "idefics2": Seam(prefix="Idefics2", text="text_model", connector="connector", side="behind", grid=False),
+    "idefics3": Seam(prefix="Idefics3", text="text_model", connector="connector", side="behind", tower="vision_model"),
+    "smolvlm": Seam(prefix="SmolVLM", text="text_model", connector="connector", side="behind", tower="vision_model"),
     "qwen2_vl": Seam(prefix="Qwen2VL", connector=None, tower="visual", mrope=True, videos=True),
     "qwen2_5_vl": Seam(prefix="Qwen2_5_VL", connector=None, tower="visual", mrope=True, videos=True),
     "qwen3_vl": Seam(prefix="Qwen3VL", connector=None, tower="visual", mrope=True),
@@ -111,56 +111,3 @@ def find(model: nn.Module) -> tuple[str, Any, Seam]:
         f"patch: cannot compress the visual tokens of {type(model).__name__}: known families: {', '.join(SEAMS)}, "
         "mllama, idefics, blip_2, instructblip"
     )
-
-
-def placement_of(compress: Placement | Compressor | str, seam: Seam) -> Placement:
-    """Return what is to run inside of the tower or at the connector, and between layers of the language model.
-
-    Args:
-        compress: as `patch` takes it; "VisionZip" or "visionzip:64" name a published method, with its own budget or K.
-        seam: where it is to run: it settles the positions of a method that is named.
-
-    Raises:
-        ValueError: an unknown name, a place inside of the encoder, or weights that nobody could train.
-    """
-    if isinstance(compress, str):
-        compress = _named(compress, seam)
-    if isinstance(compress, Compressor):
-        return Placement(connector=compress)
-    if not isinstance(compress, Placement):
-        raise ValueError(f"patch: compress must be a Placement, a Compressor or a published name, got {compress!r}")
-    if compress.stages and seam.crossed:
-        raise ValueError(f"patch: cannot compress inside of the language model of {seam.prefix}: it has no image rows")
-    if compress.merge is not None:
-        if not seam.merges:
-            grid = (
-                "what comes behind it makes one of r x r patches, or reads where each stood: merged tokens are no grid"
-            )
-            why = "we know no layers of its tower" if seam.crossed else grid
-            raise ValueError(f"patch: cannot merge tokens inside of the encoder of {seam.prefix}: {why}")
-        if compress.connector is not None:
-            raise ValueError("patch: compress both inside of the encoder and at the connector: choose one of them")
-    if compress.merge is None and not compress.compressors:
-        raise ValueError("patch: compress=Placement() compresses nowhere: give its connector a compressor, or None")
-    return compress
-
-
-def _named(text: str, seam: Seam) -> Placement:
-    name, _, budget = text.partition(":")
-    known = {published.lower(): published for published in PUBLISHED}
-    if name.lower() not in known:
-        raise ValueError(f"patch: compress={text!r}: unknown method; known: {', '.join(PUBLISHED)}")
-    line = PUBLISHED[known[name.lower()]]
-    try:
-        keeps = [float(k) if "." in k else int(k) for k in budget.split("/") if budget]
-    except ValueError:
-        raise ValueError(f"patch: compress={text!r}: {budget!r} is neither a number of tokens nor a fraction") from None
-    position = {"position": "keep"} if seam.mrope and line["at"] == "connector" else {}
-    keep = keeps if len(keeps) > 1 else keeps[0] if keeps else None  # one a layer
-    made = placement(known[name.lower()], keep, **position)
-    if any(True for compressor in made.compressors for _ in compressor.parameters()):
-        raise ValueError(
-            f"patch: compress={text!r}: {line['method']} has weights of its own: build it, load or train them, and "
-            "give the compressor"
-        )
-    return made

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmllm.compression import Compressor, Evidence, TemporalDedup, Tokens
+from fastmllm.hf.compress.fitting import asks
 from fastmllm.hf.compress.given import Scores, scores_of
+from fastmllm.hf.compress.listening import Listener
 from fastmllm.hf.compress.media import IMAGE, Medium
-from fastmllm.hf.compress.probes import probe_of
+from fastmllm.hf.compress.passes import Pass
 from fastmllm.hf.compress.rows import Images
-from fastmllm.hf.compress.seams import KEY as KEY
+from fastmllm.hf.compress.scores import tower_probe
 from fastmllm.hf.compress.seams import Seam
 
 
@@ -40,89 +41,132 @@ class Encoding:
 
 
 class Call(threading.local):
-    """What goes from part to part while a thread calls the model; no other thread sees it.
+    """What goes from part to part while a thread calls the model; no other thread sees it, and copies begin anew.
 
     Attributes:
+        busy: a forward is under way.
+        shortened: the connector's tokens are taken out of the text already.
         medium: what is being encoded.
         images: of the last encoding.
-        busy: a call is under way whose text is shortened already.
-        held: what it has encoded already.
+        held: what the call has encoded already.
         given: what the caller says of tokens.
-        watched: by name, what the layer that is read gives while `listening`: see `probes`.
+        way: of the text through layers that drop tokens.
+        prompt: columns of the text that `generate` was given, which its answer follows; 0: no such.
+        grids: the `image_grid_thw` that it was given, which it hands on with beams' rows repeated, or not at all.
     """
 
     def __init__(self) -> None:
+        self.busy = self.shortened = False
         self.medium: Medium | None = None
         self.images: Images | None = None
-        self.busy = False
         self.held: dict[Medium, Encoding] = {}
         self.given: dict[Medium, Scores] = {}
-        self.listening = False
-        self.watched: dict[str, Tensor] = {}
+        self.way: Pass | None = None
+        self.prompt = 0
+        self.grids: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Call, ()
 
 
 @dataclass(slots=True, eq=False)
 class Compression:
-    """One patched model's compressor, which all of its parts share.
+    """How one patched model compresses, which all of its parts share.
 
     Args:
-        compressor: what is computed.
-        seam: where.
+        seam: of the family.
         owner: the model without head.
         head: the model with head, if there is one.
+        compressor: of the tokens that the text is given: at the connector, or in front of cross-attention.
+        inside: it merges inside of the tower.
+        tower: listens to the layer of the tower that it judges by.
         cls_token: whether the tower has one.
-        attention: the layer of the tower that is read.
-        inside: tokens merge inside of the tower.
+        stages: (layer, compressor) in front of layers of the language model.
+        layers: by number, listen to those that stages judge by.
         now: of the thread's call.
     """
 
-    compressor: Compressor
     seam: Seam
     owner: Any
     head: Any = None
-    cls_token: bool = False
-    attention: Any = None
+    compressor: Compressor | None = None
     inside: bool = False
+    tower: Listener | None = None
+    cls_token: bool = False
+    stages: tuple[tuple[int, Compressor], ...] = ()
+    layers: dict[int, Listener] = field(default_factory=dict)
     now: Call = field(default_factory=Call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
         """Go along with a copy of the model; a copy of a part of it (PEFT's `modules_to_save`) stays a part of it."""
         if id(self.owner) not in memo:
             return self
-        memo[id(self)] = copied = Compression(
-            self.compressor, self.seam, memo[id(self.owner)], cls_token=self.cls_token, inside=self.inside
-        )
-        copied.compressor, copied.attention = copy.deepcopy((self.compressor, self.attention), memo)
-        copied.head = memo.get(id(self.head))
+        memo[id(self)] = copied = Compression(self.seam, memo[id(self.owner)], memo.get(id(self.head)))
+        copy.deepcopy([x.attention for x in self.listeners], memo)  # listeners go along with these alone
+        for name in {f.name for f in fields(self)} - {"seam", "owner", "head"}:
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        kept = {n: getattr(self, n) for n in ("head", "cls_token", "attention", "inside", "owner")}
-        return _blank, (self.compressor, self.seam), (None, kept)
+    @property
+    def listeners(self) -> list[Listener]:
+        return [x for x in (self.tower, *self.layers.values()) if x is not None]
+
+    @property
+    def text(self) -> Any:
+        """The language model."""
+        return getattr(self.owner, self.seam.text)
+
+    @property
+    def said(self) -> str | None:
+        """What the report says of the tokens that the text is given."""
+        if (compressor := self.compressor) is None:
+            return None
+        place = f"inside of {self.seam.tower}" if self.inside else self.seam.place
+        return f"{compressor.name}, K = {compressor.keep}, {compressor.mode}, {place}"
+
+    @property
+    def judged(self) -> bool:
+        """Whether where a question ends decides what is left."""
+        return any(asks(compressor) for _, compressor in self.stages)
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether what the connector leaves stands where it stood, in time, row and column."""
+        return self.compressor is not None and self.seam.mrope and self.compressor.position == "keep"
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Mark a call as under way, and let go of what it holds behind it."""
-        self.now.busy = True
+    def call(self, **marks: Any) -> Iterator[None]:
+        """Mark what is under way, and let go behind it of what it holds."""
+        now = self.now
+        before = {name: getattr(now, name) for name in marks}
+        for name, value in marks.items():
+            setattr(now, name, value)
         try:
             yield
         finally:
-            self.now.busy, self.now.held = False, {}
+            for name, value in before.items():
+                setattr(now, name, value)
+            if not now.busy:
+                for listener in self.listeners:
+                    listener.forget()
+            if not (now.busy or now.shortened):
+                now.held = {}
 
     @torch.compiler.disable
     def reduce(self, tokens: Tokens) -> Tokens:
         """Compress, and note how many tokens each image had and has."""
+        assert self.compressor is not None
         kept = tokens
         if not (isinstance(self.compressor, TemporalDedup) and self.now.medium is IMAGE):  # a picture repeats nothing
             given = scores_of(self, tokens)
-            kept, _ = self.compressor(tokens, Evidence(probe=probe_of(self, tokens), relevance=given, scores=given))
+            kept, _ = self.compressor(tokens, Evidence(probe=tower_probe(self, tokens), relevance=given, scores=given))
         if kept.x.shape[1] != tokens.x.shape[1]:
             raise ValueError(
                 f"compress: {self.compressor.name} makes tokens {kept.x.shape[1]} wide of tokens {tokens.x.shape[1]} "
                 f"wide; the model takes them no wider {self.seam.place}"
             )
-        keeps_places = self.seam.mrope and self.compressor.position == "keep" and kept is not tokens
-        self.now.images = Images(tokens.seqlens, kept.seqlens, kept.pos[:, 0] if keeps_places else None)
+        stand = kept.pos[:, 0] if self.keeps_places and kept is not tokens else None
+        self.now.images = Images(tokens.seqlens, kept.seqlens, stand)
         return kept
 
     def dense(self, x: Tensor) -> Tensor:
@@ -131,48 +175,3 @@ class Compression:
         tokens = tokens if self.seam.grid else replace(tokens, grid=None)
         kept = self.reduce(tokens)
         return x if kept is tokens else kept.dense()
-
-
-def again(encoding: Encoding, pixels: Tensor) -> Any:
-    """Return what was encoded, in the order of a batch whose rows generation may have repeated for its beams."""
-    times = len(pixels) // encoding.pixels
-    held = type(encoding.features)(**dict(encoding.features.items()))  # generation writes into what it is given
-    vars(held).update(vars(encoding.features))  # transformers < 5.23 sets what its class has no field for
-    if times > 1:
-        order = repeated(encoding.owners, times)
-        held.pooler_output = _ordered(held.pooler_output, encoding.images, order, times)
-        if getattr(held, "deepstack_features", None) is not None:
-            held.deepstack_features = [_ordered(f, encoding.images, order, times) for f in held.deepstack_features]
-    return held
-
-
-def _ordered(features: Any, images: Images, order: Sequence[int], times: int) -> Any:
-    if isinstance(features, Tensor) and features.dim() == 3:  # (I, K, D)
-        return features[list(order)]
-    if isinstance(features, Tensor):  # (T, D)
-        return torch.cat(_ordered(features.split(list(images.after)), images, order, times))
-    if tuple(map(len, features)) != images.after:  # one entry a row
-        return [f for f in features for _ in range(times)]
-    return [features[i] for i in order]
-
-
-def encoded(owner: Any, call: dict[str, Any], medium: Medium = IMAGE) -> Any:
-    """Encode the images of a call by transformers' method, with those of the call's arguments that it takes."""
-    method = getattr(owner, medium.method)
-    _, *names = inspect.signature(method).parameters  # the first one is the pixels, whatever it is called
-    more = {n: call[n] for n in names if call.get(n) is not None}
-    return method(call[medium.pixels], **more, return_dict=True)
-
-
-def _blank(compressor: Compressor, seam: Seam) -> Compression:
-    """Return what unpickling fills: the models that it knows hold it themselves."""
-    return Compression(compressor, seam, None)
-
-
-def repeated(owners: Sequence[int], times: int) -> list[int]:
-    """Return the images of rows that are each repeated, one row's images (`owners`) behind the other's."""
-    order, first = [], 0
-    for count in owners:
-        order += list(range(first, first + count)) * times
-        first += count
-    return order

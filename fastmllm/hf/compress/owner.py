@@ -1,4 +1,4 @@
-"""What the parts of a model do while its visual tokens are compressed."""
+"""The model without head, and with it: their text loses the tokens that its images lose."""
 
 from __future__ import annotations
 
@@ -6,33 +6,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
+from fastmllm.hf.compress.features import features, refuse_other_inputs
 from fastmllm.hf.compress.generation import generate
-from fastmllm.hf.compress.media import IMAGE, VIDEO, Medium
-from fastmllm.hf.compress.merging import same_layer
-from fastmllm.hf.compress.projected import filmed, merged, takes_videos
+from fastmllm.hf.compress.media import IMAGE, VIDEO
+from fastmllm.hf.compress.prompt import plan
 from fastmllm.hf.compress.rows import Images, Rows
-from fastmllm.hf.compress.seams import Seam
-from fastmllm.hf.compress.state import KEY, Compression, again
-from fastmllm.hf.compress.text import encode, refuse_other_inputs, remember, shorten_text
-from fastmllm.hf.compress.watch import watch
+from fastmllm.hf.compress.seams import KEY
+from fastmllm.hf.compress.state import Compression
+from fastmllm.hf.compress.text import remember, shorten_text
 from fastmllm.hf.fusion import Fusion, arguments, bound_forward
-
-
-class Connector(Fusion):
-    """What stands between tower and language model: it takes K tokens of an image, or gives K."""
-
-    op = "compress"
-
-    @staticmethod
-    def forward(module: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state: Compression = module.__dict__[KEY]
-        if state.now.medium is VIDEO:  # its frames are pooled first
-            return original(module, x, *args, **kwargs)
-        if state.seam.side == "in front of":
-            return original(module, state.dense(x), *args, **kwargs)
-        return state.dense(original(module, x, *args, **kwargs))
 
 
 class Owner(Fusion):
@@ -94,15 +77,18 @@ class TiledVideoOwner(TiledOwner, VideoOwner):
     overrides: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys((*TiledOwner.overrides, *VideoOwner.overrides)))
 
 
-def owner_of(seam: Seam) -> type[Owner]:
+def owner_of(state: Compression) -> type[Owner]:
     """Return what the model without head computes with."""
+    seam = state.seam
+    if state.compressor is None:
+        return Owner
     if seam.videos:
         return TiledVideoOwner if seam.tiles else VideoOwner
     return TiledOwner if seam.tiles else Owner
 
 
 class Head(Fusion):
-    """The model with a head: text and labels lose the tokens before anything reads them."""
+    """The model with a head: labels lose the tokens before anything reads them."""
 
     op = "compress"
     overrides = ("forward", "generate")
@@ -116,57 +102,51 @@ class Head(Fusion):
         return generate(module, original, arguments(original, args, kwargs))
 
 
-def features(
-    module: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any], medium: Medium
-) -> Any:  # fmt: skip
-    """Encode and compress images or videos, or return what this call has encoded already."""
-    state: Compression = module.__dict__[KEY]
-    now = state.now
-    if now.medium is not None:  # as Qwen3-VL's videos ask for images
-        return original(module, *args, **kwargs)
-    call = arguments(original, args, kwargs)
-    pixels = call[medium.pixels if medium.pixels in call else IMAGE.pixels]  # transformers < 5.23 names both alike
-    if medium in now.held:
-        return again(now.held[medium], pixels)
-    if state.seam.prefix == "Llava" and call.get("image_sizes") is not None:
-        raise ValueError("compress: image_sizes: images packed into one row are not compressed")
-    if state.inside:
-        same_layer(state, call)
-    if medium is VIDEO:
-        takes_videos(state)
-    if state.attention is not None:
-        watch(state)
-    now.medium, now.images, now.listening = medium, None, state.inside or state.compressor.layer is not None
-    try:
-        out = original(module, **{**call, "return_dict": True})
-        if state.seam.connector is None:
-            return merged(state, module, out, call[medium.grids])
-        return out if medium is IMAGE else filmed(state, out, pixels.shape[1])
-    finally:
-        now.medium, now.listening = None, False
-        now.watched.clear()
-
-
 @torch.compiler.disable(recursive=False)  # the text is rewritten on the host; what is called from here is compiled
 def shortened(module: Any, owner: Any, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run a model's forward on a text without the tokens that its images lose."""
+    """Run a model's forward on a text without the tokens that its images lose: in front of it, then on the way."""
     state: Compression = owner.__dict__[KEY]
     if state.now.busy:
         return original(module, *args, **kwargs)
     call = arguments(original, args, kwargs)
-    refuse_other_inputs(call, videos=state.seam.videos)
-    if call.get("input_ids") is None:
-        return original(module, **call)
-    with state.call():
-        images = encode(state, owner, call)
-        rows = shorten_text(state, owner, call, images, left=call.get("labels") is None and not module.training)
+    front = state.compressor is not None and not state.now.shortened
+    if front or state.stages:
+        refuse_other_inputs(state, call, front)
+    replaced = None if module is state.head or state.head is None else bound_forward(state.head)
+    if replaced and module.training and state.judged:
+        raise ValueError(
+            "compress: where an answer begins decides what is left, and the forward that somebody has put in place of "
+            f"the model's keeps its labels back ({replaced}): a method that does not judge by attention"
+        )
+    rows = left = None
+    with state.call(busy=True, shortened=True, way=None):
+        if front and call.get("input_ids") is not None:
+            rows = shorten_text(state, call, left=call.get("labels") is None and not module.training)
+        if state.stages:
+            left = plan(state, call)
+        if module is state.head and not (rows is None and left is None):
+            _refuse_kept_back(call)
+        way = state.now.way
         out = original(module, **call)
-    if rows is not None:
-        if module is not state.head and state.head is not None and bound_forward(state.head):
-            out = whole(rows, out)
-        cache = out.get("past_key_values") if isinstance(out, dict) else call.get("past_key_values")
-        remember(cache, owner, rows)
+    for lost in (left, rows) if replaced else ():
+        out = out if lost is None else whole(lost, out)
+    cache = out.get("past_key_values") if isinstance(out, dict) else call.get("past_key_values")
+    remember(cache, owner, rows, way)
     return out
+
+
+def _refuse_kept_back(call: dict[str, Any]) -> None:
+    """Refuse a call of a Trainer that counts labels and keeps them back, to compare them with logits that are fewer.
+
+    Raises:
+        ValueError: says so.
+    """
+    labels = call.get("labels") if call.get("shift_labels") is None else call["shift_labels"]
+    if labels is None and call.get("num_items_in_batch") is not None:
+        raise ValueError(
+            "compress: a Trainer with label_smoothing_factor or compute_loss_func keeps the labels back, and logits "
+            "are fewer than they: leave both out, the model's own loss follows what is left of the text"
+        )
 
 
 def whole(rows: Rows, out: Any) -> Any:
