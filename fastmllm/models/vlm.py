@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastmllm.compression import Evidence, Placement, Tokens, compress
 from fastmllm.compression.reduction import Reduction, VisualRows
+from fastmllm.data.text import ChatTemplate
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
@@ -54,8 +55,11 @@ class Batch(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """What a vision-language model is made of.
+class ModelConfig(ChatTemplate):
+    """What a vision-language model is made of, and the text around image, prompt and answer.
+
+    The template's defaults suit a frozen SmolLM2: it starts with a token that absorbs attention, stays short, and ends
+    an answer as running text does.
 
     Args:
         vision: an encoder that `load_vision` knows, or a folder.
@@ -67,9 +71,6 @@ class ModelConfig:
         train_vision: the encoder learns from the first stage on: nothing is cached of it. Whether it learns in a stage,
             the stage's rules say.
         dtype: "auto" is bfloat16 where the processor multiplies it natively, else float32.
-        prefix, prompt_lead, middle, answer_lead, suffix, between, system: the text around image, prompt and answer, as
-            in `fastmllm.data.text.ChatTemplate`. The default suits a frozen SmolLM2: it starts with a token that
-            absorbs attention, stays short, and ends an answer as running text does.
     """
 
     vision: str = "efficientnet_lite0"
@@ -89,6 +90,7 @@ class ModelConfig:
     system: str = "{}\n"
 
     def __post_init__(self) -> None:
+        ChatTemplate.__post_init__(self)
         if self.image_size < 1 or self.visual_tokens < 1:
             raise ValueError(f"image_size {self.image_size} and visual_tokens {self.visual_tokens} must be positive")
 
