@@ -6,20 +6,25 @@ their number, so that divided by all pairs of a step it is that of one process w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastmllm.models.contrastive import ClipLoss, SiglipLoss
+from fastmllm.models.contrastive import ClipLoss, PairLoss, SiglipLoss
 from fastmllm.models.encoder import Encoder, segment_bounds
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.roles import LANGUAGE, named_roles
+from fastmllm.modules.cached_gradients import CachedGradients, cache_gradients
 from fastmllm.modules.qformer import ImageTokens, PackedText
 from fastmllm.modules.qformer_losses import QFormerPretraining
+from fastmllm.modules.qformer_step import Compared as PairsCompared
+from fastmllm.modules.qformer_step import Embedded
 from fastmllm.modules.ranks import gather, place
 
-LOSSES = {"clip": ClipLoss, "siglip": SiglipLoss}
+LOSSES: dict[str, type[PairLoss]] = {"clip": ClipLoss, "siglip": SiglipLoss}
 
 
 class Captions(Protocol):
@@ -32,6 +37,30 @@ class Captions(Protocol):
     pixels: Tensor  # (S, H, W, C) uint8
     image_ids: Tensor  # (S,) int64
     draw: int
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: ZeRO-3 looks into the `vars` of what a module returns
+class Features:
+    """What two towers make of a micro-batch, without a graph.
+
+    Args:
+        image, text: (S, D).
+        seen: (S, Dv) of an image tower that does not learn, which needs to look once only; else None.
+        scales: the loss's parameters, whole.
+    """
+
+    image: Tensor
+    text: Tensor
+    seen: Tensor | None
+    scales: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a micro-batch learns once all pairs of its step were compared; `seen` as in `Features`."""
+
+    gradients: CachedGradients
+    seen: Tensor | None
 
 
 class DualEncoder(nn.Module):
@@ -63,9 +92,7 @@ class DualEncoder(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return (S, D) of uint8 (S, H, W, 3)."""
-        head = self.image_head.weight
-        tokens = self.vision(pixels.to(head.device))  # (S, N, Dv)
-        return self.image_head(tokens.mean(1).to(head.dtype))
+        return self.image_head(self._look(pixels))
 
     def text_features(self, batch: Captions) -> Tensor:
         """Return (S, D) of packed texts."""
@@ -76,10 +103,53 @@ class DualEncoder(nn.Module):
         )
         return self.text_head(hidden.index_select(0, bounds[1:].long() - 1))
 
-    def forward(self, batch: Captions) -> Tensor:
-        """Return the loss of a batch of pairs, fp32; every rank brings equally many."""
-        loss = self.loss(self.image_features(batch.pixels), self.text_features(batch))
+    def forward(self, batch: Captions, compared: Compared | None = None, *, embed: bool = False) -> Tensor | Features:
+        """Return the loss of a batch of pairs, fp32; every rank brings equally many.
+
+        Args:
+            batch: of pairs.
+            compared: what `compare` found, where the batch is one of several of its step.
+            embed: return the features instead, for `compare`.
+        """
+        seen = None if compared is None else compared.seen
+        seen = self._look(batch.pixels) if seen is None else seen
+        image, text = self.image_head(seen), self.text_features(batch)
+        if embed:
+            scales = tuple(value.detach().clone() for value in self.loss.scales())
+            return Features(image=image, text=text, seen=None if _learns(self.vision) else seen, scales=scales)
+        loss = self.loss(image, text, cached=None if compared is None else compared.gradients)
         return loss.float() * len(batch.pixels)
+
+    def compare(self, step: Sequence[Features]) -> list[Compared]:
+        """Compare all pairs of a step, those of other ranks too; returns what each micro-batch's forward takes."""
+        found = cache_gradients(self.loss.score, [(part.image, part.text) for part in step], step[0].scales)
+        return [Compared(gradients, part.seen) for gradients, part in zip(found, step, strict=True)]
+
+    def _look(self, pixels: Tensor) -> Tensor:
+        """Return the mean of each image's tokens, (S, Dv); without graph where the tower does not learn."""
+        weight = self.image_head.weight
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(self.vision)):
+            return self.vision(pixels.to(weight.device)).mean(1).to(weight.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: as `Features`
+class SeenPairs:
+    """What a Q-Former's micro-batch brings to a comparison; `draw` is the batch's."""
+
+    pairs: Embedded
+    draw: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedPairs:
+    """What a micro-batch learns and is shown; its image tokens, which the frozen tower need not make again."""
+
+    pairs: PairsCompared
+    media: ImageTokens
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(param.requires_grad for param in module.parameters())
 
 
 class QFormerStage(nn.Module):
@@ -101,27 +171,62 @@ class QFormerStage(nn.Module):
         # the caption head's matrix is the Q-Former's embedding table
         return named_roles(self, parts | {"pretraining.caption_head.weight": "connector"})
 
-    def forward(self, batch: Captions) -> Tensor:
-        """Return the sum of the three losses, fp32; every rank brings equally many pairs and one `max_seqlen`."""
+    def forward(
+        self, batch: Captions, compared: ComparedPairs | None = None, *, embed: bool = False
+    ) -> Tensor | SeenPairs:
+        """Return the sum of the three losses, fp32; every rank brings equally many pairs and one `max_seqlen`.
+
+        Args:
+            batch: of pairs.
+            compared: what `compare` found, where the batch is one of several of its step.
+            embed: return what is compared instead, for `compare`.
+
+        Raises:
+            ValueError: the tower learns, and several micro-batches make a step.
+        """
         weight = self.pretraining.image_proj.weight
-        learns = any(param.requires_grad for param in self.vision.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            tokens = self.vision(batch.pixels.to(weight.device)).to(weight.dtype)  # (S, N, Dv)
-        pairs, each, _ = tokens.shape
-        bounds, _ = segment_bounds([each] * pairs, weight.device)
+        media = None if compared is None else compared.media
+        media = self._look(batch, weight) if media is None else media
         text = PackedText(
             ids=batch.input_ids.to(weight.device), cu_seqlens=batch.cu_seqlens.to(weight.device),
             max_seqlen=batch.max_seqlen,
         )  # fmt: skip
+        image_ids, pairs = batch.image_ids.to(weight.device), len(batch.pixels)
+        if embed:
+            if _learns(self.vision):
+                raise ValueError(
+                    "QFormerStage: pairs are matched with images of other micro-batches, through which a tower that "
+                    "learns gets no gradient: freeze vision, or set engine.accumulation=1 with a larger batch_size"
+                )
+            return SeenPairs(pairs=self.pretraining.embed(media, text, image_ids), draw=batch.draw)
         # each caption's tokens, its [CLS] replaced by what starts writing: all but the first are predicted
-        written = (text.cu_seqlens[-1:] - pairs).float()
+        written = gather((text.cu_seqlens[-1:] - pairs).float()).sum() / place()[1] if compared is None else None
+        divisor = written if compared is None else compared.pairs.written
+        assert divisor is not None
         # not by its call: ZeRO-3 gathers in the backward pass for modules whose output is a tensor, as this one's is
         losses = self.pretraining.forward(
-            ImageTokens.of_images(tokens.flatten(0, 1), bounds, each),
+            media,
             text,
             bos_token_id=self.bos_token_id,
-            generator=torch.Generator().manual_seed(batch.draw),
-            image_ids=batch.image_ids.to(weight.device),
-            divisor=(gather(written).sum() / place()[1]).clamp(min=1),
+            generator=_drawing(batch.draw),
+            image_ids=image_ids,
+            divisor=divisor.clamp(min=1),
+            compared=None if compared is None else compared.pairs,
         )
         return cast(Tensor, losses.total).float() * pairs
+
+    def compare(self, step: Sequence[SeenPairs]) -> list[ComparedPairs]:
+        """Compare all pairs of a step, those of other ranks too; returns what each micro-batch's forward takes."""
+        found = self.pretraining.compare([part.pairs for part in step], _drawing(step[0].draw))
+        return [ComparedPairs(pairs, part.pairs.media) for pairs, part in zip(found, step, strict=True)]
+
+    def _look(self, batch: Captions, weight: Tensor) -> ImageTokens:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(self.vision)):
+            tokens = self.vision(batch.pixels.to(weight.device)).to(weight.dtype)  # (S, N, Dv)
+        pairs, each, _ = tokens.shape
+        return ImageTokens.of_images(tokens.flatten(0, 1), segment_bounds([each] * pairs, weight.device)[0], each)
+
+
+def _drawing(draw: int) -> torch.Generator:
+    """Return what negatives are drawn with, the same on all ranks."""
+    return torch.Generator().manual_seed(draw)
