@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmllm.data.balance import BatchPlan
+from fastmllm.data.captions import CaptionBatch, Captioned, CaptionFormat
 from fastmllm.data.images import load_image
 from fastmllm.data.loader import Loader
 from fastmllm.data.packing import Batch, join
@@ -41,23 +42,34 @@ class StreamedBatches:
         engine: its accumulation, with the launched ranks, makes a step.
         out_dir: of the stage; rank r > 0 writes `skipped-r.jsonl`. Steps that are done again are listed again.
         console: of rank 0's output.
+        pairs: how samples become pairs, for a stage that learns from those; its batches always have `batch_size`.
 
     Raises:
         ValueError: no shards, or nothing usable in them.
     """
 
     def __init__(
-        self, model: VLM | MLLM, stage: StageConfig, engine: EngineConfig, out_dir: Path, console: Console | None = None
+        self,
+        model: VLM | MLLM,
+        stage: StageConfig,
+        engine: EngineConfig,
+        out_dir: Path,
+        console: Console | None = None,
+        pairs: CaptionFormat | None = None,
     ) -> None:
         ranks, rank = launched_world_size(), int(os.environ.get("RANK", "0"))
         sources = [ShardSource(config, seed=stage.seed) for config in stage.sources]
-        load, join_drawn = _pictures(model) if isinstance(model, MLLM) else _squares(model, stage)
+        if pairs is not None:
+            load, join_drawn = _captioned(pairs, engine.accumulation * ranks)
+        else:
+            load, join_drawn = _pictures(model) if isinstance(model, MLLM) else _squares(model, stage)
         packing = None if isinstance(model, MLLM) else packing_of(model, stage)
         plan = BatchPlan(
             batch_size=stage.batch_size,
             micro_batches=engine.accumulation * ranks,
             ranks=ranks,
             window=stage.balance_steps,
+            full=pairs is not None,
             seed=stage.seed,
         )
         stream = Stream(sources, load, plan, cost=len, packing=packing)
@@ -127,6 +139,18 @@ def _pictures(model: MLLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def batch(drawn: Drawn[Spelled]) -> Inputs:
         return pack_spelled(model, drawn.items, scored=drawn.scored)
+
+    return load, batch
+
+
+def _captioned(pairs: CaptionFormat, micro_batches: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what reads a sample and what makes a batch, for a stage that learns from pairs."""
+
+    def load(sample: Conversation, index: int) -> Captioned:
+        return pairs.read(sample)
+
+    def batch(drawn: Drawn[Captioned]) -> CaptionBatch:
+        return pairs.batch(drawn.items, drawn.index // micro_batches)
 
     return load, batch
 

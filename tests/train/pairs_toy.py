@@ -12,7 +12,7 @@ from tiny_vlm import tiny_tokenizer, tiny_vlm
 from torch import nn
 from train_toy import trainer
 
-from fastmllm.data.captions import collate_captions
+from fastmllm.data.captions import CaptionFormat
 from fastmllm.data.sample import Sample
 from fastmllm.models.composition import MLLMConfig
 from fastmllm.models.language import LanguageConfig
@@ -55,9 +55,8 @@ def pairs(photos: Path, index: int, size: int, ranks: int, *, first: tuple[int, 
         Sample(id=f"{index}/{p.parent.name}{p.stem}", prompt="", answer=p.parent.name, task="caption", image=str(p))
         for p in chosen
     ]
-    return collate_captions(
-        samples, TOKENIZER, image_size=32, max_tokens=6, first=first, last=last, draw=index // ranks
-    )  # fmt: skip
+    form = CaptionFormat(tokenizer=TOKENIZER, image_size=32, max_tokens=6, first=first, last=last)
+    return form.batch([form.read(sample) for sample in samples], draw=index // ranks)
 
 
 def contrastive(loss: str, seed: int = 0) -> DualEncoder:
