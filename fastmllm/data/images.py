@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastmllm.data.byte_range import openable
 from fastmllm.data.cache import atomic_path
+from fastmllm.data.video import Frame
 
 MAX_PIXELS = 64 * 1024 * 1024  # 64 MP: above any camera here, and 192 MiB once decoded
 
@@ -24,7 +25,7 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
 
     Args:
         path: PNG, JPEG or any other format that Pillow reads, the first frame of an animation; or `str` of a
-            `ByteRange` that holds one.
+            `ByteRange` that holds one, or of a video's `Frame`.
         alpha: keep transparency instead of laying it over white.
 
     Returns:
@@ -36,7 +37,7 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(openable(path)) as image:
+            with _opened(path) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(
@@ -64,6 +65,11 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError) as error:
         # Pillow's decoders raise any of these on damaged data.
         raise ImageError(f"{path}: truncated or damaged ({error}); replace or remove the file") from error
+
+
+def _opened(path: str | Path) -> Image.Image:
+    frame = Frame.parse(path)
+    return Image.open(openable(path)) if frame is None else frame.decode()
 
 
 def over_white(image: Image.Image) -> Image.Image:
