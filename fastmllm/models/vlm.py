@@ -161,7 +161,13 @@ class VLM(Scored):
 
     @property
     def device(self) -> torch.device:
-        return self.language.head_weight.device
+        # not of a parameter by its name: ZeRO-3 gathers what is named, on this rank alone where only this one asks
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the language model reads; asked as `device` is."""
+        return next(self.language.parameters()).dtype
 
     def grid(self, pixels_on_a_side: int) -> int:
         """Return how many tokens a side the encoder makes of a square image."""
@@ -245,12 +251,11 @@ class VLM(Scored):
 
     def _nothing(self) -> Tensor:
         """Run encoder, compressor and connector on an image of zeros; the encoder not where features are cached."""
-        compressor, weight = self.placement.connector, self.language.head_weight
-        side = self.grid(self.config.image_size)
-        features = weight.new_zeros(1, side * side, self.vision.width)
+        compressor, side = self.placement.connector, self.grid(self.config.image_size)
+        features = torch.zeros(1, side * side, self.vision.width, dtype=self.dtype, device=self.device)
         if self.feature_cache is None:
             pixels = torch.zeros(1, *[self.config.image_size] * 2, 3, dtype=torch.uint8)
-            features = self.encode_images(pixels).to(weight.dtype)
+            features = self.encode_images(pixels).to(self.dtype)
         if compressor is None or not any(True for _ in compressor.parameters()):
             return self.connector(features[:, 0])
         tokens, _ = compressor(Tokens.of(features, [(side, side)]))
@@ -279,7 +284,7 @@ class VLM(Scored):
             raise ValueError(
                 f"VLM: the text has {keep} places for each image, but {tokens.seqlens[:4]} tokens are left of them"
             )
-        return self.connector(tokens.x.to(self.language.head_weight.dtype))
+        return self.connector(tokens.x.to(self.dtype))
 
     def _features(self, batch: Batch) -> Tensor:
         if self.feature_store is not None or batch.features:

@@ -17,6 +17,11 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def prepare(folder: Path) -> None:
     """Write photographs and a tokenizer."""
     colour_photos(folder / "photos", count=2)
+    write_words(folder)
+
+
+def write_words(folder: Path) -> None:
+    """Write a tokenizer."""
     (folder / "words").mkdir()
     tiny_tokenizer().save(str(folder / "words" / "tokenizer.json"))
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import forks
+from killed import rank_1_dies
 from mllm_recipe import session
 
 from fastmllm.pairs import Learners
 from fastmllm.run import train_stage
-from fastmllm.train import trainer as trainer_module
 
 OUT = Path(sys.argv[1])
 
@@ -22,15 +20,7 @@ OUT = Path(sys.argv[1])
 def train(rank: int, *, out: Path, kill: str = "") -> None:
     """Train all stages; rank 1 is killed in the second step of one, before that step is saved."""
     made = session(OUT, out, "engine.accumulation=1", recipe="from_pairs")
-    real = trainer_module.Trainer._step
-
-    def step(self: Any, engine: Any, at: int, *more: Any) -> Any:
-        record = real(self, engine, at, *more)
-        if self.stage.name == kill and at == 1 and rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return record
-
-    trainer_module.Trainer._step = step  # type: ignore[method-assign]
+    rank_1_dies(kill, 2)
     learners = Learners(made.model)
     for stage in made.recipe.stages:
         train_stage(
