@@ -14,10 +14,11 @@ from fastmllm.data.sample import Sample
 from fastmllm.data.text import end_token
 from fastmllm.infer.respond import template_of
 from fastmllm.models.composed_paths import Queries
+from fastmllm.models.dual_encoder import DualEncoder
 from fastmllm.models.encoder import Encoder
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.mllm import MLLM
-from fastmllm.models.pretraining import DualEncoder, QFormerStage
+from fastmllm.models.pretraining import QFormerStage
 from fastmllm.models.vlm import VLM
 from fastmllm.modules.qformer_losses import QFormerPretraining
 from fastmllm.train.checkpoint import fingerprint

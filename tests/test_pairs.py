@@ -18,7 +18,7 @@ from shard_recipe import NOTHING, recipe_of
 from tiny_vlm import tiny_vlm
 
 from fastmllm.data.text import end_token
-from fastmllm.models.pretraining import DualEncoder
+from fastmllm.models.dual_encoder import DualEncoder
 from fastmllm.pairs import Learners, format_of, pairs_of
 from fastmllm.run import cache_features, train_stage
 from fastmllm.streamed import StreamedBatches

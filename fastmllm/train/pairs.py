@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastmllm.models.dual_encoder import LOSSES
 from fastmllm.models.language import LanguageConfig
-from fastmllm.models.pretraining import LOSSES
 
 PAIR_KINDS = ("contrastive", "qformer")
 

@@ -13,7 +13,7 @@ from fastmllm.train.flops import FlopMeter
 
 
 def look_ahead(engine: Engine, module: nn.Module, micro: Sequence[Any], flops: FlopMeter) -> list[tuple[Any, ...]]:
-    """Let a module that has `compare` see all micro-batches of a step (`fastmllm.models.pretraining.DualEncoder`).
+    """Let a module that has `compare` see all micro-batches of a step (`fastmllm.models.dual_encoder.DualEncoder`).
 
     `module(batch, embed=True)` gives what is compared, without a graph; `module.compare(list of them)`, for each
     micro-batch, what `module(batch, compared)` takes. What is random is drawn twice alike: dropout is the same when a

@@ -15,9 +15,10 @@ from train_toy import trainer
 from fastmllm.data.captions import CaptionFormat
 from fastmllm.data.sample import Sample
 from fastmllm.models.composition import MLLMConfig
+from fastmllm.models.dual_encoder import DualEncoder
 from fastmllm.models.language import LanguageConfig
 from fastmllm.models.mllm import MLLM
-from fastmllm.models.pretraining import DualEncoder, QFormerStage
+from fastmllm.models.pretraining import QFormerStage
 from fastmllm.models.vision import VisionConfig
 from fastmllm.modules.qformer import QFormer, QFormerConfig
 from fastmllm.modules.qformer_losses import QFormerPretraining
