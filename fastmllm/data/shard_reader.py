@@ -72,9 +72,10 @@ class ShardReader:
             shown = [Part("jpg", -1, -1, os.path.join(root, name)) for name in image_names(record[0])]
             for number, files in enumerate(video_names(record[0])):
                 shown += [Part(f"video{number}.jpg", -1, -1, os.path.join(root, name)) for name in files]
+        texts = tuple(part for part in entry.parts if not _is_shown(part.field))
+        self._conversation(shard, entry.key, (*texts, *shown), record)
         measured = [_measured(self._name(shard, part), part) for part in shown]
-        parts = (*(part for part in entry.parts if not _is_shown(part.field)), *(part for part, _ in measured))
-        self._conversation(shard, entry.key, parts, record)
+        parts = (*texts, *(part for part, _ in measured))
         return Located(key=entry.key, parts=parts, sizes=tuple(size for _, size in measured))
 
     def read(self, shard: Path, located: Located) -> Conversation:
