@@ -41,6 +41,7 @@ EXTRAS = {
     "train": ["deepspeed>=0.19.6", "huggingface_hub"],
     "hf": ["transformers>=5.17,<6"],
     "log": ["tensorboard"],  # wandb and trackio are used where they are installed
+    "video": ["av"],  # GIF and WebP need nothing more
     "flash": ["flash-attn"],  # a source distribution: needs a CUDA torch and nvcc
     "demo": ["deepspeed>=0.19.6", "huggingface_hub", "gguf", "onnx", "resvg-py", "emoji", "matplotlib"],
     "dev": [

@@ -29,10 +29,12 @@ from fastmllm.models.mllm import MLLM
 from fastmllm.models.talk import TalkConfig, load_mllm
 from fastmllm.models.vlm import VLM, ModelConfig, build_vlm
 from fastmllm.packed import PackedMixture, packing_of, tokens_an_image
+from fastmllm.pairs import Learners, format_of, pairs_of
 from fastmllm.streamed import StreamedBatches
 from fastmllm.train.checkpoint import fingerprint
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.grpo import GRPOObjective
+from fastmllm.train.pairs import PAIR_KINDS
 from fastmllm.train.prefer import PreferenceObjective
 from fastmllm.train.rules import apply_rules
 from fastmllm.train.stages import StageConfig
@@ -138,9 +140,9 @@ def batches_of(
     return batch
 
 
-def drop_stale_features(model: VLM | MLLM, stage: StageConfig) -> None:
+def drop_stale_features(model: VLM | MLLM, stage: StageConfig, learner: nn.Module) -> None:
     """Forget cached features where the stage changes the encoder, or shows it other pixels; not only in this stage."""
-    apply_rules(model, stage.trainable)
+    apply_rules(learner, stage.trainable)
     if isinstance(model, MLLM):
         return
     cache = model.feature_cache
@@ -181,6 +183,7 @@ def train_stage(
     keep: int = 2,
     on_mismatch: str = "error",
     console: Console | None = None,
+    learners: Learners | None = None,
 ) -> StageResult:
     """Train one stage through DeepSpeed; a finished one is reused, an interrupted one goes on.
 
@@ -194,23 +197,32 @@ def train_stage(
         keep: newest checkpoints that stay: a damaged one gives way to the one before.
         on_mismatch: what to do when out_dir holds another recipe's run: "error" or "fresh".
         console: where progress goes.
+        learners: of the stages before this one, whose heads it may go on with.
     """
     if model.config is None:
         raise ValueError("train_stage: this MLLM has no words: make it with fastmllm.models.talk.load_mllm")
-    if isinstance(model, MLLM) and (stage.visual_tokens or stage.image_size):
+    paired = stage.kind in PAIR_KINDS
+    if isinstance(model, MLLM) and not paired and (stage.visual_tokens or stage.image_size):
         raise ValueError(
             f"stage {stage.name!r}: visual_tokens and image_size are for a VLM; the model's resolution "
             "policy says how large images are: leave them out, or change model.composition.resolution_sizes"
         )
     engine = stage.engine(engine_for(model.config, engine))
-    drop_stale_features(model, stage)
+    learner = (learners or Learners(model))(stage)
+    drop_stale_features(model, stage, learner)
     recipe: dict[str, Any] = {"model": asdict(model.config), "version": fastmllm.__version__}
     batches: Callable[[int], BatchLike]
     objective: Callable[[nn.Module], nn.Module] | None = None
     rollouts = None
-    model.feature_store = feature_store_of(model, stage, engine)
-    if stage.sources:
-        streamed = StreamedBatches(model, stage, engine, Path(out_dir) / stage.name, console)
+    if not paired:
+        model.feature_store = feature_store_of(model, stage, engine)
+    folder = Path(out_dir) / stage.name
+    if paired and not stage.sources:
+        recipe["questions"] = fingerprint(questions_of(splits.train))
+        batches = pairs_of(model, splits.train, available(stage, splits.train), stage, engine)
+    elif stage.sources:
+        pairs = format_of(model, stage) if paired else None
+        streamed = StreamedBatches(model, stage, engine, folder, console, pairs)
         batches, recipe["stream"] = streamed, streamed.loader.stream.identity()
     else:
         recipe["questions"] = fingerprint(questions_of(splits.train))
@@ -223,13 +235,13 @@ def train_stage(
             batches = prompts_of(model, splits.train, available(stage, splits.train), stage, engine)
             objective, rollouts = partial(GRPOObjective, config=stage.grpo), rollouts_of(model, stage)
         else:
-            batches = batches_of(model, splits.train, stage, engine, Path(out_dir) / stage.name)
+            batches = batches_of(model, splits.train, stage, engine, folder)
     trainer = Trainer(
-        model,
+        learner,
         stage,
         engine,
         batches,
-        Path(out_dir) / stage.name,
+        folder,
         objective=objective,
         rollouts=rollouts,
         recipe=recipe,

@@ -32,10 +32,12 @@ from fastmllm.infer.respond import Responder
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.talk import TalkConfig
 from fastmllm.models.vlm import VLM, ModelConfig
+from fastmllm.pairs import Learners, format_of
 from fastmllm.recipe import Recipe
 from fastmllm.run import cache_features, images_of, load_model, questions_of, screen_splits, train_stage
 from fastmllm.train.checkpoint import atomic_file, fingerprint
 from fastmllm.train.engine import launched_world_size
+from fastmllm.train.pairs import PAIR_KINDS
 from fastmllm.train.rules import apply_rules
 from fastmllm.train.trainer import StageResult
 
@@ -88,10 +90,11 @@ class Session:
         if not self.results:
             splits, model = self.splits, self.model
             _ = self._features
+            learners = Learners(model)
             for stage in self.recipe.stages:
                 result = train_stage(
                     model, splits, stage, self.recipe.engine, self.out / "stages",
-                    on_mismatch=on_mismatch, console=self.console,
+                    on_mismatch=on_mismatch, console=self.console, learners=learners,
                 )  # fmt: skip
                 self.results.append(result)
             with self._part("training", self._weights()):
@@ -281,8 +284,11 @@ def check_recipe(recipe: Recipe, model: VLM | MLLM) -> None:
     Raises:
         ValueError: says which setting, and what would fit.
     """
+    learners = Learners(model)
     for stage in recipe.stages:
-        apply_rules(model, stage.trainable)
+        apply_rules(learners(stage), stage.trainable)
+        if stage.kind in PAIR_KINDS:
+            format_of(model, stage)
     if isinstance(model, MLLM) or not isinstance(recipe.model, ModelConfig):
         return
     stride = model.vision.stride

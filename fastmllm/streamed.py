@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmllm.data.balance import BatchPlan
+from fastmllm.data.captions import CaptionBatch, Captioned, CaptionFormat
 from fastmllm.data.images import load_image
 from fastmllm.data.loader import Loader
 from fastmllm.data.packing import Batch, join
@@ -43,24 +44,35 @@ class StreamedBatches:
         engine: its accumulation, with the launched ranks, makes a step.
         out_dir: of the stage; rank r > 0 writes `skipped-r.jsonl`. Steps that are done again are listed again.
         console: of rank 0's output.
+        pairs: how samples become pairs, for a stage that learns from those; its batches always have `batch_size`.
 
     Raises:
         ValueError: no shards, or nothing usable in them.
     """
 
     def __init__(
-        self, model: VLM | MLLM, stage: StageConfig, engine: EngineConfig, out_dir: Path, console: Console | None = None
+        self,
+        model: VLM | MLLM,
+        stage: StageConfig,
+        engine: EngineConfig,
+        out_dir: Path,
+        console: Console | None = None,
+        pairs: CaptionFormat | None = None,
     ) -> None:
         ranks, rank = launched_world_size(), int(os.environ.get("RANK", "0"))
         sources = [ShardSource(config, seed=stage.seed) for config in stage.sources]
-        load, join_drawn = _pictures(model, stage) if isinstance(model, MLLM) else _squares(model, stage)
-        cost: Callable[[Sizes], int] = partial(patches_of, model) if isinstance(model, MLLM) else len
-        packing = packing_of(model, stage)
+        if pairs is not None:
+            load, join_drawn = _captioned(pairs, engine.accumulation * ranks)
+        else:
+            load, join_drawn = _pictures(model, stage) if isinstance(model, MLLM) else _squares(model, stage)
+        cost: Callable[[Sizes], int] = partial(patches_of, model) if isinstance(model, MLLM) and pairs is None else len
+        packing = packing_of(model, stage) if pairs is None else None
         plan = BatchPlan(
             batch_size=stage.batch_size,
             micro_batches=engine.accumulation * ranks,
             ranks=ranks,
             window=stage.balance_steps,
+            full=pairs is not None,
             seed=stage.seed,
         )
         stream = Stream(sources, load, plan, cost=cost, packing=packing)
@@ -141,6 +153,18 @@ def patches_of(model: MLLM, sizes: Sizes) -> int:
         with suppress(ValueError):
             rows += model.known_packing().policy.plan(width, height).vit_tokens
     return rows
+
+
+def _captioned(pairs: CaptionFormat, micro_batches: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what reads a sample and what makes a batch, for a stage that learns from pairs."""
+
+    def load(sample: Conversation, index: int) -> Captioned:
+        return pairs.read(sample)
+
+    def batch(drawn: Drawn[Captioned]) -> CaptionBatch:
+        return pairs.batch(drawn.items, drawn.index // micro_batches)
+
+    return load, batch
 
 
 def _batch_of(drawn: Drawn[Row], budget: int) -> Batch:

@@ -18,6 +18,7 @@ from fastmllm.simulated_step import Load, Step, simulate
 from fastmllm.train.devices import DEVICES, KINDS, Device, cpu_device
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.lora import Adapters
+from fastmllm.train.pairs import PAIR_KINDS
 from fastmllm.train.plan import Layout, ParamSize, StateBytes, param_sizes, state_bytes
 from fastmllm.train.rules import apply_rules, recomputed_by, roles_of
 from fastmllm.train.stages import StageConfig, set_modes
@@ -138,6 +139,8 @@ def plan_training(
     """
     if device not in KINDS:
         raise ValueError(f"plan: unknown device {device!r}; choose one of {', '.join(KINDS)}")
+    if paired := [stage.name for stage in recipe.stages if stage.kind in PAIR_KINDS]:
+        raise ValueError(f"plan: stages that learn from pairs ({', '.join(paired)}) are not planned; leave them out")
     assumed = assumed or Assumptions()
     dtype = recipe.engine.dtype if recipe.engine.dtype != "auto" else recipe.model.dtype
     if dtype == "auto":

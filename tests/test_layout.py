@@ -34,6 +34,7 @@ OWNERS = {
     "gguf": {"fastmllm/models/weights/gguf_file.py"},
     "onnx": {"fastmllm/models/weights/vision.py"},
     "matplotlib": {"fastmllm/bench/plots.py"},
+    "av": {"fastmllm/data/video.py"},
 }
 PARTS = ("reference", "Triton kernels", "launchers", "operator", "fake", "autograd", "public function")
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from shard_recipe import NOTHING, recipe_of
 from tiny_talk import SIZES, talking, talks
 from tiny_vlm import tiny_vlm
@@ -25,6 +29,8 @@ from fastmllm.run import feature_store_of, train_stage
 from fastmllm.streamed import StreamedBatches
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.stages import StageConfig
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -211,3 +217,42 @@ def test_bad_stages(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             Recipe.load(path, [change, *(["stages.0.balance_steps=1"] if "sources=[]" in change else [])])
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a Flamingo at ZeRO-3 from a tar of texts, images and videos: on one rank, on two, and killed on two."""
+    out = tmp_path_factory.mktemp("composed")
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    paths = (HERE.parent, HERE / "train", HERE / "support")
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "FASTMLLM_CACHE": str(out / "cache")}
+    command = [sys.executable, str(HERE / "train" / "composed_worker.py"), str(out)]
+    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return out
+
+
+def steps(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "composed" / "log.jsonl").read_text().splitlines()]
+
+
+def test_texts_images_and_videos_through_a_composition(composed: Path) -> None:
+    """Two ranks learn what one does, whichever of them sees images; a torn one is left out and listed."""
+    one, two = steps(composed / "one"), steps(composed / "two")
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=2e-6)
+    assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in one], rel=1e-4)
+    visual = [step["visual_tokens"] for step in two]
+    assert visual == [step["visual_tokens"] for step in one]
+    assert len(two) == 4
+    assert len(set(visual)) > 1
+    listed = [json.loads(item) for path in composed.glob("two/composed/skipped*.jsonl") for item in path.open()]
+    assert {(item["key"], item["reason"]) for item in listed} == {("4", "undecodable image")}
+
+
+def test_a_composition_killed_and_run_again_is_the_same_to_the_bit(composed: Path) -> None:
+    for first, second in zip(steps(composed / "two"), steps(composed / "cut"), strict=True):
+        assert (first["loss"], first["grad_norm"]) == (second["loss"], second["grad_norm"])
+    expected = load_file(composed / "two" / "composed" / "trainable.safetensors")
+    for name, value in load_file(composed / "cut" / "composed" / "trainable.safetensors").items():
+        assert torch.equal(value, expected[name]), name

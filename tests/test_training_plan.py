@@ -173,6 +173,9 @@ def test_the_command_prints_json(
 
 
 def test_a_mistake_is_named(recipe: Recipe) -> None:
+    paired = replace(recipe, stages=(replace(recipe.stages[0], kind="contrastive"),))
+    with pytest.raises(ValueError, match=r"learn from pairs \(pretrain\) are not planned"):
+        plan_training(paired, 2)
     with pytest.raises(ValueError, match="unknown device 'h1000'; choose one of a100"):
         plan_training(recipe, 8, device="h1000")
     with pytest.raises(ValueError, match="no whole number of nodes"):

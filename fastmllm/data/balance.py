@@ -19,6 +19,8 @@ class BatchPlan:
         ranks: micro-batches computed at the same time.
         window: steps whose samples are arranged so that ranks get equal vision work; 0 = as drawn. With 1 every step
             has the very samples that it has with 0.
+        full: in place of a sample that turns out to be unusable comes one of a later step, so that all micro-batches
+            have equally many; else its place stays empty.
         seed: of all orders.
     """
 
@@ -26,6 +28,7 @@ class BatchPlan:
     micro_batches: int = 1
     ranks: int = 1
     window: int = 0
+    full: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastmllm.data.images import load_image
-from fastmllm.data.sample import Sample
-from fastmllm.data.text import TextError, encode
+from fastmllm.data.sample import Conversation, Sample
+from fastmllm.data.text import TextError, check_text, encode
+from fastmllm.data.turns import images_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,52 +48,91 @@ class CaptionBatch:
         return len(self.ids)
 
 
-def collate_captions(
-    samples: Sequence[Sample],
-    tokenizer: Tokenizer,
-    *,
-    image_size: int,
-    max_tokens: int,
-    first: Sequence[int] = (),
-    last: Sequence[int] = (),
-    draw: int = 0,
-) -> CaptionBatch:
-    """Pack each sample's answer as the caption of its image: [first] [caption] [last].
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captioned:
+    """A pair, ready to be batched.
 
     Args:
-        samples: at least one, each with an image.
+        id: of the sample.
+        tokens: of the text, with what stands around it.
+        image: path.
+        pixels: (H, W, 3) uint8.
+    """
+
+    id: str
+    tokens: list[int]
+    image: str
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionFormat:
+    """How a sample becomes a pair: [first] [caption] [last], and its image as a square.
+
+    Args:
         tokenizer: of the text tower.
         image_size: side in pixels that images are resized to.
         max_tokens: of a text with what stands around it; the end of a longer caption is cut off.
         first, last: tokens around the caption, such as [CLS] and the end of text.
-        draw: see `CaptionBatch`.
+        vocab_size: as `fastmllm.data.text.tokenise`.
 
     Raises:
-        ValueError: no samples, or no room for a caption.
-        TextError: a sample without an image or without a caption.
-        ImageError: an image that cannot be read.
+        ValueError: no room for a caption.
     """
-    room = max_tokens - len(first) - len(last)
-    if not samples or room < 1:
-        raise ValueError(f"captions: {len(samples)} samples, {room} tokens for a caption; give at least one of each")
-    rows: list[list[int]] = []
-    for sample in samples:
-        words = encode(tokenizer, sample.answer)[:room]
-        if sample.image is None or not words:
-            raise TextError(f"sample {sample.id}: needs an image and a caption to learn that they belong together")
-        rows.append([*first, *words, *last])
-    images = [str(sample.image) for sample in samples]
-    lengths = torch.tensor([0, *map(len, rows)])
-    return CaptionBatch(
-        input_ids=torch.tensor([token for row in rows for token in row]),
-        position_ids=torch.cat([torch.arange(len(row)) for row in rows]),
-        cu_seqlens=lengths.cumsum(0).int(),
-        max_seqlen=max_tokens,
-        pixels=torch.stack([load_image(path, image_size) for path in images]),
-        image_ids=torch.tensor([_number(path) for path in images]),
-        ids=[sample.id for sample in samples],
-        draw=draw,
-    )
+
+    tokenizer: Tokenizer
+    image_size: int
+    max_tokens: int
+    first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.room < 1:
+            raise ValueError(
+                f"captions: {self.max_tokens} tokens leave no room for a caption between {len(self.first)} and "
+                f"{len(self.last)} others; give more"
+            )
+
+    @property
+    def room(self) -> int:
+        """Tokens of a caption."""
+        return self.max_tokens - len(self.first) - len(self.last)
+
+    def read(self, sample: Sample | Conversation) -> Captioned:
+        """Tokenise a caption, the (first) answer, and load its image.
+
+        Raises:
+            TextError: not exactly one image, or no caption that the tower reads.
+            ImageError: an image that cannot be read.
+        """
+        images = images_of(sample)
+        text = sample.answer if isinstance(sample, Sample) else sample.turns[0].answer
+        words = encode(self.tokenizer, text)[: self.room]
+        if len(images) != 1 or not words:
+            raise TextError(
+                f"sample {sample.id}: has {len(images)} images and the caption {text!r}; one image and its caption are "
+                "needed to learn that they belong together"
+            )
+        check_text(sample.id, "caption", text, self.tokenizer, self.vocab_size)
+        pixels = load_image(images[0], self.image_size)
+        return Captioned(id=sample.id, tokens=[*self.first, *words, *self.last], image=images[0], pixels=pixels)
+
+    def batch(self, pairs: Sequence[Captioned], draw: int) -> CaptionBatch:
+        """Pack pairs, at least one; `draw` as in `CaptionBatch`."""
+        if not pairs:
+            raise ValueError("captions: no samples; give at least one")
+        lengths = torch.tensor([0, *(len(pair.tokens) for pair in pairs)])
+        return CaptionBatch(
+            input_ids=torch.tensor([token for pair in pairs for token in pair.tokens]),
+            position_ids=torch.cat([torch.arange(len(pair.tokens)) for pair in pairs]),
+            cu_seqlens=lengths.cumsum(0).int(),
+            max_seqlen=self.max_tokens,
+            pixels=torch.stack([pair.pixels for pair in pairs]),
+            image_ids=torch.tensor([_number(pair.image) for pair in pairs]),
+            ids=[pair.id for pair in pairs],
+            draw=draw,
+        )
 
 
 def _number(path: str) -> int:

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fastmllm.data.byte_range import openable
 from fastmllm.data.cache import atomic_path
+from fastmllm.data.video import Frame
 
 MAX_PIXELS = 64 * 1024 * 1024  # 64 MP: above any camera here, and 192 MiB once decoded
 
@@ -26,7 +27,7 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
 
     Args:
         path: PNG, JPEG or any other format that Pillow reads, the first frame of an animation; or `str` of a
-            `ByteRange` that holds one.
+            `ByteRange` that holds one, or of a video's `Frame`.
         alpha: keep transparency instead of laying it over white.
 
     Returns:
@@ -35,7 +36,7 @@ def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
     Raises:
         ImageError: missing, not an image, truncated, 0 pixels, or more than `MAX_PIXELS` pixels.
     """
-    with _refusing(path), Image.open(openable(path)) as image:
+    with _refusing(path), _opened(path) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ImageError(
@@ -53,7 +54,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     Raises:
         ImageError: as `open_image`, as far as the header tells.
     """
-    with _refusing(path), Image.open(openable(path)) as image:
+    with _refusing(path), _opened(path) as image:
         turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) > 4  # not PNG's own: it decodes all
         width, height = image.size
         return (height, width) if turned and image.format != "TIFF" else (width, height)  # a TIFF's is upright
@@ -84,6 +85,11 @@ def _refusing(path: str | Path) -> Iterator[None]:
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError) as error:
         # Pillow's decoders raise any of these on damaged data.
         raise ImageError(f"{path}: truncated or damaged ({error}); replace or remove the file") from error
+
+
+def _opened(path: str | Path) -> Image.Image:
+    frame = Frame.parse(path)
+    return Image.open(openable(path)) if frame is None else frame.decode()
 
 
 def over_white(image: Image.Image) -> Image.Image:

@@ -17,7 +17,7 @@ from fastmllm.data.progress import track
 from fastmllm.data.shard_reader import Located, ShardReader
 from fastmllm.data.shard_scan import Part, scan
 
-FORMAT = 1  # of the index files
+FORMAT = 2  # of the index files
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;

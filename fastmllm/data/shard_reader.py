@@ -5,15 +5,25 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from fastmllm.data.byte_range import ByteRange
-from fastmllm.data.conversation import CAPTION_PROMPT, RecordError, conversation_of, image_names, parse_json
+from fastmllm.data.conversation import (
+    CAPTION_PROMPT,
+    RecordError,
+    conversation_of,
+    image_names,
+    parse_json,
+    video_names,
+)
 from fastmllm.data.sample import Conversation
-from fastmllm.data.shard_scan import Entry, Part, is_image
+from fastmllm.data.shard_scan import Entry, Part, is_image, video_of
+from fastmllm.data.video import SUFFIXES as VIDEO_SUFFIXES
+from fastmllm.data.video import Frame, chosen, measure
 
 HEADER = 1 << 16  # bytes that hold the size of nearly every image
 
@@ -24,8 +34,8 @@ class Located:
 
     Args:
         key: of the sample.
-        parts: texts and images.
-        sizes: (width, height) of each image in pixels, from its header.
+        parts: texts, images and videos.
+        sizes: (width, height) in pixels of each image and of each part of a video, from its header.
     """
 
     key: str
@@ -41,11 +51,13 @@ class ShardReader:
         root: of image files that JSON names.
         source: name, given to the samples.
         caption_prompt: asked before a caption.
+        max_frames: of a video; more are thinned out evenly.
     """
 
     root: Path
     source: str
     caption_prompt: str = CAPTION_PROMPT
+    max_frames: int = 8
 
     def locate(self, shard: Path, entry: Entry) -> Located:
         """Look at an entry while indexing: its text whole, its images' headers.
@@ -54,13 +66,17 @@ class ShardReader:
             RecordError: nothing can be learned from it.
         """
         record = self._record(shard, entry.parts)
-        images = [part for part in entry.parts if is_image(part.field)]
-        if not images:
+        shown = [part for part in entry.parts if _is_shown(part.field)]
+        if not shown:
             root = os.path.abspath(self.root)
-            images = [Part("jpg", -1, -1, os.path.join(root, name)) for name in image_names(record[0])]
-        parts = (*(part for part in entry.parts if not is_image(part.field)), *images)
-        self._conversation(shard, entry.key, parts, record)
-        return Located(key=entry.key, parts=parts, sizes=tuple(_size(self._name(shard, part)) for part in images))
+            shown = [Part("jpg", -1, -1, os.path.join(root, name)) for name in image_names(record[0])]
+            for number, files in enumerate(video_names(record[0])):
+                shown += [Part(f"video{number}.jpg", -1, -1, os.path.join(root, name)) for name in files]
+        texts = tuple(part for part in entry.parts if not _is_shown(part.field))
+        self._conversation(shard, entry.key, (*texts, *shown), record)
+        measured = [_measured(self._name(shard, part), part) for part in shown]
+        parts = (*texts, *(part for part, _ in measured))
+        return Located(key=entry.key, parts=parts, sizes=tuple(size for _, size in measured))
 
     def read(self, shard: Path, located: Located) -> Conversation:
         """Read a sample; its images are named, not opened.
@@ -70,10 +86,25 @@ class ShardReader:
         """
         return self._conversation(shard, located.key, located.parts, self._record(shard, located.parts))
 
+    def sizes(self, located: Located) -> tuple[tuple[int, int], ...]:
+        """Return (width, height) in pixels of each image that a sample shows, frames among them."""
+        shown = [part for part in located.parts if _is_shown(part.field)]
+        of = dict(zip(shown, located.sizes, strict=True))
+        still = [of[part] for part in shown if is_image(part.field)]
+        return (*still, *(of[part] for video in self._videos(shown) for part, _ in video))
+
+    def _videos(self, parts: Sequence[Part]) -> list[list[tuple[Part, int]]]:
+        """Return the frames of each video that are shown: parts, and numbers in them."""
+        films: dict[str, list[tuple[Part, int]]] = {}
+        for part in parts:
+            if name := video_of(part.field):
+                films.setdefault(name, []).extend((part, number) for number in range(part.frames))
+        return [[frames[number] for number in chosen(len(frames), self.max_frames)] for frames in films.values()]
+
     def _record(self, shard: Path, parts: tuple[Part, ...]) -> tuple[dict[str, object], str]:
         record, caption = {}, ""
         for part in parts:
-            if is_image(part.field):
+            if _is_shown(part.field):
                 continue
             try:
                 name = self._name(shard, part)
@@ -97,15 +128,39 @@ class ShardReader:
             record[0],
             id=f"{self.source}/{shard.name}/{key}",
             images=[self._name(shard, part) for part in parts if is_image(part.field)],
+            videos=[[self._frame(shard, *frame) for frame in video] for video in self._videos(parts)],
             source=self.source,
             caption=record[1],
             caption_prompt=self.caption_prompt,
         )
 
+    def _frame(self, shard: Path, part: Part, number: int) -> str:
+        name = self._name(shard, part)
+        return name if part.frames == 1 else str(Frame(name, number))
+
     def _name(self, shard: Path, part: Part) -> str:
         if part.offset >= 0:
             return str(ByteRange(str(shard), part.offset, part.size))
         return str(shard / part.path)  # the latter alone where it is absolute
+
+
+def _is_shown(field: str) -> bool:
+    return is_image(field) or bool(video_of(field))
+
+
+def _measured(name: str, part: Part) -> tuple[Part, tuple[int, int]]:
+    """Look at an image's header, or at a video's frames."""
+    if not video_of(part.field):
+        return part, _size(name)
+    try:
+        frames, size = measure(name)
+    except FileNotFoundError as error:
+        raise RecordError("missing file", str(error), file=name) from error
+    except (OSError, SyntaxError, ValueError, ImportError, Image.DecompressionBombError) as error:
+        if isinstance(error, ImportError) and Path(part.path or f"a.{part.field}").suffix.lower() in VIDEO_SUFFIXES:
+            raise  # a sound file, for all that is known
+        raise RecordError("undecodable video", str(error), file="" if ByteRange.parse(name) else name) from error
+    return replace(part, frames=frames), size
 
 
 def _size(name: str) -> tuple[int, int]:

@@ -16,9 +16,11 @@ from itertools import groupby
 from pathlib import Path
 
 from fastmllm.data.folder import SUFFIXES as IMAGE_SUFFIXES
+from fastmllm.data.video import SUFFIXES as VIDEO_SUFFIXES
 
 TEXT_FIELDS = ("json", "txt", "caption", "text")
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_VIDEO = re.compile(r"(video\d*)\..*")
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a JSON list
 _CHUNK = 1 << 18  # characters of one read at a time
 
@@ -28,16 +30,18 @@ class Part:
     """A file of a sample.
 
     Args:
-        field: `json`, `txt`, or an image's (`jpg`, `0.png`).
+        field: `json`, `txt`, an image's (`jpg`, `0.png`), or a video's (`mp4`, `video.gif`; `video.0.jpg` is a frame).
         offset: of its bytes in the shard; -1 = a file of its own.
         size: in bytes; -1 = the whole file.
         path: of a file of its own, absolute or relative to the shard; "" = in the shard.
+        frames: of a video or a part of one; 0 = not looked at.
     """
 
     field: str
     offset: int
     size: int
     path: str = ""
+    frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class Entry:
 
     Args:
         key: unique in a well-made shard.
-        parts: texts and images.
+        parts: texts, images and videos.
         problem: why nothing can be made of it: (reason, detail).
     """
 
@@ -77,7 +81,19 @@ def scan(path: Path) -> Iterator[Entry]:
 
 def is_image(field: str) -> bool:
     """Tell whether a field is an image, by its suffix."""
-    return f".{field.rpartition('.')[2]}" in IMAGE_SUFFIXES
+    return f".{field.rpartition('.')[2]}" in IMAGE_SUFFIXES and not video_of(field)
+
+
+def video_of(field: str) -> str:
+    """Return the name of the video that a field is, or is a part of; "" for any other field.
+
+    A file of frames (`mp4`) is one by its suffix. Images are frames of the video that their first word names: `video`,
+    or `video` and a number.
+    """
+    suffix = f".{field.rpartition('.')[2]}"
+    if suffix in VIDEO_SUFFIXES:
+        return field
+    return found[1] if suffix in IMAGE_SUFFIXES and (found := _VIDEO.fullmatch(field)) else ""
 
 
 def _natural(part: Part) -> list[tuple[int, str]]:
@@ -93,12 +109,13 @@ def _group(members: Iterable[tuple[str, Part]]) -> Iterator[Entry]:
         if doubled := sorted({f for f in fields if fields.count(f) > 1}):
             yield Entry(key, problem=("duplicate member", f"{key}.{doubled[0]} stands there twice"))
             continue
-        images = sorted((part for part in parts if is_image(part.field)), key=_natural)
+        shown = sorted((part for part in parts if is_image(part.field) or video_of(part.field)), key=_natural)
         texts = [part for part in parts if part.field in TEXT_FIELDS]
-        if images or texts:
-            yield Entry(key, (*texts, *images))
+        if shown or texts:
+            yield Entry(key, (*texts, *shown))
         else:
-            yield Entry(key, problem=("no text", f"fields {', '.join(fields)}: neither an image nor {TEXT_FIELDS}"))
+            what = f"neither an image, a video nor {TEXT_FIELDS}"
+            yield Entry(key, problem=("no text", f"fields {', '.join(fields)}: {what}"))
 
 
 def _field_of(name: str) -> tuple[str, str] | None:

@@ -36,6 +36,7 @@ class SourceConfig:
         root: folder that image names in JSON are relative to; None = the JSON file's own, or the folder read.
         caption_prompt: asked before a caption (`.txt` beside an image), behind its images.
         block_shards: shards whose samples are mixed among each other; 1 reads shard by shard.
+        max_frames: of a video, each an image to the model; more are thinned out evenly.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SourceConfig:
     root: str | None = None
     caption_prompt: str = CAPTION_PROMPT
     block_shards: int = 8
+    max_frames: int = 8
 
     def __post_init__(self) -> None:
         if not self.name or not self.path:
@@ -52,6 +54,8 @@ class SourceConfig:
             raise ValueError(f"source {self.name!r}: weight must be above 0, got {self.weight}; leave the source out")
         if self.block_shards < 1:
             raise ValueError(f"source {self.name!r}: block_shards must be at least 1, got {self.block_shards}")
+        if self.max_frames < 1:
+            raise ValueError(f"source {self.name!r}: max_frames must be at least 1, got {self.max_frames}")
         if not self.caption_prompt.strip() or "<image>" in self.caption_prompt:
             raise ValueError(f"source {self.name!r}: caption_prompt needs words and no <image>: the images go in front")
 
@@ -144,7 +148,7 @@ class ShardSource:
     def image_sizes(self, draw: int) -> tuple[tuple[int, int], ...]:
         """Return (width, height) in pixels of each image of a draw, from the index."""
         shard, number = self.order[draw]
-        return self._index(shard)[number].sizes
+        return self._reader(self.shards[shard]).sizes(self._index(shard)[number])
 
     def skipped(self) -> Iterator[Skipped]:
         """List what was left out while indexing, shard by shard."""
@@ -153,7 +157,10 @@ class ShardSource:
 
     def _reader(self, shard: Path) -> ShardReader:
         root = Path(self.config.root).expanduser() if self.config.root else (shard if shard.is_dir() else shard.parent)
-        return ShardReader(root=root, source=self.config.name, caption_prompt=self.config.caption_prompt)
+        config = self.config
+        return ShardReader(
+            root=root, source=config.name, caption_prompt=config.caption_prompt, max_frames=config.max_frames
+        )
 
     def _index(self, shard: int) -> ShardIndex:
         if self._owner != os.getpid():  # a forked worker: SQLite's connections do not cross a fork

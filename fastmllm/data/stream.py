@@ -110,6 +110,8 @@ class Stream(Generic[T]):
         """
         filled = None if self._packer is None else self._packer(index)
         items, skipped, work = self._take(self._draws(index), index)
+        if self.plan.full:
+            items = self._completed(items, skipped, index)
         skipped = [*(() if filled is None else filled.skipped), *skipped]
         if items:
             return Drawn(index=index, items=items, skipped=skipped, work=work, filled=filled)
@@ -119,9 +121,24 @@ class Stream(Generic[T]):
             if items:
                 scored = self._is_empty(index)
                 return Drawn(index=index, items=items, skipped=skipped, scored=scored, work=work, filled=filled)
-        raise ValueError(
-            f"stream: micro-batch {index} and {PATIENCE} samples behind it are unusable; the last: {others[0].shard} "
-            f"{others[0].key}: {others[0].reason} ({others[0].detail}); mend the source or leave it out"
+        raise self._exhausted(index, others[0])
+
+    def _completed(self, items: list[T], skipped: list[Skipped], index: int) -> list[T]:
+        """Bring a micro-batch to `batch_size` items: by samples of later steps, other ones for each of this step's."""
+        plan, last = self.plan, skipped[-1:]
+        step, number = divmod(index, plan.micro_batches)
+        first = (step + 1) * plan.micro_batches * plan.batch_size + number
+        for draw in islice(count(first, plan.micro_batches), PATIENCE):
+            if len(items) == plan.batch_size:
+                return items
+            found, lost, _ = self._take([draw], index)
+            items, last = items + found, lost or last
+        raise self._exhausted(index, last[0])
+
+    def _exhausted(self, index: int, last: Skipped) -> ValueError:
+        return ValueError(
+            f"stream: micro-batch {index} and {PATIENCE} samples behind it are unusable; the last: {last.shard} "
+            f"{last.key}: {last.reason} ({last.detail}); mend the source or leave it out"
         )
 
     def spread(self, step: int) -> float:
@@ -160,7 +177,8 @@ class Stream(Generic[T]):
         parts = [(s.config.name, s.config.block_shards, s.order.seed, s.sizes) for s in self.sources]
         arranged = (self.plan.micro_batches, self.plan.window) if self.plan.window else ()
         packed = () if self.packing is None else (self.plan.micro_batches, self.packing.identity())
-        known = (self.plan.batch_size, self.plan.seed, arranged, self.schedule.weights, parts, *packed)
+        full = ("full", self.plan.micro_batches) if self.plan.full else ()
+        known = (self.plan.batch_size, self.plan.seed, arranged, self.schedule.weights, parts, *packed, *full)
         return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
     def skipped(self) -> Iterator[Skipped]:

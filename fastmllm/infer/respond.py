@@ -24,8 +24,7 @@ def template_of(model: VLM | MLLM) -> ChatTemplate:
     """
     if model.config is None:
         raise ValueError("MLLM: words need a template and a tokenizer: make the model with fastmllm.models.talk")
-    names = ("prefix", "prompt_lead", "middle", "answer_lead", "suffix", "between", "system")
-    return ChatTemplate(**{name: getattr(model.config, name) for name in names})
+    return model.config
 
 
 def collate_for(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.modules.cached_gradients import CachedGradients
 from fastmllm.modules.ranks import gather, place
 
 
@@ -28,7 +29,42 @@ def _check(name: str, image: Tensor, text: Tensor) -> None:
         )
 
 
-class ClipLoss(nn.Module):
+class PairLoss(nn.Module):
+    """A loss that compares each pair of an image and a text with all others."""
+
+    def scales(self) -> tuple[Tensor, ...]:
+        """Return its parameters."""
+        raise NotImplementedError
+
+    def score(self, image: Tensor, text: Tensor, *scales: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Return the mean loss of this rank's pairs, under other values of the parameters too."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        group: dist.ProcessGroup | None = None,
+        cached: CachedGradients | None = None,
+    ) -> Tensor:
+        """Return the mean loss of this rank's pairs, a scalar.
+
+        Args:
+            image: (n, D) features, normalised here.
+            text: (n, D), row i belongs to image i.
+            group: of ranks; None is all of them, if there are any.
+            cached: of `cache_gradients`, where these features are one of several micro-batches of a step.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit.
+        """
+        _check(type(self).__name__, image, text)
+        if cached is not None:
+            return cached.apply((image, text), self.scales())
+        return self.score(image, text, *self.scales(), group=group)
+
+
+class ClipLoss(PairLoss):
     """Softmax loss: every image finds its text among all texts, every text its image; the mean of both.
 
     The logits are never whole in memory (`linear_cross_entropy`). The scale is `exp(logit_scale)`, learned, and lies in
@@ -45,20 +81,14 @@ class ClipLoss(nn.Module):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
-    def forward(self, image: Tensor, text: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Return the mean loss of this rank's pairs, a scalar.
+    def scales(self) -> tuple[Tensor, ...]:
+        """Return the log of the scale."""
+        return (self.logit_scale,)
 
-        Args:
-            image: (n, D) features, normalised here.
-            text: (n, D), row i belongs to image i.
-            group: of ranks; None is all of them, if there are any.
-
-        Raises:
-            ValueError: shapes or dtypes do not fit.
-        """
-        _check("ClipLoss", image, text)
+    def score(self, image: Tensor, text: Tensor, *scales: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """As `PairLoss.score`."""
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        n, scale = image.shape[0], _Bounded.apply(self.logit_scale, 0.0, math.log(100.0)).exp().to(image.dtype)
+        n, scale = image.shape[0], _Bounded.apply(scales[0], 0.0, math.log(100.0)).exp().to(image.dtype)
         images, texts = gather(image, group), gather(text, group)
         start = place(group)[0] * n
         labels = torch.arange(start, start + n, device=image.device)
@@ -83,7 +113,7 @@ class _Bounded(torch.autograd.Function):
         return torch.where(outward, 0, grad), None, None
 
 
-class SiglipLoss(nn.Module):
+class SiglipLoss(PairLoss):
     """Sigmoid loss: each pair of an image and a text is a yes/no question; summed over texts, mean over images.
 
     Args:
@@ -98,13 +128,16 @@ class SiglipLoss(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
-    def forward(self, image: Tensor, text: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        """As `ClipLoss.forward`."""
-        _check("SiglipLoss", image, text)
+    def scales(self) -> tuple[Tensor, ...]:
+        """Return the log of the scale, and the bias."""
+        return self.logit_scale, self.logit_bias
+
+    def score(self, image: Tensor, text: Tensor, *scales: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """As `PairLoss.score`."""
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        n = image.shape[0]
+        n, (log_scale, bias) = image.shape[0], scales
         texts, start = gather(text, group), place(group)[0] * n
-        logits = (image @ texts.t()).to(self.logit_bias.dtype) * self.logit_scale.exp() + self.logit_bias  # (n, N)
+        logits = (image @ texts.t()).to(bias.dtype) * log_scale.exp() + bias  # (n, N)
         column = torch.arange(texts.shape[0], device=image.device)
         pair = column == column[start : start + n, None]
         return F.softplus(torch.where(pair, -logits, logits)).sum() / n  # -log sigmoid(z x) = softplus(-z x)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fastmllm
 from fastmllm.data.byte_range import ByteRange
+from fastmllm.data.video import Frame
 from fastmllm.models.weights.folder import renamed
 
 
@@ -30,13 +31,18 @@ def encoder_fingerprint(module: nn.Module, *extra: object) -> str:
 
 
 def image_key(path: str) -> str:
-    """Return a hash of an image's bytes, wherever they lie.
+    """Return a hash of an image's bytes, wherever they lie; of a frame, of its video's and its number.
 
     Raises:
         OSError: they cannot be read.
     """
-    found = ByteRange.parse(path)
-    return hashlib.sha256(Path(path).read_bytes() if found is None else found.read()).hexdigest()
+    frame = Frame.parse(path)
+    name = path if frame is None else frame.video
+    found = ByteRange.parse(name)
+    digest = hashlib.sha256(Path(name).read_bytes() if found is None else found.read())
+    if frame is not None:
+        digest.update(f"frame {frame.number}".encode())
+    return digest.hexdigest()
 
 
 class FeatureStore:

@@ -248,7 +248,13 @@ class MLLM(Scored):
     # Computation ------------------------------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:
-        return self.language.head_weight.device
+        # not of a parameter by its name: ZeRO-3 gathers what is named, on this rank alone where only this one asks
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the language model reads; asked as `device` is."""
+        return next(self.language.parameters()).dtype
 
     @property
     def looks_across(self) -> bool:
@@ -321,7 +327,8 @@ class MLLM(Scored):
     def _media(self, visual: Visual | None, inputs: Inputs) -> Media:
         """Say what each row sees; without images every row sees nothing, as a row without one does beside others."""
         if visual is None:
-            tokens = self.language.head_weight.new_zeros(0, self.images.across_width or self.images.width)
+            width = self.images.across_width or self.images.width
+            tokens = torch.zeros(0, width, dtype=self.dtype, device=self.device)
         else:
             tokens = visual.tokens if visual.across is None else visual.across
         start, stop, longest = inputs.media_start, inputs.media_stop, inputs.max_media

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fastmllm.data.text import ChatTemplate
 from fastmllm.models.composition import MLLMConfig, from_json
 from fastmllm.models.language import LanguageModel
 from fastmllm.models.mllm import MLLM
@@ -21,8 +22,8 @@ from fastmllm.models.weights import load_language, load_tokenizer, load_vision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TalkConfig:
-    """What a multimodal model is made of: a folder of a published family, or a composition.
+class TalkConfig(ChatTemplate):
+    """What a multimodal model is made of: a folder of a published family, or a composition; and its chat template.
 
     Args:
         folder: config.json and safetensors of a family of `fastmllm.models.families`, or what `save_pretrained` wrote.
@@ -35,8 +36,6 @@ class TalkConfig:
         sees: which pictures a row looks at across, as in `MLLM.pack`.
         image_lead, image_end: text in front of and behind each picture, such as <|vision_start|> and <|vision_end|>.
         dtype: "auto" is bfloat16 where the processor multiplies it natively, else float32.
-        prefix, prompt_lead, middle, answer_lead, suffix, between, system: the text around images, prompt and answer, as
-            in `fastmllm.data.text.ChatTemplate`.
 
     Raises:
         ValueError: both or neither of folder and composition, or parts that do not go together.
@@ -52,15 +51,9 @@ class TalkConfig:
     image_lead: str = ""
     image_end: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    prefix: str = "<|im_start|>user\n"
-    prompt_lead: str = ""
-    middle: str = "<|im_end|>\n<|im_start|>assistant\n"
-    answer_lead: str = ""
-    suffix: str = "<|im_end|>"
-    between: str = "\n"
-    system: str = "<|im_start|>system\n{}<|im_end|>\n"
 
     def __post_init__(self) -> None:
+        ChatTemplate.__post_init__(self)
         if bool(self.folder) == bool(self.composition):
             raise ValueError("model: give either a folder or a composition")
         if self.folder and (self.vision or self.language):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastmllm.compression import Evidence, Placement, Tokens, compress
 from fastmllm.compression.reduction import Reduction, VisualRows
+from fastmllm.data.text import ChatTemplate
 from fastmllm.kernels.insert_features import insert_features
 from fastmllm.models.continuation import Continuation
 from fastmllm.models.encoder import Encoder
@@ -55,8 +56,11 @@ class Batch(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """What a vision-language model is made of.
+class ModelConfig(ChatTemplate):
+    """What a vision-language model is made of, and the text around image, prompt and answer.
+
+    The template's defaults suit a frozen SmolLM2: it starts with a token that absorbs attention, stays short, and ends
+    an answer as running text does.
 
     Args:
         vision: an encoder that `load_vision` knows, or a folder.
@@ -68,9 +72,6 @@ class ModelConfig:
         train_vision: the encoder learns from the first stage on: nothing is cached of it. Whether it learns in a stage,
             the stage's rules say.
         dtype: "auto" is bfloat16 where the processor multiplies it natively, else float32.
-        prefix, prompt_lead, middle, answer_lead, suffix, between, system: the text around image, prompt and answer, as
-            in `fastmllm.data.text.ChatTemplate`. The default suits a frozen SmolLM2: it starts with a token that
-            absorbs attention, stays short, and ends an answer as running text does.
     """
 
     vision: str = "efficientnet_lite0"
@@ -90,6 +91,7 @@ class ModelConfig:
     system: str = "{}\n"
 
     def __post_init__(self) -> None:
+        ChatTemplate.__post_init__(self)
         if self.image_size < 1 or self.visual_tokens < 1:
             raise ValueError(f"image_size {self.image_size} and visual_tokens {self.visual_tokens} must be positive")
 
@@ -160,7 +162,13 @@ class VLM(Scored):
 
     @property
     def device(self) -> torch.device:
-        return self.language.head_weight.device
+        # not of a parameter by its name: ZeRO-3 gathers what is named, on this rank alone where only this one asks
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the language model reads; asked as `device` is."""
+        return next(self.language.parameters()).dtype
 
     def grid(self, pixels_on_a_side: int) -> int:
         """Return how many tokens a side the encoder makes of a square image."""
@@ -244,12 +252,11 @@ class VLM(Scored):
 
     def _nothing(self) -> Tensor:
         """Run encoder, compressor and connector on an image of zeros; the encoder not where features are cached."""
-        compressor, weight = self.placement.connector, self.language.head_weight
-        side = self.grid(self.config.image_size)
-        features = weight.new_zeros(1, side * side, self.vision.width)
+        compressor, side = self.placement.connector, self.grid(self.config.image_size)
+        features = torch.zeros(1, side * side, self.vision.width, dtype=self.dtype, device=self.device)
         if self.feature_cache is None:
             pixels = torch.zeros(1, *[self.config.image_size] * 2, 3, dtype=torch.uint8)
-            features = self.encode_images(pixels).to(weight.dtype)
+            features = self.encode_images(pixels).to(self.dtype)
         if compressor is None or not any(True for _ in compressor.parameters()):
             return self.connector(features[:, 0])
         tokens, _ = compressor(Tokens.of(features, [(side, side)]))
@@ -278,7 +285,7 @@ class VLM(Scored):
             raise ValueError(
                 f"VLM: the text has {keep} places for each image, but {tokens.seqlens[:4]} tokens are left of them"
             )
-        return self.connector(tokens.x.to(self.language.head_weight.dtype))
+        return self.connector(tokens.x.to(self.dtype))
 
     def _features(self, batch: Batch) -> Tensor:
         if self.feature_store is not None or batch.features:

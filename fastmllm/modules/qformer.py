@@ -10,7 +10,7 @@ unimodal (ITC) `encode_images` and `encode_text`, bidirectional (ITM, InstructBL
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -192,6 +192,20 @@ class QFormer(nn.Module):
             self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
             self.position_embeddings = nn.Embedding(config.max_positions, config.width)
         self.reset_parameters()
+
+    def with_text(self, vocab_size: int, max_positions: int) -> QFormer:
+        """Return a Q-Former that reads text as well, made of these very modules and fresh ones for the text.
+
+        Raises:
+            ValueError: this one reads text already.
+        """
+        if self.config.vocab_size:
+            raise ValueError(f"QFormer: it reads text already, of {self.config.vocab_size} tokens")
+        made = QFormer(replace(self.config, vocab_size=vocab_size, max_positions=max_positions))
+        made.queries, made.norm = self.queries, self.norm
+        for mine, layer in zip(self._layers(), made._layers(), strict=True):
+            layer.attn, layer.cross, layer.ffn_query = mine.attn, mine.cross, mine.ffn_query
+        return made
 
     def reset_parameters(self) -> None:
         """Draw queries, linear layers and embeddings at 0.02 (BERT's initialisation), zero the biases."""

@@ -1,22 +1,24 @@
 """BLIP-2's first stage (arXiv 2301.12597): a Q-Former learns from image-text pairs by contrast, matching, captioning.
 
-Shapes: S pairs of this rank, W pairs of all ranks, Q queries, D width, E feature width, V vocabulary. All ranks bring
-equally many pairs and the same `max_tokens` and `max_seqlen`; nothing waits for the device.
+Shapes: S pairs of a micro-batch, W pairs of a step (`qformer_step`), Q queries, D width, E feature width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmllm.kernels.linear_cross_entropy import linear_cross_entropy
+from fastmllm.modules.cached_gradients import CachedGradients, cache_gradients
 from fastmllm.modules.layer_norm import LayerNorm
 from fastmllm.modules.qformer import ImageTokens, PackedText, QFormer
-from fastmllm.modules.ranks import gather, place
+from fastmllm.modules.qformer_step import Compared, Embedded, StepPairs
+from fastmllm.modules.ranks import place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,6 +168,7 @@ class QFormerPretraining(nn.Module):
         generator: torch.Generator,
         image_ids: Tensor | None = None,
         divisor: Tensor | float | None = None,
+        compared: Compared | None = None,
     ) -> QFormerLosses:
         """Score a batch of pairs.
 
@@ -177,90 +180,99 @@ class QFormerPretraining(nn.Module):
             image_ids: (S,) int64, equal for captions of one image, which are then no negatives; None: all differ.
             divisor: of ITG's sum over tokens; None for this batch's tokens. For a mean over ranks give the tokens of
                 all ranks divided by their number.
+            compared: of `compare`, where the batch is one of several of its step; negatives and ids are there.
 
         Returns:
-            The losses, means over this rank's pairs.
+            The losses, means over this rank's pairs; with `compared`, ITC over those of the step.
 
         Raises:
             ValueError: media and text differ in pairs, or there is no negative.
         """
-        pairs, device = media.start.numel(), media.tokens.device
+        pairs = media.start.numel()
         if text.cu_seqlens.numel() != pairs + 1 or pairs < 1:
             raise ValueError(f"QFormerPretraining: {pairs} images for {text.cu_seqlens.numel() - 1} texts")
-        rank, ranks = place()
-        own = slice(rank * pairs, (rank + 1) * pairs)
-        ids = torch.arange(ranks * pairs, device=device) if image_ids is None else gather(image_ids)
-        same = ids[own, None] == ids[None]  # (S, W)
-
         queries, kept = self.qformer.encode_images(media, keep=True)
-        images = self.image_features(queries)
-        texts = self.text_features(self.qformer.encode_text(text), text)
-        image_to_text = max_similarity(images, gather(texts)) / self.temperature
-        text_to_image = max_similarity(gather(images), texts).t() / self.temperature
-        itc = contrastive_loss(image_to_text, text_to_image, same, self.smoothing)
-
-        uniform = torch.rand(2, ranks * pairs, generator=generator, dtype=torch.float64)[:, own]
-        uniform = uniform.to(device, non_blocking=True)
-        other_image = hard_negatives(text_to_image, same, uniform[0])
-        other_text = hard_negatives(image_to_text, same, uniform[1])
+        images, texts = self.image_features(queries), self.text_features(self.qformer.encode_text(text), text)
+        if compared is not None and compared.gradients is not None:
+            itc = compared.gradients.apply((images, texts), (self.temperature,))
+        else:
+            here = self._embedded(images, texts, media, text, image_ids)
+            step = StepPairs([here])
+            same, logits = step.same(), _logits(step, images, texts, self.temperature)
+            itc = contrastive_loss(*logits, same, self.smoothing)
+            (compared,) = _compared(step, same, logits, generator, [None])
         # image and text of the pair, another image, another text
-        logits = self.match(_with_other_images(media, other_image), _with_other_texts(text, other_text))
-        labels = torch.arange(3 * pairs, device=device) < pairs
-        itm = F.cross_entropy(logits, labels.long())
+        matches = self.match(compared.shown_images(media), compared.shown_texts(text))
+        labels = torch.arange(3 * pairs, device=matches.device) < pairs
+        itm = F.cross_entropy(matches, labels.long())
 
         written, labels = _written(text, bos_token_id)
         hidden = self.qformer.encode_text(written, kept)
         return QFormerLosses(itc=itc, itm=itm, itg=self.caption_head(hidden, labels, self.smoothing, divisor))
 
+    def embed(self, media: ImageTokens, text: PackedText, image_ids: Tensor | None = None) -> Embedded:
+        """Return what `compare` takes of a micro-batch; arguments as `forward`. Call it without a graph."""
+        queries, _ = self.qformer.encode_images(media)
+        images, texts = self.image_features(queries), self.text_features(self.qformer.encode_text(text), text)
+        return self._embedded(images, texts, media, text, image_ids)
+
+    def compare(self, step: Sequence[Embedded], generator: torch.Generator) -> list[Compared]:
+        """Contrast all pairs of a step, and draw for each a wrong image and a wrong text among them.
+
+        Args:
+            step: this rank's micro-batches.
+            generator: as in `forward`.
+
+        Returns:
+            What each micro-batch's `forward` takes.
+        """
+        pairs, temperature = StepPairs(step), step[0].temperature
+        same = pairs.same()
+
+        def itc(images: Tensor, texts: Tensor, temperature: Tensor) -> Tensor:
+            return contrastive_loss(*_logits(pairs, images, texts, temperature), same, self.smoothing)
+
+        gradients = cache_gradients(itc, [(part.images, part.texts) for part in step], [temperature])
+        images, texts = torch.cat([part.images for part in step]), torch.cat([part.texts for part in step])
+        return _compared(pairs, same, _logits(pairs, images, texts, temperature), generator, gradients)
+
+    def _embedded(
+        self, images: Tensor, texts: Tensor, media: ImageTokens, text: PackedText, image_ids: Tensor | None
+    ) -> Embedded:
+        if image_ids is None:
+            rank, pairs = place()[0], len(texts)
+            image_ids = torch.arange(rank * pairs, (rank + 1) * pairs, device=texts.device)
+        temperature = self.temperature.detach().clone()
+        return Embedded(
+            images=images, texts=texts, image_ids=image_ids, media=media, text=text, temperature=temperature
+        )
+
+
+def _logits(step: StepPairs, images: Tensor, texts: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits (A * S, W) of this rank's images and of its texts."""
+    image_to_text = max_similarity(images, step.all(texts)) / temperature
+    return image_to_text, max_similarity(step.all(images), texts).t() / temperature
+
+
+def _compared(
+    step: StepPairs, same: Tensor, logits: tuple[Tensor, Tensor], generator: torch.Generator,
+    gradients: Sequence[CachedGradients | None],
+) -> list[Compared]:  # fmt: skip
+    """Draw negatives; every pair's number decides what is drawn for it, wherever it lies."""
+    own, image_to_text, text_to_image = torch.cat(step.own), *logits
+    uniform = torch.rand(2, step.number, generator=generator, dtype=torch.float64)
+    uniform = uniform.to(own.device, non_blocking=True)[:, own]
+    other_image = hard_negatives(text_to_image, same, uniform[0]).split(step.each)
+    other_text = hard_negatives(image_to_text, same, uniform[1]).split(step.each)
+    shared: dict[str, Any] = {"images": step.images(), "texts": step.texts(), "written": step.written()}
+    return [
+        Compared(gradients=found, own=numbers, other_image=image, other_text=text, **shared)
+        for found, numbers, image, text in zip(gradients, step.own, other_image, other_text, strict=True)
+    ]
+
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-
-
-def _all_ranges(start: Tensor, stop: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Return start and length of every pair's segment in the joined buffers of all ranks, `capacity` rows each."""
-    first = torch.arange(place()[1], device=start.device).repeat_interleave(start.numel()) * capacity
-    return gather(start.long()) + first, gather((stop - start).long())
-
-
-def _filled(x: Tensor, capacity: int) -> Tensor:
-    """Bring (N, ...) to the number of rows that every rank has, and join; rows behind that are padding."""
-    if place()[1] == 1:
-        return x
-    return gather(F.pad(x, (0, 0) * (x.dim() - 1) + (0, capacity - len(x))))  # a negative number cuts
-
-
-def _with_other_images(media: ImageTokens, other: Tensor) -> ImageTokens:
-    """Return what 3 S pairs see: their image, another one, their image again. Images of this rank stay in place."""
-    pairs, longest, here = media.start.numel(), media.max_tokens, len(media.tokens)
-    capacity = max(pairs * longest, 1)
-    world = _filled(media.tokens, capacity)
-    start, length = (t[other] for t in _all_ranges(media.start, media.stop, capacity))
-    rows = start[:, None] + torch.arange(longest, device=start.device)
-    tokens = world.index_select(0, rows.flatten().clamp(max=len(world) - 1))  # what is too much nobody sees
-    first = here + torch.arange(pairs, device=start.device) * longest
-    return ImageTokens(
-        tokens=torch.cat([media.tokens, tokens]),
-        start=torch.cat([media.start, first.int(), media.start]),
-        stop=torch.cat([media.stop, (first + length).int(), media.stop]),
-        max_tokens=longest,
-    )
-
-
-def _with_other_texts(text: PackedText, other: Tensor) -> PackedText:
-    """Return 3 S texts: each twice, then another one; rows behind the last are padding."""
-    pairs = text.cu_seqlens.numel() - 1
-    capacity = pairs * text.max_seqlen
-    world = _filled(text.ids, capacity)
-    start, length = _all_ranges(text.cu_seqlens[:-1], text.cu_seqlens[1:], capacity)
-    rank, _ = place()
-    which = torch.cat([torch.arange(pairs, device=other.device) + rank * pairs] * 2 + [other])
-    start, length = start[which], length[which]
-    cu_seqlens = F.pad(length.cumsum(0), (1, 0))
-    rows = torch.arange(2 * len(text.ids) + pairs * text.max_seqlen, device=other.device)
-    mine = torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp(max=3 * pairs - 1)
-    ids = world[(start[mine] + rows - cu_seqlens[mine]).clamp(max=len(world) - 1)]
-    return PackedText(ids=ids, cu_seqlens=cu_seqlens.int(), max_seqlen=text.max_seqlen)
 
 
 def _written(text: PackedText, bos_token_id: int) -> tuple[PackedText, Tensor]:

@@ -270,13 +270,13 @@ class Engine:
             torch.distributed.broadcast(value, 0)
         param.data = value
 
-    def loss_sum(self, batch: Any) -> Tensor:
-        """Run the model on a batch (moved to this rank's device).
+    def loss_sum(self, batch: Any, *compared: Any) -> Tensor:
+        """Run the model on a batch (moved to this rank's device), and on what it found when it looked ahead.
 
         Returns:
             scalar, fp32: the loss summed over the batch's targets.
         """
-        loss = self._engine(_to_device(batch, self.device))
+        loss = self._engine(_to_device(batch, self.device), *compared)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"train: model(batch) gave {what}; it must give the loss summed over targets, a scalar")
@@ -286,6 +286,11 @@ class Engine:
                 "(on a batch without images: on one zero image, and add 0 * output.sum())"
             )
         return loss
+
+    def embed(self, batch: Any) -> Any:
+        """Return what the model tells of a batch for `compare`, without a graph."""
+        with torch.no_grad():
+            return self._engine(_to_device(batch, self.device), embed=True)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss; gradients are averaged over ranks, summed over micro-batches."""

@@ -14,10 +14,11 @@ from fastmllm.data.shards import SourceConfig
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.grpo import GRPOConfig
 from fastmllm.train.lora import LoRAConfig
+from fastmllm.train.pairs import PAIR_KINDS, ContrastiveConfig, MatchingConfig
 from fastmllm.train.prefer import PreferConfig
 from fastmllm.train.rules import Rule, named_by, roles_of
 
-KINDS = ("instruct", "prefer", "grpo")
+KINDS = ("instruct", "prefer", "grpo", *PAIR_KINDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +49,8 @@ class StageConfig:
         max_images: images of a micro-batch that is filled so; 0 = any number.
         balance_steps: steps whose samples are arranged so that ranks get equal vision work; 0 = as drawn.
         kind: what is learned from: "instruct", answers; "prefer", pairs of a right and a wrong one; "grpo", the model's
-            own answers and whether they are right.
-        prefer, grpo: of a stage of that kind.
+            own answers and whether they are right; "contrastive" and "qformer", pairs of an image and a caption.
+        prefer, grpo, contrastive, qformer: of a stage of that kind.
         image_size: side of the square that images are resized to, pixels; None = the model's own.
         lora: roles that learn through adapters, merged at the stage's end; None = weights learn.
         zero_stage, offload: of the engine in this stage; None = the recipe's.
@@ -77,6 +78,8 @@ class StageConfig:
     kind: str = "instruct"
     prefer: PreferConfig = field(default_factory=PreferConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    qformer: MatchingConfig = field(default_factory=MatchingConfig)
     image_size: int | None = None
     lora: LoRAConfig | None = None
     zero_stage: int | None = None
@@ -110,10 +113,15 @@ class StageConfig:
             )
         if self.mixture and self.sources:
             raise ValueError(f"{where}: sources, which have weights, take the place of a mixture; leave one out")
-        if self.sources and self.kind != "instruct":
-            raise ValueError(f"{where}: sources hold answers to learn from, for kind instruct, not {self.kind}")
+        if self.sources and self.kind not in ("instruct", *PAIR_KINDS):
+            raise ValueError(f"{where}: sources hold answers and captions to learn from, not for kind {self.kind}")
         if self.kind not in KINDS:
             raise ValueError(f"{where}: kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind in PAIR_KINDS and (self.visual_tokens or self.balance_steps):
+            raise ValueError(
+                f"{where}: a pair has one image with all of its encoder's tokens; leave visual_tokens and "
+                "balance_steps out"
+            )
         if self.kind != "instruct" and len(self.visual_tokens) > 1:
             raise ValueError(
                 f"{where}: visual_tokens {self.visual_tokens}: a reference belongs to one number of visual tokens, so "

@@ -51,6 +51,7 @@ from fastmllm.train.stages import GradientCheck, StageConfig, set_modes
 from fastmllm.train.step_meter import StepMeter
 from fastmllm.train.table import stage_table
 from fastmllm.train.watchdog import Watchdog
+from fastmllm.train.whole_step import look_ahead
 
 META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
 HINTS = {
@@ -408,9 +409,9 @@ class Trainer:
         factor = self.stage.factor(step)
         engine.set_hyperparameters(factor)
         losses = []
-        for batch in micro:
+        for batch, compared in zip(micro, look_ahead(engine, self.module, micro, meter.flops), strict=True):
             with meter.flops.forward():
-                loss = engine.loss_sum(batch)
+                loss = engine.loss_sum(batch, *compared)
             # The engine averages over ranks; this makes it the sum over all targets of the step / their number.
             with meter.flops.backward():
                 engine.backward(loss * (engine.world_size / targets))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -163,3 +164,29 @@ def test_bad_streams(tmp_path: Path) -> None:
         Stream([], load, plan)
     with pytest.raises(ValueError, match="give `cost`"):
         Stream([damaged(tmp_path, set())], load, BatchPlan(batch_size=1, window=1))
+
+
+def test_full_micro_batches_of_a_step_hold_no_sample_twice(tmp_path: Path) -> None:
+    """A torn image and unreadable texts give way to samples of later steps, other ones in every micro-batch."""
+    members = [
+        member
+        for i in range(60)
+        for member in ((f"{i:02}.png", png(i)), (f"{i:02}.txt", f"{'unreadable ' * (i % 4 == 1)}{i}".encode()))
+    ]
+    write_tar(tmp_path / "s.tar", members)
+    source = ShardSource(SourceConfig(name="s", path=str(tmp_path / "s.tar")), cache=tmp_path / "cache")
+    plan = BatchPlan(batch_size=4, micro_batches=4, ranks=2, full=True)
+    whole, holes = Stream([source], load, plan), Stream([source], load, replace(plan, full=False))
+    lost = 0
+    for step in range(3):
+        drawn = [whole(4 * step + number) for number in range(4)]
+        items = [item for micro in drawn for item in micro.items]
+        assert [len(micro.items) for micro in drawn] == [4] * 4
+        assert len(set(items)) == 16
+        for number, micro in enumerate(drawn):
+            kept = holes(4 * step + number)
+            assert micro.items[: len(kept.items)] == kept.items
+            assert [item.key for item in micro.skipped] == [item.key for item in kept.skipped]
+            lost += len(kept.skipped)
+    assert lost > 6
+    assert whole.identity() != holes.identity()

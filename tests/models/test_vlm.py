@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from tiny_vlm import colour_photos, tiny_vlm
 from fastmllm.compression import METHODS, Placement, compress
 from fastmllm.data.images import load_image
 from fastmllm.data.sample import Sample
+from fastmllm.data.text import ChatTemplate
 from fastmllm.infer.respond import collate_for
 from fastmllm.models.features import FeatureCache
+from fastmllm.models.talk import TalkConfig
 from fastmllm.models.vlm import ModelConfig
 
 
@@ -181,3 +184,13 @@ def test_log_probabilities_of_scored_tokens_in_their_order(photos, place):
         logits = model.language.logits(model.start(batch)[0]).log_softmax(-1)
         rows = (batch.labels != -100).nonzero().view(-1)
         torch.testing.assert_close(tokens, logits[rows, batch.labels[rows]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [ModelConfig, partial(TalkConfig, folder="published")])
+def test_a_models_words_are_a_chat_template(make) -> None:
+    """One template, with defaults of its own: what a recipe leaves out, and what no template may say."""
+    config = make(suffix="<end>")
+    assert isinstance(config, ChatTemplate)
+    assert (config.suffix, config.prefix) == ("<end>", make().prefix)
+    with pytest.raises(ValueError, match=r"must have one \{\}"):
+        make(system="no place")

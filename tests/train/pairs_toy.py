@@ -12,12 +12,13 @@ from tiny_vlm import tiny_tokenizer, tiny_vlm
 from torch import nn
 from train_toy import trainer
 
-from fastmllm.data.captions import collate_captions
+from fastmllm.data.captions import CaptionFormat
 from fastmllm.data.sample import Sample
 from fastmllm.models.composition import MLLMConfig
+from fastmllm.models.dual_encoder import DualEncoder
 from fastmllm.models.language import LanguageConfig
 from fastmllm.models.mllm import MLLM
-from fastmllm.models.pretraining import DualEncoder, QFormerStage
+from fastmllm.models.pretraining import QFormerStage
 from fastmllm.models.vision import VisionConfig
 from fastmllm.modules.qformer import QFormer, QFormerConfig
 from fastmllm.modules.qformer_losses import QFormerPretraining
@@ -55,9 +56,8 @@ def pairs(photos: Path, index: int, size: int, ranks: int, *, first: tuple[int, 
         Sample(id=f"{index}/{p.parent.name}{p.stem}", prompt="", answer=p.parent.name, task="caption", image=str(p))
         for p in chosen
     ]
-    return collate_captions(
-        samples, TOKENIZER, image_size=32, max_tokens=6, first=first, last=last, draw=index // ranks
-    )  # fmt: skip
+    form = CaptionFormat(tokenizer=TOKENIZER, image_size=32, max_tokens=6, first=first, last=last)
+    return form.batch([form.read(sample) for sample in samples], draw=index // ranks)
 
 
 def contrastive(loss: str, seed: int = 0) -> DualEncoder:

@@ -35,6 +35,9 @@ def work(rank: int) -> None:
     for stage in (2, 3):
         for kind in ("clip", "qformer") if stage == 2 else ("clip", "siglip", "qformer"):
             pair_run(OUT / f"{kind}{stage}", PHOTOS, kind, 2, 2, engine={"zero_stage": stage}).run()
+        for kind in ("clip",) if stage == 2 else ("siglip", "qformer"):  # one pair in each of a rank's 2 micro-batches
+            engine = {"zero_stage": stage, "accumulation": 2}
+            pair_run(OUT / f"{kind}{stage}x2", PHOTOS, kind, 1, 4, engine=engine).run()
         train(f"lora{stage}", stage, lora=LoRAConfig(roles=("vision", "llm"), r=2), trainable=RULES)
     for stage in (0, 1, 2, 3):
         trained = train(f"llava{stage}", stage)

@@ -18,6 +18,7 @@ from train_toy import trainer, values
 from fastmllm.train.meters import read_log
 
 HERE = Path(__file__).parent
+PAIR_RUNS = ("clip2", "clip3", "siglip3", "qformer2", "qformer3", "clip2x2", "siglip3x2", "qformer3x2")
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +73,24 @@ def test_pairs_learn_and_resume_to_the_bit(one_rank: dict[str, Any], tmp_path: P
     assert all(torch.equal(value, weights[name]) for name, value in values(straight.model).items())
 
 
-@pytest.mark.parametrize("kind, zero_stage", [("clip", 2), ("clip", 3), ("siglip", 3), ("qformer", 2), ("qformer", 3)])
-def test_two_ranks_are_one_process_with_all_pairs(
-    two_ranks: Path, one_rank: dict[str, Any], kind: str, zero_stage: int
-) -> None:
-    alone, other = one_rank[kind].out_dir, two_ranks / f"{kind}{zero_stage}"
+@pytest.mark.parametrize("name", PAIR_RUNS)
+def test_two_ranks_are_one_process_with_all_pairs(two_ranks: Path, one_rank: dict[str, Any], name: str) -> None:
+    """Whether a rank has its pairs in one micro-batch or in two ("x2")."""
+    alone, other = one_rank[name.rstrip("23x")].out_dir, two_ranks / name
     one, two = (read_log(path / "log.jsonl") for path in (alone, other))
     assert [r.loss for r in two] == pytest.approx([r.loss for r in one], abs=1e-6, rel=1e-6)
     assert [r.grad_norm for r in two] == pytest.approx([r.grad_norm for r in one], rel=1e-4)
     expected = load_file(alone / "trainable.safetensors")
     for name, value in load_file(other / "trainable.safetensors").items():
         assert (value - expected[name]).abs().max() < 1e-4, name
+
+
+def test_a_tower_that_learns_is_not_matched_over_micro_batches(tmp_path: Path, photos: Path) -> None:
+    rules = {"vision": 1e-3, "connector": 1e-3, "heads": 1e-3}
+    with pytest.raises(ValueError, match=r"freeze vision, or set engine\.accumulation=1"):
+        pair_run(
+            tmp_path / "run", photos, "qformer", 2, 2, engine={"accumulation": 2}, changes={"trainable": rules}
+        ).run()
 
 
 def same_in_transformers(folder: Path, logits: torch.Tensor) -> None:

@@ -37,6 +37,7 @@ def turns(index: int) -> Conversation:
 
 def vlm() -> tuple[nn.Module, Callable[[int], Any]]:
     model = tiny_vlm()
+    model.language.lm_head.weight = model.language.model.embed_tokens.weight  # as SmolLM2's: one matrix, two names
 
     def batch(index: int) -> Any:
         return collate(
