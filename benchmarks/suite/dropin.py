@@ -170,7 +170,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; all without")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15, help="at most; a case has its own number")
     parser.add_argument("--warm", action="store_true", help="compile, and time nothing")
     options = parser.parse_args()
     if unknown := set(options.names) - set(CASES):
