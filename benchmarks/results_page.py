@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,14 @@ thing of the same group. CIDEr-D: rare n-grams shared with the references, 0 to 
 mentioned objects, that are absent; less is better, and who names nothing has none. Unparsed: answers that could not be
 read, in %, in the order of the columns; they count as wrong.
 """
+GOAL = 0.95  # of what kept tokens promise
 PARTS = ("encode", "select", "assemble", "prefill", "total", "decode")
 TASKS = {"name": "name", "group": "group", "exists": "forced choice"}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a table; a figure comes as it is to be read."""
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
 
 
 def _share(row: Mapping[str, Any]) -> str:
@@ -46,15 +52,13 @@ def encoders() -> str:
         "`python benchmarks/encoders.py` → `encoders.json`: the demo's data, connector, language model and batches, "
         f"{stored['rows'][0]['steps']} steps in all; % right on Twemoji with the 95 % interval, blind beside it.",
         "",
-        "| encoder | px | grid tokens | ms an image | training, s | " + " | ".join(TASKS.values()) + " |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in stored["rows"]:
-        cells = [f"{_share(row[t])}, blind {100 * row[f'{t} blind']['estimate']['value']:.0f}" for t in TASKS]
-        lines.append(
-            f"| {row['encoder']} | {row['image_size']} | {row['grid_tokens']} | {row['encoder_ms']:.1f} | "
-            f"{row['train_s']:.0f} | {' | '.join(cells)} |"
-        )
+    head = ("encoder", "px", "grid tokens", "ms an image", "training, s", *TASKS.values())
+    lines += table(head, (
+        (row["encoder"], row["image_size"], row["grid_tokens"], f"{row['encoder_ms']:.1f}", f"{row['train_s']:.0f}",
+         *(f"{_share(row[t])}, blind {100 * row[f'{t} blind']['estimate']['value']:.0f}" for t in TASKS))
+        for row in stored["rows"]
+    ))  # fmt: skip
     best = max(stored["rows"], key=lambda r: r["name"]["estimate"]["value"])
     notes = (
         f"The best, {best['encoder'].split(',')[0]}, is the recipe's default. dinov2_small is not DINOv2 as published: "
@@ -74,9 +78,7 @@ def expert() -> str:
         "`python benchmarks/expert.py` → `expert.json`: the demo's model describes each drawing, and a language model "
         "that sees only this description answers; % right on Twemoji.",
         "",
-        f"| path | {' | '.join(tasks)} |",
-        "|---" * (1 + len(tasks)) + "|",
-        *(f"| {row['path']} | {' | '.join(_share(row[t]) for t in tasks)} |" for row in rows),
+        *table(("path", *tasks), ((row["path"], *(_share(row[t]) for t in tasks)) for row in rows)),
         "",
         "What a description leaves out is lost, and a published language model of this size does not answer in the "
         "words that exact match wants; forced choice shows what reached it.",
@@ -92,15 +94,15 @@ def evaluation(title: str, name: str, text: str) -> str:
     for row in metrics["evaluation"]:
         found.setdefault((row["task"], row["metric"]), {})[row["condition"]] = row
     text = f"{text} {blind(found['name', 'accuracy']['blind'])}"
-    head = f"| task | metric | n | {' | '.join(conditions)} | unparsed |"
-    lines = [f"## {title}", "", text, "", head, "|---" * 9 + "|"]
+    rows = []
     for (task, metric), by in found.items():
         show = _score if metric == "CIDEr-D" else _share
-        cells = " | ".join(show(by[c]) if c in by else "–" for c in conditions)
         unread = " / ".join(
             f"{100 * by[c]['unparsed']:.0f}" for c in conditions if c in by and by[c]["unparsed"] is not None
         )
-        lines.append(f"| {task} | {metric} | {by['model']['estimate']['count']} | {cells} | {unread or '–'} |")
+        cells = (show(by[c]) if c in by else "–" for c in conditions)
+        rows.append((task, metric, by["model"]["estimate"]["count"], *cells, unread or "–"))
+    lines = [f"## {title}", "", text, "", *table(("task", "metric", "n", *conditions, "unparsed"), rows)]
     seconds = {k: v for k, v in metrics["seconds"].items() if k != "this run"}
     parts = ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
     lines += ["", f"Seconds: {parts}; {sum(seconds.values()):.0f} in all, {metrics['peak_memory_gib']:.1f} GiB; "
@@ -128,19 +130,20 @@ def compression() -> str:
         "call does. Trained connectors (`pixel_shuffle`, `conv_reduce`, `attend`) need training of their own, "
         "`temporal_dedup` needs videos: they have no row here.",
         "",
-        "| of | K | method | mode | name | group | forced choice | kept | encode | select | assemble | prefill | sum | "
-        "decode | MiB | tax | realised / promised |",
-        "|---" * 17 + "|",
     ]
+    rows = []
     for r in stored["rows"]:
-        tasks = " | ".join(f"{100 * r['tasks'][t]['value']:.0f}" if r["tasks"] else "" for t in TASKS)
+        tasks = (f"{100 * r['tasks'][t]['value']:.0f}" if r["tasks"] else "" for t in TASKS)
         kept = f"{100 * r['kept']:.0f} %" if r["tasks"] else ""
-        times = " | ".join(f"{r[f'{part}_ms']:.1f}" for part in PARTS)
         tax = "" if r["tax"] is None else f"{100 * r['tax']:+.1f} %"
-        lines.append(
-            f"| {r['whole']} | {r['keep']} | {r['name']} | {r['mode']} | {tasks} | {kept} | {times} | "
-            f"{r['peak_mib']:.0f} | {tax} | {r['realised']:.2f} / {r['promised']:.2f} |"
-        )
+        rows.append((
+            r["whole"], r["keep"], r["name"], r["mode"], *tasks, kept, *(f"{r[f'{part}_ms']:.1f}" for part in PARTS),
+            f"{r['peak_mib']:.0f}", tax, f"{r['realised']:.2f} / {r['promised']:.2f}",
+        ))  # fmt: skip
+    lines += table(
+        ("of", "K", "method", "mode", *TASKS.values(), "kept", "encode", "select", "assemble", "prefill", "sum",
+         "decode", "MiB", "tax", "realised / promised"), rows,
+    )  # fmt: skip
     selectors = json.loads((RESULTS / "compressors.json").read_text(encoding="utf-8"))
     lines += [
         "",
@@ -148,53 +151,88 @@ def compression() -> str:
         "CLIP-L/336's size (576 tokens of 1024 to 64) beside a torch transcription of what is published, in turns in "
         "one process; ratio above 1: ours is faster.",
         "",
-        "| method | images | ours | published | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['method']} | {r['images']} | {r['ours_ms']:.2f} | {r['published_ms']:.2f} | {r['ratio']:.2f} |"
-        for r in selectors["rows"]
+        *table(
+            ("method", "images", "ours", "published", "ratio"),
+            (
+                (r["method"], r["images"], f"{r['ours_ms']:.2f}", f"{r['published_ms']:.2f}", f"{r['ratio']:.2f}")
+                for r in selectors["rows"]
+            ),
+        ),
     ]
     return "\n".join(lines)
 
 
 def dropin() -> str:
     """What `fastmllm.patch` gives on models of transformers."""
-    stored = json.loads((RESULTS / "dropin.json").read_text(encoding="utf-8"))
+    stored = json.loads((RESULTS / "dropin.json").read_text(encoding="utf-8"))["rows"]
     lines = [
         "## Drop-in",
         "",
         "`python benchmarks/suite/dropin.py` → `dropin.json`: models of transformers at published widths, unpatched, "
-        "under `torch.compile` and patched, in turns in one process; CPU ms on one thread, medians. Ratio: unpatched / "
-        "patched, the median of pairs; goal: what was wanted. What a CPU does not gain from is left as it is: ratio 1.",
+        "under `torch.compile` and patched, in turns of a random order in one process; CPU ms on one thread, medians. "
+        "Ratio: unpatched / patched, the median of pairs; noise: the same of the unpatched model over itself, with the "
+        "interval that holds its median with 95 %; goal: what was wanted. Slower or faster is a row whose own interval "
+        "meets neither that one nor 1. What a CPU does not gain from is left as it is. "
+        f"Measured at {_commits(stored)}.",
         "",
-        "| case | dtype | unpatched | torch.compile | patched | ratio | goal | MiB | replaced |",
-        "|---" * 9 + "|",
     ]
-    for r in stored["rows"]:
+    rows = []
+    for r in stored:
         ms, peak = r["ms"], r["peak_mib"]
-        compiled = f"{ms['torch.compile']:.1f}" if "torch.compile" in ms else ""
-        goal = "" if r["goal"] is None else f"{r['goal']:.1f}"
-        times = f"{ms['unpatched']:.1f} | {compiled} | {ms['patched']:.1f} | {r['ratio']['unpatched']:.2f} | {goal}"
-        memory = f"{peak['unpatched']:.0f} → {peak['patched']:.0f}"
-        lines.append(f"| {r['case']}: {r['what']} | {r['dtype']} | {times} | {memory} | {', '.join(r['replaced'])} |")
+        graphs = r["compile"].partition(":")[0]
+        compiled = f"{ms['torch.compile']:.1f}" if "torch.compile" in ms else graphs
+        rows.append((
+            f"{r['case']}: {r['what']}", r["dtype"], f"{ms['unpatched']:.1f}",
+            compiled + (f" ({graphs})" if ":" in r["compile"] and "torch.compile" in ms else ""),
+            f"{ms['patched']:.1f}", f"{r['ratio']['unpatched']['value']:.2f}",
+            f"{r['noise']['low']:.2f}–{r['noise']['high']:.2f}: {r['verdict']}" if r["noise"] else "",
+            "" if r["goal"] is None else f"{r['goal']:.1f}", f"{peak['unpatched']:.0f} → {peak['patched']:.0f}",
+            ", ".join(r["replaced"]),
+        ))  # fmt: skip
+    head = ("case", "dtype", "unpatched", "torch.compile", "patched", "ratio", "noise", "goal", "MiB", "replaced")
+    lines += table(head, rows)
+    broken: dict[str, list[str]] = {}
+    for r in stored:
+        if ":" in r["compile"]:
+            broken.setdefault(r["compile"].partition(": ")[2], []).append(f"{r['case']} ({r['dtype']})")
+    if broken:
+        lines += ["", "Where `torch.compile` fails or breaks its graph, and why:", ""]
+        lines += [f"- {', '.join(cases)}: {why}" for why, cases in broken.items()]
     if (RESULTS / "dropin_compress.json").is_file():
-        kept = json.loads((RESULTS / "dropin_compress.json").read_text(encoding="utf-8"))
-        lines += [
-            "",
-            "`python benchmarks/suite/dropin_compress.py` → `dropin_compress.json`: `patch(model, compress=…)` over "
-            "`patch(model)` at LLaVA-OneVision-0.5B's widths, 729 visual tokens and 64 of text. Promised: if "
-            "compressing itself cost nothing.",
-            "",
-            "| compress | what | dtype | layers | whole ms | compressed ms | realised | promised | share |",
-            "|---" * 9 + "|",
-        ]
-        lines += [
-            f"| {r['method']} | {r['what']} | {r['dtype']} | {r['layers']} | {r['ms']['whole']:.0f} | "
-            f"{r['ms']['compressed']:.0f} | {r['realised']:.2f} | {r['promised']:.2f} | {r['share']:.2f} |"
-            for r in kept["rows"]
-        ]
-    return "\n".join(lines)
+        lines += compressed_dropin(json.loads((RESULTS / "dropin_compress.json").read_text(encoding="utf-8"))["rows"])
+    return "\n".join(lines) + "\n"
+
+
+def compressed_dropin(stored: list[dict[str, Any]]) -> list[str]:
+    """What `patch(compress=)` saves of what the kept tokens promise."""
+    cells = ((r, *(r[name] for name in ("realised", "promised", "share"))) for r in stored)
+    return [
+        "",
+        "`python benchmarks/suite/dropin_compress.py` → `dropin_compress.json`: unpatched, `patch(model)` (whole) and "
+        f"`patch(model, compress=…)`, CPU ms on one thread; {'; '.join(dict.fromkeys(r['model'] for r in stored))}. "
+        "Realised: whole / compressed; promised: if compressing itself cost nothing, from the tokens that each layer "
+        f"has; share of that, of {GOAL} that are wanted, with the interval that holds the median with 95 %. Measured "
+        f"at {_commits(stored)}.",
+        "",
+        *table(
+            ("compress", "what", "dtype", "unpatched", "whole", "compressed", "realised", "promised", "share"),
+            (
+                (
+                    r["method"], r["what"], r["dtype"],
+                    *(f"{r['ms'][n]:.0f}" if n in r["ms"] else "" for n in ("unpatched", "whole", "compressed")),
+                    f"{realised['value']:.2f}", f"{promised['value']:.2f}",
+                    f"{share['value']:.2f}" + (f" ({share['low']:.2f}–{share['high']:.2f})" if "low" in share else ""),
+                )
+                for r, realised, promised, share in cells
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def _commits(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Name the code and software that rows were measured with."""
+    runs = (r["run"] for r in rows)
+    return "; ".join(dict.fromkeys(f"{r['commit'] or 'a commit that was not noted'}, torch {r['torch']}" for r in runs))
 
 
 def train_step() -> str:
@@ -210,22 +248,21 @@ def train_step() -> str:
         "seconds of the Trainer / ours, the median of pairs; wall: the same of wall time. Needed: operations that the "
         "step needs, a second. Peak: of a process, libraries included. Loss: largest difference to ours of all steps.",
         "",
-        "| case | ranks | trainer | samples/s | ratio | wall | goal | padding | needed GFLOP/s | peak MiB | loss |",
-        "|---" * 11 + "|",
     ]
+    cells = []
     for r in rows:
         for name, rate in r["samples_per_s"].items():
-            what = f"{r['case']}: {r['what']}" if name == "fastmllm" else ""
-            compared = " |  |  |" if name not in r["ratio"] else (
-                f" {r['ratio'][name]:.2f} | {r['wall_ratio'][name]:.2f} | {r['goal']:.1f} |"
+            compared = ("", "", "") if name not in r["ratio"] else (
+                f"{r['ratio'][name]:.2f}", f"{r['wall_ratio'][name]:.2f}", f"{r['goal']:.1f}"
             )  # fmt: skip
-            apart = f"{r['loss_difference'][name]:.0e}" if name in r["loss_difference"] else ""
-            lines.append(
-                f"| {what} | {r['ranks']} | {name} | {rate:.2f} |{compared} "
-                f"{100 * r['padding'][name]:.0f} % | {1000 * r['model_tflops'][name]:.0f} | "
-                f"{r['peak_mib'][name]:.0f} | {apart} |"
-            )
-    return "\n".join(lines) + "\n"
+            cells.append((
+                f"{r['case']}: {r['what']}" if name == "fastmllm" else "", r["ranks"], name, f"{rate:.2f}", *compared,
+                f"{100 * r['padding'][name]:.0f} %", f"{1000 * r['model_tflops'][name]:.0f}",
+                f"{r['peak_mib'][name]:.0f}",
+                f"{r['loss_difference'][name]:.0e}" if name in r["loss_difference"] else "",
+            ))  # fmt: skip
+    head = ("case", "ranks", "trainer", "samples/s", "ratio", "wall", "goal", "padding", "needed GFLOP/s", "peak MiB")
+    return "\n".join([*lines, *table((*head, "loss"), cells)]) + "\n"
 
 
 def alignment() -> str:
@@ -242,9 +279,10 @@ def alignment() -> str:
         f"{stored['largest difference']:.0e}. TRL ({stored['environment']['trl']}) computes its reference in each "
         "step: it has no precomputed one for images.",
         "",
-        "| | s a step | ratio |",
-        "|---" * 3 + "|",
-        *(f"| {name} | {row['seconds']:.3f} | {row['ratio']:.2f} |" for name, row in stored["rows"].items()),
+        *table(
+            ("", "s a step", "ratio"),
+            ((name, f"{row['seconds']:.3f}", f"{row['ratio']:.2f}") for name, row in stored["rows"].items()),
+        ),
     ]
     return "\n".join(lines)
 

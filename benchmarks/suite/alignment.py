@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dropin import DEVICE, ROOT, seconds
+from interleaved import DEVICE, ROOT, seconds
 from PIL import Image
 from rich.console import Console
 from rich.table import Table

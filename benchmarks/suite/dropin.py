@@ -1,21 +1,23 @@
-"""`fastmllm.patch` on models of transformers at real shapes: unpatched, torch.compile, Liger (on CUDA) and patched.
+"""`fastmllm.patch` on models of transformers at real widths: unpatched, torch.compile, Liger (on CUDA) and patched.
 
-    python benchmarks/suite/dropin.py [NAME ...] [--rounds N] [--no-compile]
+    python benchmarks/suite/dropin.py [NAME ...] [--rounds N] [--warm]
 
-Random weights, the published widths, fewer layers where a case says so. All providers of a case run in turns in one
-process; the figure is the median of paired ratios unpatched / patched: above 1 the patch is faster. On a CPU it is
-process CPU time on one thread, on a GPU the time between events. Results are compared before anything is timed. Writes
-benchmarks/results/<device>/dropin.json, a case at a time, beside the cases that are stored there.
+Random weights, the published widths, fewer layers and tokens where a case says so. All providers of a case run in turns
+in one process, each round in an order of its own; the figure is the median of paired ratios unpatched / patched: above
+1 the patch is faster. A second copy of the unpatched model runs in the same turns: the interval of its ratio is the
+noise, and a row is called slower or faster where the patch's interval meets neither that nor 1. On a CPU it is process
+CPU time on one thread, on a GPU the time between events. Results are compared before anything is timed. Where
+torch.compile fails or breaks its graph the row says why. `--warm` only fills torch.compile's cache, which takes longer
+than the rest. Writes benchmarks/results/<device>/dropin.json, a case at a time, each row with where it was measured,
+beside the cases that are stored there.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -23,31 +25,16 @@ from typing import Any
 
 import torch
 from dropin_cases import CASES, Case
+from interleaved import DEVICE, ROOT, circumstances, compared, in_turns, twin, verdict
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 from fastmllm.bench.meters import peak_bytes
 from fastmllm.hf import patch
-from fastmllm.session import environment, write_text
-
-ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Return process CPU time on one thread, or time on the GPU."""
-    if DEVICE == "cpu":
-        began = time.process_time()
-        call()
-        return time.process_time() - began
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
+from fastmllm.session import write_text
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
@@ -71,21 +58,36 @@ def liger(model: nn.Module) -> nn.Module | None:
     return model
 
 
-def measure(case: Case, dtype: torch.dtype, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Compare and time the providers of a case."""
+def compiled(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Module | None, str]:
+    """Return a model under torch.compile that has run twice, or None, and what is to be said of it."""
+    torch._dynamo.reset()
+    counters.clear()
+    fast: nn.Module = torch.compile(model)  # type: ignore[assignment]
+    try:
+        for _ in range(2):
+            run(fast)
+    except Exception as error:
+        return None, f"fails: {type(error).__name__}: {_line(str(error))}"
+    breaks = [_line(why) for why in counters["graph_break"]]
+    graphs = counters["stats"]["unique_graphs"]
+    return fast, f"{graphs} graphs: {'; '.join(breaks)}" if breaks else f"{graphs} graph" + "s" * (graphs != 1)
+
+
+def _line(said: str) -> str:
+    """Return the first line of what torch says, without what stands around it."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[0][:100] if lines else "no reason given"
+
+
+def measure(case: Case, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Compare and time the providers of a case; no round: only compile."""
     torch.manual_seed(0)
     plain = case.build().to(DEVICE, dtype)
     plain.train(case.step)
-    patched = copy.deepcopy(plain)
-    report = patch(patched)
     if case.step:
-        for model in (plain, patched):
-            case.freeze(model)
-    models = {"unpatched": plain, "patched": patched}
-    if compiled and case.compiles:
-        models["torch.compile"] = torch.compile(copy.deepcopy(plain))  # type: ignore[assignment]
-    if DEVICE == "cuda" and (lighter := liger(copy.deepcopy(plain))) is not None:
-        models["liger"] = lighter
+        case.freeze(plain)
+    patched = twin(plain)
+    report = patch(patched)
     given = case.inputs(DEVICE, dtype)
 
     def run(model: nn.Module) -> Any:
@@ -97,28 +99,39 @@ def measure(case: Case, dtype: torch.dtype, rounds: int, compiled: bool) -> dict
         loss.backward()
         return loss
 
-    error = differ(run(patched), run(plain))
-    if case.step:
-        error = max(error, differ(gradients(patched), gradients(plain)))
+    models: dict[str, nn.Module] = {"unpatched": plain, "patched": patched, "unpatched again": twin(plain)}
+    fast, said = compiled(twin(plain), run)
+    if fast is not None:
+        models["torch.compile"] = fast
+    if DEVICE == "cuda" and (lighter := liger(twin(plain))) is not None:
+        models["liger"] = lighter
+    found: dict[str, Any] = {}
+    peaks: dict[str, float] = {}
+    for name in (n for n in models if n not in ("torch.compile", "unpatched again")):
+        plain.zero_grad(set_to_none=True)
+        found[name] = run(models[name]), gradients(plain)
+    for name in found:  # again: what is kept from call to call is there
+        plain.zero_grad(set_to_none=True)
+        peaks[name] = peak_bytes(lambda n=name: run(models[n])) / 2**20
+    error = max(differ(*pair) for pair in zip(found["patched"], found["unpatched"], strict=True) if tree_leaves(pair))
     if not error <= (2e-4 if dtype == torch.float32 else 0.06):
         raise SystemExit(f"{case.name}: patched and unpatched differ by {error}")
-    peaks = {
-        name: peak_bytes(lambda m=model: run(m)) / 2**20 for name, model in models.items() if name != "torch.compile"
-    }
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            took = seconds(lambda m=model: run(m))
-            if turn:
-                times[name].append(took)
-    return {
+    found.clear()
+    plain.zero_grad(set_to_none=True)
+    row = {
         "case": case.name, "what": case.what, "dtype": str(dtype).removeprefix("torch."), "goal": case.goal,
         "error": error, "replaced": sorted({f"{r.op} ({r.backend})" for r in report.replaced}),
-        "ms": {name: 1e3 * median(t) for name, t in times.items()}, "peak_mib": peaks, "rounds": rounds,
-        "ratio": {
-            name: median(a / b for a, b in zip(t, times["patched"], strict=True))
-            for name, t in times.items() if name != "patched"
-        },
+        "compile": said, "peak_mib": peaks, "rounds": rounds, "run": circumstances(),
+    }  # fmt: skip
+    if not rounds:
+        return row
+    times = in_turns({name: (lambda m=model: run(m)) for name, model in models.items()}, rounds)
+    ratio = {name: compared(t, times["patched"]) for name, t in times.items() if name != "patched"}
+    noise = compared(times["unpatched"], times["unpatched again"])
+    del ratio["unpatched again"]
+    return row | {
+        "ms": {name: 1e3 * median(t) for name, t in times.items()}, "ratio": ratio, "noise": noise,
+        "verdict": verdict(ratio["unpatched"], noise),
     }  # fmt: skip
 
 
@@ -127,10 +140,10 @@ def store(rows: list[dict[str, Any]]) -> Path:
     path = ROOT / "benchmarks" / "results" / DEVICE / "dropin.json"
     before = json.loads(path.read_text())["rows"] if path.is_file() else []
     done = {(r["case"], r["dtype"]) for r in rows}
-    kept = [r for r in before if (r["case"], r["dtype"]) not in done]
+    kept = [r for r in before if (r["case"], r["dtype"]) not in done and r["case"] in CASES]
     order = {name: n for n, name in enumerate(CASES)}
-    both = sorted(kept + rows, key=lambda r: (order.get(r["case"], 99), r["dtype"]))
-    write_text(path, json.dumps({"environment": environment(), "rows": both}, indent=1))
+    both = sorted(kept + rows, key=lambda r: (order[r["case"]], r["dtype"]))
+    write_text(path, json.dumps({"rows": both}, indent=1))
     return path
 
 
@@ -139,17 +152,17 @@ def table(rows: list[dict[str, Any]]) -> Table:
     out = Table(
         title="ms, and how much faster the patched model is; " + ("CUDA" if DEVICE == "cuda" else "one CPU thread")
     )
-    for name in ("case", "dtype", "unpatched", "compile", "liger", "patched", "ratio", "vs compile", "MiB", "goal"):
+    heads = ("case", "dtype", "unpatched", "compile", "liger", "patched", "ratio", "noise", "", "vs compile", "MiB")
+    for name in (*heads, "goal"):
         out.add_column(name, justify="left" if name == "case" else "right")
     for r in rows:
-        ms, peak = r["ms"], r["peak_mib"]
-        goal = "" if r["goal"] is None else f"{r['goal']:.2f}"
-        compiled = r["ratio"].get("torch.compile")
+        ms, peak, ratio, noise = r["ms"], r["peak_mib"], r["ratio"], r["noise"]
         out.add_row(
             r["case"], r["dtype"],
             *(f"{ms[n]:.1f}" if n in ms else "" for n in ("unpatched", "torch.compile", "liger", "patched")),
-            f"{r['ratio']['unpatched']:.2f}", "" if compiled is None else f"{compiled:.2f}",
-            f"{peak['unpatched']:.0f} → {peak['patched']:.0f}", goal,
+            f"{ratio['unpatched']['value']:.3f}", f"{noise['low']:.3f}-{noise['high']:.3f}", r["verdict"],
+            f"{ratio['torch.compile']['value']:.2f}" if "torch.compile" in ratio else r["compile"],
+            f"{peak['unpatched']:.0f} → {peak['patched']:.0f}", "" if r["goal"] is None else f"{r['goal']:.2f}",
         )  # fmt: skip
     return out
 
@@ -157,23 +170,28 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}; all without")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=15, help="at most; a case has its own number")
+    parser.add_argument("--warm", action="store_true", help="compile, and time nothing")
     options = parser.parse_args()
     if unknown := set(options.names) - set(CASES):
         sys.exit(f"dropin.py: {sorted(unknown)} are none of {sorted(CASES)}")
     if DEVICE == "cpu":
         torch.set_num_threads(1)
-    console, rows = Console(width=None if sys.stdout.isatty() else 150), []
+    circumstances()  # of the code before this run writes its results
+    console, rows = Console(width=None if sys.stdout.isatty() else 170), []
     for case in (CASES[name] for name in options.names or CASES):
         for dtype in case.dtypes:
-            rows.append(measure(case, dtype, min(options.rounds, case.rounds), not options.no_compile))
-            path = store(rows)
-            console.print(table(rows[-1:]))
-            torch._dynamo.reset()
+            row = measure(case, dtype, 0 if options.warm else min(options.rounds, case.rounds))
+            if options.warm:
+                console.print(case.name, row["dtype"], row["compile"])
+            else:
+                rows.append(row)
+                path = store(rows)
+                console.print(table(rows[-1:]))
             gc.collect()
-    console.print(table(rows))
-    console.print(path.relative_to(ROOT))
+    if rows:
+        console.print(table(rows))
+        console.print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":

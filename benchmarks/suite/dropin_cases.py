@@ -28,6 +28,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 Given = dict[str, Any]
 BOTH = (torch.float32, torch.bfloat16)
 IMAGE = 151646  # a token of Qwen2's vocabulary
+SIDE, VISUAL = 112, 64  # pixels and tokens of an image
+TILE = 401  # tokens of a tile of 280 px
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,6 @@ class Case:
         step: forward and backward in training mode.
         freeze: what of a step's model does not learn.
         goal: ratio that is wanted.
-        compiles: torch.compile is worth waiting for.
         dtypes: to measure in.
         rounds: at most.
     """
@@ -56,7 +57,6 @@ class Case:
     step: bool = False
     freeze: Callable[[nn.Module], Any] = lambda model: None
     goal: float | None = None
-    compiles: bool = True
     dtypes: tuple[torch.dtype, ...] = BOTH
     rounds: int = 7
 
@@ -64,7 +64,7 @@ class Case:
 def clip() -> nn.Module:
     return CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16, image_size=336,
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16, image_size=336,
             patch_size=14,
         )
     )  # fmt: skip
@@ -74,7 +74,7 @@ def pictures(count: int, side: int) -> Callable[[str, torch.dtype], Given]:
     return lambda device, dtype: {"pixel_values": torch.randn(count, 3, side, side).to(device, dtype)}
 
 
-def qwen(depth: int = 4) -> nn.Module:
+def qwen(depth: int = 2) -> nn.Module:
     config = Qwen2_5_VLConfig(
         vision_config={"depth": depth, "hidden_size": 1280, "fullatt_block_indexes": [depth - 1]}
     ).vision_config
@@ -93,7 +93,7 @@ def patches(*grids: tuple[int, int, int]) -> Callable[[str, torch.dtype], Given]
 
 def qformer() -> nn.Module:
     return Blip2QFormerModel(
-        Blip2QFormerConfig(num_hidden_layers=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        Blip2QFormerConfig(num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     )
 
 
@@ -131,12 +131,12 @@ def tile_attention() -> nn.Module:
 
 
 def tiles(device: str, dtype: torch.dtype) -> Given:
-    """256 words that see two tiles of four; the first four see no image, for which transformers shows them all."""
-    mask = torch.zeros(1, 1, 256, 4 * 1601)
-    mask[:, :, 4:, 2 * 1601 :] = torch.finfo(dtype).min
+    """128 words that see two tiles of four; the first four see no image, for which transformers shows them all."""
+    mask = torch.zeros(1, 1, 128, 4 * TILE)
+    mask[:, :, 4:, 2 * TILE :] = torch.finfo(dtype).min
     return {
-        "hidden_states": torch.randn(1, 256, 4096).to(device, dtype),
-        "cross_attention_states": torch.randn(4, 1601, 4096).to(device, dtype),
+        "hidden_states": torch.randn(1, 128, 4096).to(device, dtype),
+        "cross_attention_states": torch.randn(4, TILE, 4096).to(device, dtype),
         "attention_mask": mask.to(device, dtype),
     }
 
@@ -147,7 +147,7 @@ def llava(layers: int, tower: int = 4) -> LlavaForConditionalGeneration:
         LlavaConfig(
             vision_config=SiglipVisionConfig(
                 hidden_size=1152, intermediate_size=4304, num_hidden_layers=tower, num_attention_heads=16,
-                image_size=384, patch_size=14, vision_use_head=False,
+                image_size=SIDE, patch_size=14, vision_use_head=False,
             ),
             text_config=Qwen2Config(
                 vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers,
@@ -159,15 +159,15 @@ def llava(layers: int, tower: int = 4) -> LlavaForConditionalGeneration:
 
 
 def dialogue(text: int, images: int = 1, scored: float = 0.15) -> Callable[[str, torch.dtype], Given]:
-    """A row of 729 tokens an image and some text, whose last tokens are scored."""
+    """A row of an image's tokens and some text, whose last tokens are scored."""
 
     def make(device: str, dtype: torch.dtype) -> Given:
-        ids = torch.cat([torch.full((729 * images,), IMAGE), torch.randint(0, 150000, (text,))])[None]
+        ids = torch.cat([torch.full((VISUAL * images,), IMAGE), torch.randint(0, 150000, (text,))])[None]
         labels = ids.clone()
         labels[:, : -round(scored * ids.shape[1])] = -100
         given: Given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         if images:
-            given["pixel_values"] = torch.randn(images, 3, 384, 384).to(dtype)
+            given["pixel_values"] = torch.randn(images, 3, SIDE, SIDE).to(dtype)
         return {name: t.to(device) for name, t in given.items()}
 
     return make
@@ -200,38 +200,39 @@ def freeze_tower(model: Any) -> None:
 
 
 ALL = (
-    Case(name="clip_tower", what="ViT-L/14-336, 4 of 24 layers, 2 images", build=clip, inputs=pictures(2, 336)),
-    Case(name="clip_tower_step", what="the same, forward and backward", build=clip, inputs=pictures(2, 336),
+    Case(name="clip_tower", what="ViT-L/14-336, 2 of 24 layers, one image", build=clip, inputs=pictures(1, 336)),
+    Case(name="clip_tower_step", what="the same, forward and backward", build=clip, inputs=pictures(1, 336),
          call=summed, step=True),
     Case(name="qwen2_5_patch_embed", what="Conv3d, 1024 patches", build=lambda: qwen(1).patch_embed, goal=3.0,
          inputs=lambda device, dtype: {"hidden_states": torch.randn(1024, 1176).to(device, dtype)},
-         call=lambda model, given: model(**given)),
+         call=lambda model, given: model(**given), rounds=11),
     Case(name="qwen2_5_patch_embed_step", what="the same, forward and backward", build=lambda: qwen(1).patch_embed,
          inputs=lambda device, dtype: {"hidden_states": torch.randn(1024, 1176).to(device, dtype)},
-         call=lambda model, given: model(**given).float().square().mean(), step=True, goal=3.0),
-    Case(name="qwen2_5_tower_448", what="3 windowed and 1 full of 32 layers, 448 px", build=qwen,
-         inputs=patches((1, 32, 32)), compiles=False),
-    Case(name="qwen2_5_tower_896", what="the same, 896 px", build=qwen, inputs=patches((1, 64, 64)), compiles=False,
-         rounds=5),
-    Case(name="qwen2_5_tower_step", what="448 px, forward and backward", build=qwen, inputs=patches((1, 32, 32)),
-         call=summed, step=True, compiles=False, rounds=5),
-    Case(name="qformer", what="4 of 12 layers, 32 queries × 257 tokens, 4 images", build=qformer, inputs=queries),
+         call=lambda model, given: model(**given).float().square().mean(), step=True, goal=3.0, rounds=11),
+    Case(name="qwen2_5_tower_336", what="1 windowed and 1 full of 32 layers, 336 px", build=qwen,
+         inputs=patches((1, 24, 24))),
+    Case(name="qwen2_5_tower_672", what="the same, 672 px", build=qwen, inputs=patches((1, 48, 48)), rounds=6,
+         dtypes=(torch.bfloat16,)),
+    Case(name="qwen2_5_tower_step", what="224 px, forward and backward", build=qwen, inputs=patches((1, 16, 16)),
+         call=summed, step=True),
+    Case(name="qformer", what="2 of 12 layers, 32 queries × 257 tokens, 4 images", build=qformer, inputs=queries,
+         rounds=11),
     Case(name="qformer_step", what="the same, forward and backward", build=qformer, inputs=queries, call=summed,
          step=True),
     Case(name="gated_decode", what="IDEFICS-9B gated layer, one token, 128 latents", build=gated_layer, inputs=decoding,
-         goal=1.4),
-    Case(name="tile_attention", what="Llama-3.2-11B-Vision's cross-attention, 256 words, 2 of 4 tiles",
-         build=tile_attention, inputs=tiles, compiles=False),
+         goal=1.4, rounds=15),
+    Case(name="tile_attention", what="Llama-3.2-11B-Vision's cross-attention, 128 words, 2 of 4 tiles of 280 px",
+         build=tile_attention, inputs=tiles),
     Case(name="tile_attention_step", what="the same, forward and backward", build=tile_attention, inputs=tiles,
-         call=summed, step=True, compiles=False, rounds=3),
-    Case(name="head_and_loss", what="896 × 151936, 512 rows, 85 % ignored, forward and backward",
-         build=lambda: llava(0, 1), inputs=dialogue(512, images=0), call=loss, step=True, goal=4.0, compiles=False),
+         call=summed, step=True, rounds=6),
+    Case(name="head_and_loss", what="896 × 151936, 128 rows, 85 % ignored, forward and backward",
+         build=lambda: llava(0, 1), inputs=dialogue(128, images=0), call=loss, step=True, goal=4.0, rounds=6),
     Case(name="head_and_loss_all", what="the same, no row ignored", build=lambda: llava(0, 1),
-         inputs=dialogue(512, images=0, scored=1.0), call=loss, step=True, compiles=False),
-    Case(name="sft_step", what="LLaVA-OneVision-0.5B's widths and 24 layers, frozen tower of 4 of 27 layers, 729 "
-         "visual and 295 text tokens, 85 % ignored", build=lambda: llava(24), inputs=dialogue(295), call=loss,
-         step=True, freeze=freeze_tower, goal=1.2, compiles=False, rounds=3),
-    Case(name="prefill", what="the same model's first token", build=lambda: llava(24), inputs=unlabelled(dialogue(295)),
-         call=prefill, compiles=False, rounds=3),
+         inputs=dialogue(128, images=0, scored=1.0), call=loss, step=True, rounds=6, dtypes=(torch.bfloat16,)),
+    Case(name="sft_step", what="LLaVA-OneVision-0.5B's widths and 24 layers, frozen tower of 4 of 27 layers, 64 visual "
+         "and 64 text tokens, 85 % ignored", build=lambda: llava(24), inputs=dialogue(64), call=loss, step=True,
+         freeze=freeze_tower, goal=1.2, rounds=6),
+    Case(name="prefill", what="the same model's first token, 6 of 24 layers", build=lambda: llava(6),
+         inputs=unlabelled(dialogue(64)), call=prefill, rounds=11),
 )  # fmt: skip
 CASES = {case.name: case for case in ALL}

@@ -20,7 +20,19 @@ from torch.nn.modules import module as _all
 ORIGINAL, STATE = "_fastmllm_original", "_fastmllm_"
 PREPARED = STATE + "prepared"  # the forward that accelerate's mixed precision had bound
 LOWERED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: neither fp64 nor integers
+TOGETHER = STATE + "together"  # where modules keep the one `Together`, if they have to
 _FUSED: dict[tuple[type, tuple[type[Fusion], ...]], type] = {}
+
+
+class Together:
+    """What modules share that compute so together or not at all; copies of them share a copy.
+
+    Attributes:
+        whole: none of them was unpatched yet.
+    """
+
+    def __init__(self) -> None:
+        self.whole = True
 
 
 class Fusion:
@@ -32,6 +44,7 @@ class Fusion:
 
     op: ClassVar[str]  # what is asked for in `patch(ops=…)` and shown in the report
     overrides: ClassVar[tuple[str, ...]] = ("forward",)
+    reads: ClassVar[tuple[str, ...]] = ()  # properties that it answers: a static method `name(module, original)` each
     one_tensor: ClassVar[bool] = False  # its methods take one tensor, by place; other calls run what they replace
 
     @staticmethod
@@ -77,6 +90,9 @@ def fused_class(original: type, fusions: tuple[type[Fusion], ...]) -> type:
             for name in fusion.overrides:
                 before = namespace.get(name, getattr(original, name))
                 namespace[name] = _guarded(fusion, name, before)
+            for name in fusion.reads:
+                before = namespace.get(name, inspect.getattr_static(original, name))
+                namespace[name] = before.getter(_answered(fusion, name, before.fget))
         _FUSED[original, fusions] = type(original.__name__, (original,), namespace)
     return _FUSED[original, fusions]
 
@@ -90,7 +106,7 @@ def _guarded(fusion: type[Fusion], name: str, original: Callable[..., Any]) -> C
         if fusion.one_tensor and (kwargs or len(args) != 1 or not isinstance(args[0], Tensor)):
             why: str | None = "it is called with other arguments than one tensor"
         else:
-            why = _transformed() or fusion.unsupported(self, *args, **kwargs)
+            why = _transformed() or _parted(fusion, self) or fusion.unsupported(self, *args, **kwargs)
         if why is None:
             return compute(self, original, *args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -102,6 +118,15 @@ def _guarded(fusion: type[Fusion], name: str, original: Callable[..., Any]) -> C
     return method
 
 
+def _answered(fusion: type[Fusion], name: str, original: Callable[..., Any]) -> Callable[[nn.Module], Any]:
+    compute = getattr(fusion, name)
+
+    def read(self: nn.Module) -> Any:
+        return compute(self, original)
+
+    return read
+
+
 def _transformed() -> str | None:
     """Name what our operators have no formula for: forward-mode derivatives and the transforms of torch.func."""
     if torch.compiler.is_compiling():
@@ -109,6 +134,11 @@ def _transformed() -> str | None:
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return "torch.func or forward-mode derivatives"
     return None
+
+
+def _parted(fusion: type[Fusion], module: nn.Module) -> str | None:
+    together = module.__dict__.get(TOGETHER) if fusion.op == "compress" else None
+    return None if together is None or together.whole else "a part of the model that it needs was unpatched"
 
 
 def _init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -166,6 +196,8 @@ def restore(module: nn.Module) -> None:
     """Put the class of a module back, and drop what its fusions kept on it."""
     before = type(module)
     module.__class__ = before.__dict__[ORIGINAL]
+    if (together := module.__dict__.get(TOGETHER)) is not None:
+        together.whole = False
     prepared = module.__dict__.get(PREPARED)
     if prepared is not None and "_original_forward" in module.__dict__:  # accelerate has not taken its own off since
         module.__dict__["forward"] = prepared

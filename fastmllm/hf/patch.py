@@ -11,7 +11,7 @@ from torch import nn
 
 from fastmllm.compression import Compressor, Placement
 from fastmllm.hf.compress import compress_fusions
-from fastmllm.hf.fusion import STATE, Fusion, bound_forward, fuse, is_fused, restore
+from fastmllm.hf.fusion import STATE, TOGETHER, Fusion, Together, bound_forward, fuse, is_fused, restore
 from fastmllm.hf.report import Report, Row
 from fastmllm.hf.rules import OPS, fusions_of, known_class, unknown_families
 from fastmllm.hf.rules.dense import WHY, dense_attention
@@ -89,9 +89,13 @@ def _put_back_on_error(model: nn.Module) -> Iterator[None]:
         (module, type(module)._fastmllm_fusions, {n: x for n, x in module.__dict__.items() if n.startswith(STATE)})  # type: ignore[attr-defined]
         for module in model.modules() if is_fused(module)
     ]  # fmt: skip
+    shared = [state[TOGETHER] for *_, state in before if TOGETHER in state]
+    whole = [together.whole for together in shared]
     try:
         yield
     except BaseException:
+        for together, was in zip(shared, whole, strict=True):
+            together.whole = was
         for module, fusions, state in before:
             if not is_fused(module):
                 fuse(module, fusions)
@@ -131,11 +135,12 @@ def _plan(
     for name, module in dense_attention(model) if asked is None else ():
         rows.append(Row(module=name, kind=type(module).__name__, op="–", backend=None, reason=WHY))
     kept: Kept = []
+    together = Together()
     for name, module, fusion, state, said in compress_fusions(model, compress):
         if said is not None:
             rows.append(Row(module=name, kind=type(module).__name__, op="compress", backend=said))
         plan.setdefault(module, []).append(fusion)  # the outermost: what others read is short already
-        kept.append((module, state))
+        kept.append((module, {**state, TOGETHER: together}))
     failed = [row for row in rows if row.refused] if asked is not None else []
     missing = sorted((asked or frozenset()) - {row.op for row in rows})
     if asked is None and not any(row.backend for row in rows):
@@ -149,6 +154,8 @@ def _plan(
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Give every module of a model its own class back; the model computes bit for bit what it did before.
+
+    A part of a patched model may be given: what is around it stays patched, but compresses no more if that part did.
 
     Returns:
         The model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import wraps
 
 import pytest
@@ -172,3 +173,44 @@ def test_in_half_precision_parts_of_the_rows_count(monkeypatch, dtype, ours):
     assert fused_loss._worth_it(head, labels, -100)
     monkeypatch.setattr(fused_loss, "CHUNK", 20 * 64)
     assert fused_loss._worth_it(head, labels, -100) == ours
+
+
+def test_two_threads_train_one_model(model):
+    """Both meet between the model's call and its head's."""
+    batches = [llava_batch() for _ in range(2)]
+    batches[1]["labels"] = batches[1]["input_ids"].roll(3, 1)
+    batches[1]["labels"][:, :-7] = -100
+    parameters = list(model.train().parameters())
+
+    def step(batch):
+        out = model(**batch)
+        return out, torch.autograd.grad(out.loss, parameters, allow_unused=True)
+
+    report = patch(model, ops=["linear_cross_entropy"])
+    expected = [step(batch) for batch in batches]
+    assert not torch.equal(expected[0][0].loss, expected[1][0].loss)
+    meeting, found = threading.Barrier(2, timeout=30), [None, None]
+
+    def meet(module, args, out):
+        meeting.wait()
+
+    hook = model.model.register_forward_hook(meet)
+
+    def work(i):
+        found[i] = step(batches[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    hook.remove()
+    assert not report.fallbacks()
+    unpatch(model)
+    for ours, alone in zip(found, expected, strict=True):
+        assert ours is not None, "its thread raised"
+        assert ours[0].logits is None
+        torch.testing.assert_close(ours[0].loss, alone[0].loss, rtol=0, atol=0)
+        for a, b in zip(ours[1], alone[1], strict=True):
+            assert a is b is None or torch.equal(a, b)
+    assert model.loss_function is ForCausalLMLoss

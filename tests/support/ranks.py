@@ -19,17 +19,17 @@ def results(script: str, world: int, folder: Path, *arguments: str) -> list[Any]
     """Run a script of this folder as `world` ranks, `script rank world folder arguments`; return what each left."""
     paths = os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    said = [folder / f"rank{rank}.err" for rank in range(world)]  # a pipe fills up while another rank is waited for
     ranks = [
         subprocess.Popen(
             [sys.executable, str(SUPPORT / script), str(rank), str(world), str(folder), *arguments],
-            env=environment, stderr=subprocess.PIPE, text=True,
+            env=environment, stderr=said[rank].open("wb"),
         )
         for rank in range(world)
     ]  # fmt: skip
     try:
-        for process in ranks:
-            errors = process.communicate(timeout=TIMEOUT)[1]
-            assert process.returncode == 0, errors
+        for process, errors in zip(ranks, said, strict=True):
+            assert process.wait(timeout=TIMEOUT) == 0, errors.read_text(errors="replace")
     finally:
         for process in ranks:  # one that failed leaves the others waiting
             process.kill()
