@@ -95,7 +95,7 @@ def evaluation(title: str, name: str, text: str) -> str:
     head = f"| task | metric | n | {' | '.join(conditions)} | unparsed |"
     lines = [f"## {title}", "", text, "", head, "|---" * 9 + "|"]
     for (task, metric), by in found.items():
-        show = _score if metric == "CIDEr-D" else _share
+        show = _score if metric in ("CIDEr-D", "words") else _share
         cells = " | ".join(show(by[c]) if c in by else "–" for c in conditions)
         unread = " / ".join(
             f"{100 * by[c]['unparsed']:.0f}" for c in conditions if c in by and by[c]["unparsed"] is not None

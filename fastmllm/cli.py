@@ -89,6 +89,8 @@ def plan(
 def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
     """Train what is not trained yet, then evaluate beside blind, wrong image, majority and random.
 
+    `fastmllm eval compare A B` compares two evaluations.
+
     Args:
         recipe: a YAML file.
         overrides: changes to it.
@@ -100,6 +102,23 @@ def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("ou
     session.train()
     if session.first:
         session.console.print(session.evaluate().table())
+
+
+def compare(a: RecipePath, b: RecipePath, json: bool = False) -> None:
+    """Compare two evaluations answer by answer: fastmllm eval compare A B.
+
+    Args:
+        a: folder of a run, or its evaluation.json.
+        b: another one, on the same questions.
+        json: for programs.
+    """
+    from fastmllm.eval.compare import compare_runs, comparison_table, read_records
+
+    found = compare_runs(read_records(a), read_records(b))
+    if json:
+        print(found.to_json())
+    else:
+        Console().print(comparison_table(found, str(a), str(b)))
 
 
 def generate(
@@ -176,6 +195,7 @@ def _load(recipe: Path, overrides: tuple[str, ...]):
     return Recipe.load(recipe, overrides)
 
 
+SUBCOMMANDS: dict[tuple[str, str], Callable[..., Any]] = {("eval", "compare"): compare}
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
@@ -200,7 +220,10 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
+        if (command := tuple(sys.argv[1:3])) in SUBCOMMANDS:
+            tyro.cli(SUBCOMMANDS[command], prog=f"fastmllm {' '.join(command)}", args=sys.argv[3:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wanted: `fastmllm backends | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit

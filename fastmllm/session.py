@@ -26,6 +26,7 @@ from fastmllm.data.build import Splits
 from fastmllm.data.build import build as build_data
 from fastmllm.data.images import open_image
 from fastmllm.data.progress import progress_bar
+from fastmllm.eval.answers import AnswerLog
 from fastmllm.eval.intervals import Estimate
 from fastmllm.eval.runner import Report, Row, evaluate
 from fastmllm.infer.respond import Responder
@@ -148,15 +149,18 @@ class Session:
         self.train()
         stored = self._stored("evaluation", self.recipe.eval, self._evaluate)
         rows = [Row(**{**r, "estimate": Estimate(**r["estimate"])}) for r in stored["rows"]]
-        return Report(rows=rows, records=stored["records"])
+        for failure in stored["failures"]:
+            self.console.print(f"not asked: {failure}", highlight=False)
+        return Report(rows=rows, records=stored["records"], failures=stored["failures"])
 
     def _evaluate(self) -> dict[str, Any]:
+        log = AnswerLog(self.out / "answers", _key([self._weights(), self.recipe.model, fastmllm.__version__]))
         with progress_bar(self.console, "evaluating") as advance, torch.inference_mode():
             report = evaluate(
                 Responder(self._vlm()), self.splits.eval, self.splits.train, self.recipe.eval,
-                progress=lambda task, done, total: advance(done, total),
+                progress=lambda task, done, total: advance(done, total), log=log,
             )  # fmt: skip
-        return {"rows": report.to_json(), "records": report.records}
+        return {"rows": report.to_json(), "records": report.records, "failures": report.failures}
 
     def sweep(self) -> list[Cell]:
         """Sweep resolution, visual tokens and compressor, or return the stored sweep of the same weights."""
