@@ -89,7 +89,8 @@ def plan(
 def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
     """Train what is not trained yet, then evaluate beside blind, wrong image, majority and random.
 
-    `fastmllm eval compare A B` compares two evaluations.
+    `fastmllm eval compare A B` compares two evaluations, `fastmllm eval baselines pope=FOLDER` scores a published set
+    without a model.
 
     Args:
         recipe: a YAML file.
@@ -119,6 +120,26 @@ def compare(a: RecipePath, b: RecipePath, json: bool = False) -> None:
         print(found.to_json())
     else:
         Console().print(comparison_table(found, str(a), str(b)))
+
+
+def show_baselines(sets: Overrides, limit: int = 0, seed: int = 0) -> None:
+    """Score published sets without a model: fastmllm eval baselines pope=/data/pope amber=/data/amber.
+
+    Args:
+        sets: name=folder, in the authors' format; the images need not be there.
+        limit: at most this many questions a task; 0 = all.
+        seed: of the random answers.
+    """
+    from fastmllm.eval.baselines import baselines, baselines_table
+    from fastmllm.eval.sets import describe, load_sets
+
+    if not sets or not all("=" in item for item in sets):
+        raise ValueError("eval baselines: name a set and its folder, such as pope=/data/pope")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    loaded = load_sets(dict(item.split("=", 1) for item in sets), images=False)
+    for line in (line for one in loaded for line in describe(one)):
+        console.print(line, highlight=False)
+    console.print(baselines_table(baselines(loaded, limit, seed)))
 
 
 def generate(
@@ -195,7 +216,10 @@ def _load(recipe: Path, overrides: tuple[str, ...]):
     return Recipe.load(recipe, overrides)
 
 
-SUBCOMMANDS: dict[tuple[str, str], Callable[..., Any]] = {("eval", "compare"): compare}
+SUBCOMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("eval", "compare"): compare,
+    ("eval", "baselines"): show_baselines,
+}
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,

@@ -29,6 +29,8 @@ from fastmllm.data.progress import progress_bar
 from fastmllm.eval.answers import AnswerLog
 from fastmllm.eval.intervals import Estimate
 from fastmllm.eval.runner import Report, Row, evaluate
+from fastmllm.eval.sets import describe, load_sets
+from fastmllm.eval.task import Task
 from fastmllm.infer.respond import Responder
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.talk import TalkConfig
@@ -158,9 +160,18 @@ class Session:
         with progress_bar(self.console, "evaluating") as advance, torch.inference_mode():
             report = evaluate(
                 Responder(self._vlm()), self.splits.eval, self.splits.train, self.recipe.eval,
-                progress=lambda task, done, total: advance(done, total), log=log,
+                progress=lambda task, done, total: advance(done, total), log=log, more=self._published(),
             )  # fmt: skip
         return {"rows": report.to_json(), "records": report.records, "failures": report.failures}
+
+    def _published(self) -> list[Task]:
+        """Return the tasks of `eval.sets`, saying what of them was left out."""
+        tasks = []
+        for loaded in load_sets(self.recipe.eval.sets):
+            for line in describe(loaded):
+                self.console.print(line, highlight=False)
+            tasks += loaded.tasks
+        return tasks
 
     def sweep(self) -> list[Cell]:
         """Sweep resolution, visual tokens and compressor, or return the stored sweep of the same weights."""

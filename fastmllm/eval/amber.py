@@ -20,53 +20,53 @@ ATTRIBUTES = ("state", "number", "action")
 START = 0.001  # where its counters start, in metrics.txt, so that nothing is divided by zero
 
 
-def discriminative(
-    verdicts: Sequence[Verdict], truths: Sequence[str], kinds: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """Score yes/no answers as AMBER's `inference.py` does, to the bit: "No" is positive, per cent, one decimal.
+def discriminative_counts(verdict: Verdict, truth: str, kind: str) -> dict[str, float]:
+    """Count what one yes/no answer adds to the scores of its dimensions; "No" is positive.
 
     Args:
-        verdicts: None, unparsed, is wrong and no "No". For the published figures a verdict is what the answer is, to
+        verdict: None, unparsed, is wrong and no "No". For the published figures a verdict is what the answer is, to
             the letter: `exact_verdict`.
-        truths: "yes" or "no".
-        kinds: the annotation's type, such as "discriminative-attribute-state".
+        truth: "yes" or "no".
+        kind: the annotation's type, such as "discriminative-attribute-state".
+
+    Raises:
+        ValueError: an unknown type, or a truth other than yes and no.
+    """
+    if kind not in DIMENSIONS or truth not in ("yes", "no"):
+        raise ValueError(f"amber: type {kind!r} with truth {truth!r}; known types: {', '.join(DIMENSIONS)}")
+    dimension = DIMENSIONS[kind]
+    cells = {
+        "all": True, "right": verdict == truth, "no": truth == "no", "said no": verdict == "no",
+        "right no": verdict == truth == "no",
+    }  # fmt: skip
+    names = ("all", dimension, *(["attribute"] if dimension in ATTRIBUTES else []))
+    return {f"{name}: {cell}": float(value) for name in names for cell, value in cells.items()}
+
+
+def discriminative(sums: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Score summed `discriminative_counts` as AMBER's `inference.py` does: per cent, one decimal.
 
     Returns:
         dimension (all, existence, attribute, state, number, action, relation; those with questions) -> accuracy,
         precision, recall, F1. F1 comes of the rounded two, with 0.001 in its denominator for existence and 0.0001
         elsewhere.
-
-    Raises:
-        ValueError: lengths differ, an unknown type, or a truth other than yes and no.
     """
-    if not len(verdicts) == len(truths) == len(kinds):
-        raise ValueError(f"amber: {len(verdicts)} verdicts, {len(truths)} truths, {len(kinds)} types")
-    sums: dict[str, dict[str, int]] = {}
-    for verdict, truth, kind in zip(verdicts, truths, kinds, strict=True):
-        if kind not in DIMENSIONS or truth not in ("yes", "no"):
-            raise ValueError(f"amber: type {kind!r} with truth {truth!r}; known types: {', '.join(DIMENSIONS)}")
-        dimension = DIMENSIONS[kind]
-        for name in ("all", dimension, *(["attribute"] if dimension in ATTRIBUTES else [])):
-            cells = sums.setdefault(name, {"right": 0, "all": 0, "no": 0, "said no": 0, "right no": 0})
-            cells["all"] += 1
-            cells["right"] += verdict == truth
-            cells["no"] += truth == "no"
-            cells["said no"] += verdict == "no"
-            cells["right no"] += verdict == truth == "no"
-    return {name: _scores(cells, name) for name, cells in sums.items()}
+    names = dict.fromkeys(name.partition(":")[0] for name in sums)
+    return {name: _scores(sums, name) for name in names if sums.get(f"{name}: all")}
 
 
-def _scores(cells: Mapping[str, int], name: str) -> dict[str, float]:
+def _scores(sums: Mapping[str, float], name: str) -> dict[str, float]:
     start = 3 * START if name == "attribute" else START  # three counters are added up
-    precision = round(cells["right no"] / (cells["said no"] + start) * 100, 1)
-    recall = round(cells["right no"] / (cells["no"] + start) * 100, 1)
+
+    def share(part: str, whole: str) -> float:
+        return round(sums[f"{name}: {part}"] / (sums[f"{name}: {whole}"] + start) * 100, 1)
+
+    precision, recall = share("right no", "said no"), share("right no", "no")
     p, r, epsilon = precision / 100, recall / 100, 0.001 if name == "existence" else 0.0001
     return {
-        "accuracy": round(cells["right"] / (cells["all"] + start) * 100, 1),
-        "precision": precision,
-        "recall": recall,
+        "accuracy": share("right", "all"), "precision": precision, "recall": recall,
         "F1": round(2 * p * r / (p + r + epsilon) * 100, 1),
-    }
+    }  # fmt: skip
 
 
 def exact_verdict(text: str) -> Verdict:

@@ -18,16 +18,18 @@ class Scored:
         sample: the question, with the image that it is about (not the one that a control showed).
         parsed: what was read from the answer; None = nothing.
         counts: of `Task.score`.
+        said: the text itself, for published scorers that read it otherwise; None = the question could not be asked.
     """
 
     sample: Sample
     parsed: Any
     counts: Mapping[str, float]
+    said: str | None = None
 
     @property
     def cluster(self) -> str:
-        """What goes together in an interval: the image, else the question."""
-        return self.sample.image or self.sample.id
+        """What goes together in an interval: what the truth names so, the image, else the question."""
+        return str(self.sample.truth.get("cluster") or self.sample.image or self.sample.id)
 
 
 Metric = Callable[[Sequence[Scored], int], Estimate]
@@ -81,7 +83,7 @@ class Task:
     def scored(self, texts: Sequence[str | None], samples: Sequence[Sample]) -> list[Scored]:
         """Parse and score answers; None, a question that could not be asked, parses as nothing."""
         parsed = [None if t is None else self.parse(t, s) for t, s in zip(texts, samples, strict=True)]
-        return [Scored(s, p, self.score(p, s)) for p, s in zip(parsed, samples, strict=True)]
+        return [Scored(s, p, self.score(p, s), t) for t, p, s in zip(texts, parsed, samples, strict=True)]
 
 
 def as_it_is(text: str, sample: Sample) -> str:
@@ -112,6 +114,11 @@ def mean_of(name: str) -> Metric:
 def of_sums(value_of: Callable[[Mapping[str, float]], float]) -> Metric:
     """Return a function of the counts' sums (F1, BLEU)."""
     return lambda scored, seed: statistic([s.counts for s in scored], value_of, [s.cluster for s in scored], seed)
+
+
+def among(keep: Callable[[Sample], bool], metric: Metric) -> Metric:
+    """Return a metric of some questions alone: a split, a dimension."""
+    return lambda scored, seed: metric([item for item in scored if keep(item.sample)], seed)
 
 
 def whole_groups(group_of: Callable[[Sample], str], hit: str = "right") -> Metric:
