@@ -89,8 +89,8 @@ def plan(
 def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
     """Train what is not trained yet, then evaluate beside blind, wrong image, majority and random.
 
-    `fastmllm eval compare A B` compares two evaluations, `fastmllm eval baselines pope=FOLDER` scores a published set
-    without a model.
+    `fastmllm eval compare A B` compares two evaluations, `fastmllm eval judge A B …` lets a judge compare their texts,
+    `fastmllm eval baselines pope=FOLDER` scores a published set without a model.
 
     Args:
         recipe: a YAML file.
@@ -140,6 +140,37 @@ def show_baselines(sets: Overrides, limit: int = 0, seed: int = 0) -> None:
     for line in (line for one in loaded for line in describe(one)):
         console.print(line, highlight=False)
     console.print(baselines_table(baselines(loaded, limit, seed)))
+
+
+def judge(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    task: str,
+    out: Path,
+    url: str = "",
+    model: str = "",
+    key_variable: str = "OPENAI_API_KEY",
+    human: Path | None = None,
+    timeout_s: float = 60.0,
+) -> None:
+    """Judge the answers of runs in pairs, in both orders: fastmllm eval judge A B --task caption --url … --out DIR.
+
+    Args:
+        runs: folders of two or more runs, or their evaluation.json.
+        task: whose answers.
+        out: folder of the replies and of judged.json; a second call goes on.
+        url: an OpenAI-compatible endpoint, such as http://localhost:8000/v1.
+        model: its name there.
+        key_variable: environment variable that holds its key; empty or unset = none is sent.
+        human: in place of an endpoint, a JSONL file in which people write verdicts.
+        timeout_s: of one request.
+    """
+    from fastmllm.eval.judge import Endpoint, HumanFile
+    from fastmllm.eval.judge_runs import judge_runs, verdicts_table
+
+    if bool(url and model) == (human is not None):
+        raise ValueError("eval judge: give --url and --model of an endpoint, or --human and a file")
+    chosen = HumanFile(human) if human else Endpoint(url, model, os.environ.get(key_variable, ""), timeout_s)
+    Console().print(verdicts_table(judge_runs(runs, task, chosen, chosen.name, out)))
 
 
 def generate(
@@ -219,6 +250,7 @@ def _load(recipe: Path, overrides: tuple[str, ...]):
 SUBCOMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("eval", "compare"): compare,
     ("eval", "baselines"): show_baselines,
+    ("eval", "judge"): judge,
 }
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,

@@ -45,6 +45,8 @@ class AnswerLog:
         folder: of the files, seen by all ranks; None = nothing is kept, and there is one rank.
         identity: of the model and its settings; answers of another one are not reused.
         ranks: see there.
+        block: questions of a block.
+        retry: ask again, with the rest of its block, what an earlier run could not.
         damaged: "file:line" of lines that could not be read, which are asked again.
         failures: questions that could not be asked, with the reason.
 
@@ -55,6 +57,8 @@ class AnswerLog:
     folder: Path | None = None
     identity: str = ""
     ranks: Ranks = Ranks()
+    block: int = BLOCK
+    retry: bool = False
     damaged: list[str] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
@@ -69,7 +73,7 @@ class AnswerLog:
         task: str,
         condition: str,
         samples: Sequence[Sample],
-        ask: Callable[[list[Sample]], list[str]],
+        ask: Callable[[list[Sample]], Sequence[str | Exception]],
         how: str = "",
     ) -> list[str | None]:
         """Return an answer to each question, asking only what no file holds; None where it could not be asked.
@@ -77,20 +81,20 @@ class AnswerLog:
         Args:
             task, condition: name the files.
             samples: ids must be unique.
-            ask: questions -> answers. A `ValueError` or `OSError` (an unreadable image, a text that cannot be
-                tokenised) makes the block be asked one by one, and is listed.
+            ask: questions -> answers, or the reason why there is none. A `ValueError` or `OSError` (an unreadable
+                image, a text that cannot be tokenised) makes the block be asked one by one, and is listed.
             how: `ask` answers, in words; an answer got in another way is not reused.
 
         Raises:
             RuntimeError: another rank left a block unanswered.
         """
-        blocks = [list(samples[i : i + BLOCK]) for i in range(0, len(samples), BLOCK)]
+        blocks = [list(samples[i : i + self.block]) for i in range(0, len(samples), self.block)]
         keys = [self._key(how, block) for block in blocks]
         stem = f"{_file_name(task)}.{_file_name(condition)}"
         found = self._read(stem)
         for number, (key, block) in enumerate(zip(keys, blocks, strict=True)):
             mine = number % self.ranks.world == self.ranks.rank
-            if mine and not all((key, s.id) in found for s in block):
+            if mine and not all(self._known(found.get((key, s.id))) for s in block):
                 lines = [{"block": key, **line} for line in _asked(block, ask)]
                 self._append(stem, lines)
                 found.update({(key, line["id"]): line for line in lines})
@@ -109,6 +113,9 @@ class AnswerLog:
                         {"task": task, "condition": condition, "id": sample.id, "error": line["error"]}
                     )
         return answers
+
+    def _known(self, line: dict[str, Any] | None) -> bool:
+        return line is not None and not (self.retry and line["said"] is None)
 
     def _key(self, how: str, block: Sequence[Sample]) -> str:
         asked = [(s.id, s.prompt, s.image, _stamp(s.image), s.choices) for s in block]
@@ -143,13 +150,19 @@ class AnswerLog:
             os.fsync(file.fileno())
 
 
-def _asked(block: list[Sample], ask: Callable[[list[Sample]], list[str]]) -> list[dict[str, Any]]:
+def _asked(block: list[Sample], ask: Callable[[list[Sample]], Sequence[str | Exception]]) -> list[dict[str, Any]]:
     try:
-        return [{"id": s.id, "said": text} for s, text in zip(block, ask(block), strict=True)]
+        return [_line(sample, said) for sample, said in zip(block, ask(block), strict=True)]
     except (ValueError, OSError) as error:
         if len(block) == 1:
-            return [{"id": block[0].id, "said": None, "error": f"{type(error).__name__}: {error}"}]
+            return [_line(block[0], error)]
         return [line for sample in block for line in _asked([sample], ask)]
+
+
+def _line(sample: Sample, said: str | Exception) -> dict[str, Any]:
+    if isinstance(said, str):
+        return {"id": sample.id, "said": said}
+    return {"id": sample.id, "said": None, "error": f"{type(said).__name__}: {said}"}
 
 
 def _stamp(image: str | None) -> list[int] | None:

@@ -63,7 +63,7 @@ def load_amber(
 
     reader.loaded.tasks = [
         Task(
-            name="amber", documents=asked, prompt=lambda sample: sample, closed=("no", "yes"), metrics=metrics,
+            name="amber", documents=asked, prompt=lambda sample: sample, closed=("No", "Yes"), metrics=metrics,
             parse=lambda text, sample: parse_yes_no(text), score=_score,
         ),
         Task(
@@ -94,14 +94,14 @@ def _sample(reader: Reader, notes: Mapping, row: Mapping) -> Sample:
     if note["type"] not in amber.DIMENSIONS or note["truth"] not in ("yes", "no"):
         raise RowError("unknown type or truth")
     return Sample(
-        id=str(row["id"]), prompt=text_of(row, "query"), answer=note["truth"], task="amber", image=image,
+        id=str(row["id"]), prompt=text_of(row, "query"), answer=note["truth"].capitalize(), task="amber", image=image,
         source=note["type"],
     )  # fmt: skip
 
 
 def _score(parsed: str | None, sample: Sample) -> dict[str, float]:
-    counts = amber.discriminative_counts(parsed, sample.answer, sample.source)  # type: ignore[arg-type]
-    return {"right": float(parsed == sample.answer)} | counts
+    truth = sample.answer.lower()
+    return {"right": float(parsed == truth)} | amber.discriminative_counts(parsed, truth, sample.source)  # type: ignore[arg-type]
 
 
 def _value(sums: Mapping[str, float], dimension: str, score: str) -> float:
@@ -125,6 +125,7 @@ def _published(dimension: str, scored: Sequence[Scored], seed: int) -> Estimate:
     """Read the same answers as AMBER's scorer does: "Yes" or "No", to the letter."""
     scored = [s for s in scored if _within(s.sample, dimension)]
     counts = [
-        amber.discriminative_counts(amber.exact_verdict(s.said or ""), s.sample.answer, s.sample.source) for s in scored
+        amber.discriminative_counts(amber.exact_verdict(s.said or ""), s.sample.answer.lower(), s.sample.source)
+        for s in scored
     ]
     return statistic(counts, lambda sums: _value(sums, dimension, "F1"), [s.cluster for s in scored], seed)
