@@ -101,8 +101,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("ou
 
     session = Session(_load(recipe, overrides), out)
     session.train()
-    if session.first:
-        session.console.print(session.evaluate().table())
+    session.console.print(session.evaluate(session.ranks()).table())
 
 
 def compare(a: RecipePath, b: RecipePath, json: bool = False) -> None:
