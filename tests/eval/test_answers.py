@@ -36,7 +36,8 @@ def test_an_interrupted_run_asks_only_the_rest_in_the_same_blocks(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _collect(tmp_path, first)
     path = tmp_path / "name.wrong_image.0.jsonl"
-    path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote: a half line
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:BLOCK]) + lines[BLOCK][:10])  # killed while it wrote: a half line
     second = Asked()
     log, answers = _collect(tmp_path, second)
     assert answers == RIGHT

@@ -58,6 +58,7 @@ def test_rouge_recall_and_precision_equal_rouge_score():
 
 def test_corners():
     assert bleu([], []) == 0.0
+    assert bleu_counts("a b c d e f", ["a b c", "a b c d e f g"])["reference length"] == 7.0  # the closest
     assert bleu(["a b"], [["a b"]]) == 0.0  # no 3-grams: unsmoothed
     assert bleu(["a b"], [["a b"]], order=2) == 1.0
     assert rouge_l("", ["a"]) == rouge_l("b", ["a"]) == rouge_l("a", [""]) == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,8 @@ def test_length_is_controlled_for():
     controlled = length_controlled(rows, "a", "b")
     assert controlled.low < 0.5 < controlled.high
     assert controlled.value == pytest.approx(0.5, abs=0.06)
+    turned = [replace(r, a="b", b="a", length_a=r.length_b, length_b=r.length_a) for r in rows[::2]] + rows[1::2]
+    assert length_controlled(turned, "a", "b").value == pytest.approx(controlled.value)
     # where length has no part in it, control changes little
     rows = [_judged(float(i % 5 > 0), 100 + 50 * (i % 2), 125, i) for i in range(100)]
     assert length_controlled(rows, "a", "b").value == pytest.approx(0.8, abs=0.03)

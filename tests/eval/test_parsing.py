@@ -105,6 +105,7 @@ LETTERED = [
     ("red or blue", None, None, None, None),
     ("Cannot determine the answer", None, None, None, None),
     ("infrared", None, None, None, "red"),
+    ("B is what I would pick, given all of this", None, None, None, None),  # not among VLMEvalKit's last tokens
 ]
 
 

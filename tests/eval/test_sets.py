@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fastmllm.data.sample import Sample
 from fastmllm.eval import intervals
 from fastmllm.eval.baselines import WORDS, baselines, baselines_table
+from fastmllm.eval.controls import words_answer
 from fastmllm.eval.runner import EvalConfig, evaluate_tasks
 from fastmllm.eval.sets import LOADERS, SetError, describe, load_sets
 from fastmllm.eval.sets.reading import Reader
@@ -255,6 +257,17 @@ def test_unknown_sets_and_damaged_files(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(SetError, match="holds a list, not a dict"):
         reader.json(tmp_path / "a.json", dict)
+
+
+def test_words_alone_are_learned_of_other_images_of_the_same_source():
+    samples = [
+        Sample(id=f"{split}{i}", prompt="Is it?", answer=answer, task="t", source=split, image=f"{i}.png")
+        for split, answer in (("a", "yes"), ("b", "no")) for i in range(10)
+    ]  # fmt: skip
+    assert words_answer(samples) == [s.answer for s in samples]
+    lonely = [Sample(id=str(i), prompt=f"Is {i}?", answer="yes", task="t", image=f"{i}.png") for i in range(9)]
+    odd = [*lonely, Sample(id="9", prompt="Is 9?", answer="no", task="t", image="9.png")]
+    assert words_answer(odd) == ["yes"] * 10  # never asked of the other half: its most frequent answer
 
 
 def test_the_table_of_baselines(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fastmllm.data.sample import Sample
@@ -57,6 +59,12 @@ def test_every_condition_has_rows_records_and_failures(tmp_path):
 class None_Asked(Adds):
     def answer(self, samples, max_new_tokens):
         raise AssertionError("asked again")
+
+
+def test_what_goes_together_is_the_truths_cluster_the_image_or_the_question():
+    sample = Sample(id="q", prompt="?", answer="x", task="t", image="a.png", truth={"cluster": "sentence"})
+    given = [sample, replace(sample, truth={}), replace(sample, truth={}, image=None)]
+    assert [Scored(s, "x", {}).cluster for s in given] == ["sentence", "a.png", "q"]
 
 
 def test_ids_and_names_are_unique():
