@@ -153,7 +153,8 @@ class Session:
             ranks: of `Session.ranks`, where all of them evaluate; the first one alone without.
         """
         self.train()
-        stored = self._stored("evaluation", self.recipe.eval, lambda: self._evaluate(ranks or Ranks()))
+        asked = questions_of({task.name: task.samples() for task in self.published})
+        stored = self._stored("evaluation", [self.recipe.eval, asked], lambda: self._evaluate(ranks or Ranks()))
         rows = [Row(**{**r, "estimate": Estimate(**r["estimate"])}) for r in stored["rows"]]
         for failure in stored["failures"]:
             self.console.print(f"not asked: {failure}", highlight=False)
@@ -171,12 +172,13 @@ class Session:
         with progress_bar(self.console, "evaluating") as advance, torch.inference_mode():
             report = evaluate(
                 Responder(self._vlm()), self.splits.eval, self.splits.train, self.recipe.eval,
-                progress=lambda task, done, total: advance(done, total), log=log, more=self._published(),
+                progress=lambda task, done, total: advance(done, total), log=log, more=self.published,
             )  # fmt: skip
         return {"rows": report.to_json(), "records": report.records, "failures": report.failures}
 
-    def _published(self) -> list[Task]:
-        """Return the tasks of `eval.sets`, saying what of them was left out."""
+    @cached_property
+    def published(self) -> list[Task]:
+        """The tasks of `eval.sets`; what of them was left out is said once."""
         tasks = []
         for loaded in load_sets(self.recipe.eval.sets):
             for line in describe(loaded):

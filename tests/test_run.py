@@ -78,6 +78,22 @@ def test_it_learns_and_says_so(finished):
     assert "what learns" in log
 
 
+def test_a_set_whose_file_changed_is_asked_again(finished):
+    root, recipe, metrics = finished
+    out = root / "changed set"
+    shutil.copytree(root / "out", out)
+    path = root / "gqa" / "testdev_balanced_questions.json"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("red", "blue"))
+        changed = session.Session(recipe, out, Console(quiet=True))
+        rows = {r.condition: r for r in changed.evaluate().rows if r.task == "gqa"}
+        assert rows["majority"].estimate.value == 1.0
+        assert "reused" not in changed.parts["evaluation"]
+    finally:
+        path.write_text(before)
+
+
 def test_a_second_run_reuses_everything(finished):
     root, recipe, metrics = finished
     stamp = (root / "out" / "evaluation.json").stat().st_mtime_ns
