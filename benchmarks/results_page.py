@@ -96,7 +96,7 @@ def evaluation(title: str, name: str, text: str) -> str:
     text = f"{text} {blind(found['name', 'accuracy']['blind'])}"
     rows = []
     for (task, metric), by in found.items():
-        show = _score if metric == "CIDEr-D" else _share
+        show = _score if metric in ("CIDEr-D", "words") else _share
         unread = " / ".join(
             f"{100 * by[c]['unparsed']:.0f}" for c in conditions if c in by and by[c]["unparsed"] is not None
         )

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from fastmllm import eval_commands
+
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 RecipePath = Annotated[Path, tyro.conf.Positional]
 
@@ -89,6 +91,9 @@ def plan(
 def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
     """Train what is not trained yet, then evaluate beside blind, wrong image, majority and random.
 
+    `fastmllm eval compare A B` compares two evaluations, `fastmllm eval judge A B …` lets a judge compare their texts,
+    `fastmllm eval baselines pope=FOLDER` scores a published set without a model.
+
     Args:
         recipe: a YAML file.
         overrides: changes to it.
@@ -98,8 +103,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("ou
 
     session = Session(_load(recipe, overrides), out)
     session.train()
-    if session.first:
-        session.console.print(session.evaluate().table())
+    session.console.print(session.evaluate(session.ranks()).table())
 
 
 def generate(
@@ -200,7 +204,10 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
+        if (command := tuple(sys.argv[1:3])) in eval_commands.COMMANDS:
+            tyro.cli(eval_commands.COMMANDS[command], prog=f"fastmllm {' '.join(command)}", args=sys.argv[3:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wanted: `fastmllm backends | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit

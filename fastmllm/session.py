@@ -26,8 +26,11 @@ from fastmllm.data.build import Splits
 from fastmllm.data.build import build as build_data
 from fastmllm.data.images import open_image
 from fastmllm.data.progress import progress_bar
+from fastmllm.eval.answers import AnswerLog, Ranks
 from fastmllm.eval.intervals import Estimate
 from fastmllm.eval.runner import Report, Row, evaluate
+from fastmllm.eval.sets import describe, load_sets
+from fastmllm.eval.task import Task
 from fastmllm.infer.respond import Responder
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.talk import TalkConfig
@@ -36,7 +39,7 @@ from fastmllm.pairs import Learners, format_of
 from fastmllm.recipe import Recipe
 from fastmllm.run import cache_features, images_of, load_model, questions_of, screen_splits, train_stage
 from fastmllm.train.checkpoint import atomic_file, fingerprint
-from fastmllm.train.engine import launched_world_size
+from fastmllm.train.engine import init_ranks, launched_world_size
 from fastmllm.train.pairs import PAIR_KINDS
 from fastmllm.train.rules import apply_rules
 from fastmllm.train.trainer import StageResult
@@ -146,24 +149,53 @@ class Session:
         """Name the stages that this folder holds no result of."""
         return [s.name for s in self.recipe.stages if not (self.out / "stages" / s.name / "result.json").is_file()]
 
-    def evaluate(self) -> Report:
-        """Evaluate the trained model, or return the stored report of the same weights and questions."""
-        if not any(self.splits.eval.values()):
+    def evaluate(self, ranks: Ranks | None = None) -> Report:
+        """Evaluate the trained model, or return the stored report of the same weights and questions.
+
+        Args:
+            ranks: of `Session.ranks`, where all of them evaluate; the first one alone without.
+
+        Raises:
+            ValueError: nothing to ask.
+        """
+        if not any(self.splits.eval.values()) and not self.published:
             raise ValueError(
-                f"{self.recipe.name}: its data has no held-out questions: name data that has, as data.path"
+                f"{self.recipe.name}: its data has no held-out questions: name data that has, as data.path, or sets "
+                "that are published, as eval.sets.pope"
             )
         self.train()
-        stored = self._stored("evaluation", self.recipe.eval, self._evaluate)
+        asked = questions_of({task.name: task.samples() for task in self.published})
+        stored = self._stored("evaluation", [self.recipe.eval, asked], lambda: self._evaluate(ranks or Ranks()))
         rows = [Row(**{**r, "estimate": Estimate(**r["estimate"])}) for r in stored["rows"]]
-        return Report(rows=rows, records=stored["records"])
+        for failure in stored["failures"]:
+            self.console.print(f"not asked: {failure}", highlight=False)
+        return Report(rows=rows, records=stored["records"], failures=stored["failures"])
 
-    def _evaluate(self) -> dict[str, Any]:
+    def ranks(self) -> Ranks:
+        """Return which part of an evaluation this rank of the launcher does; every rank must evaluate then."""
+        if launched_world_size() == 1:
+            return Ranks()
+        rank, world, _ = init_ranks()
+        return Ranks(rank, world, torch.distributed.barrier)
+
+    def _evaluate(self, ranks: Ranks) -> dict[str, Any]:
+        log = AnswerLog(self.out / "answers", _key([self._weights(), self.recipe.model, fastmllm.__version__]), ranks)
         with progress_bar(self.console, "evaluating") as advance, torch.inference_mode():
             report = evaluate(
                 Responder(self.model), self.splits.eval, self.splits.train, self.recipe.eval,
-                progress=lambda task, done, total: advance(done, total),
+                progress=lambda task, done, total: advance(done, total), log=log, more=self.published,
             )  # fmt: skip
-        return {"rows": report.to_json(), "records": report.records}
+        return {"rows": report.to_json(), "records": report.records, "failures": report.failures}
+
+    @cached_property
+    def published(self) -> list[Task]:
+        """The tasks of `eval.sets`; what of them was left out is said once."""
+        tasks = []
+        for loaded in load_sets(self.recipe.eval.sets):
+            for line in describe(loaded):
+                self.console.print(line, highlight=False)
+            tasks += loaded.tasks
+        return tasks
 
     def sweep(self) -> list[Cell]:
         """Sweep resolution, visual tokens and compressor, or return the stored sweep of the same weights."""
@@ -219,7 +251,8 @@ class Session:
         start = time.perf_counter()
         value = make()
         self.parts[name] = measured = _measured(time.perf_counter() - start)
-        write_text(path, json.dumps({"key": key, "measured": measured, "value": value}, default=str))
+        if self.first:
+            write_text(path, json.dumps({"key": key, "measured": measured, "value": value}, default=str))
         return json.loads(json.dumps(value, default=str))
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -127,3 +128,46 @@ def test_help_names_every_command(monkeypatch, capsys):
     code, text = _run(monkeypatch, capsys, "--help")
     assert code == 0
     assert all(name in text for name in cli.COMMANDS)
+
+
+def _stored(folder, said):
+    records = [
+        {"id": f"q{i}", "task": "caption", "condition": "model", "verdict": float(t == "right"), "answer": "right",
+         "said": t, "prompt": "?", "image": None}
+        for i, t in enumerate(said)
+    ]  # fmt: skip
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps({"value": {"records": records}}))
+    return str(folder)
+
+
+def test_evaluations_are_compared_and_judged(monkeypatch, capsys, tmp_path):
+    runs = [_stored(tmp_path / n, said) for n, said in (("a", ["right"] * 9 + ["wrong"]), ("b", ["wrong"] * 10))]
+    code, text = _run(monkeypatch, capsys, "eval", "compare", *runs, "--json")
+    assert code == 0
+    assert json.loads(text)["tasks"][0]["only_a"] == 9
+    people, out = tmp_path / "people.jsonl", tmp_path / "judged"
+    arguments = ("eval", "judge", *runs, "--task", "caption", "--human", str(people), "--out", str(out))
+    assert "waits for a person" in _run(monkeypatch, capsys, *arguments)[1].replace("\n", " ")
+    asked = [json.loads(line) for line in people.read_text().splitlines()]
+    for entry in asked:
+        entry["verdict"] = "1" if "[Answer 1]\nright" in entry["prompt"] else "2"
+    people.write_text("\n".join(json.dumps(entry) for entry in asked))
+    code, text = _run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert "95 [" in text  # nine wins; the tenth pair is of equal answers, whose orders contradict each other
+    code, text = _run(monkeypatch, capsys, "eval", "judge", *runs, "--task", "caption", "--out", str(out))
+    assert (code, "give --url and --model" in text) == (2, True)
+    code, text = _run(monkeypatch, capsys, "eval", "compare", runs[0], str(tmp_path))
+    assert (code, "run fastmllm eval with --out first" in text.replace("\n", " ")) == (2, True)
+
+
+def test_a_missing_set_is_said_in_one_line(monkeypatch, capsys, tmp_path):
+    code, text = _run(monkeypatch, capsys, "eval", "baselines", f"gqa={tmp_path}")
+    assert (code, "it must hold testdev_balanced_questions.json" in text) == (2, True)
+    rows = {"1": {"question": "Who?", "imageId": "n1", "answer": "woman"}, "2": []}
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(rows))
+    code, text = _run(monkeypatch, capsys, "eval", "baselines", f"gqa={tmp_path}")
+    assert code == 0
+    assert "skipped 1: malformed row" in text
+    assert _run(monkeypatch, capsys, "eval", "baselines")[0] == 2

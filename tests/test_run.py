@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from tiny_vlm import colour_photos, tiny_vlm
 
@@ -43,7 +44,12 @@ def finished(tmp_path_factory):
     photos = colour_photos(root / "photos", count=8)
     path = root / "colours.yaml"
     path.write_text(RECIPE)
-    recipe = Recipe.load(path, [f"data.path={photos}", f"data.cache={root / 'cache'}"])
+    questions = {str(i): {"question": "What is this?", "imageId": f"{i}", "answer": "red"} for i in range(3)}
+    (root / "gqa" / "images").mkdir(parents=True)
+    (root / "gqa" / "testdev_balanced_questions.json").write_text(json.dumps(questions))
+    for i in range(2):
+        Image.new("RGB", (40, 30), "red").save(root / "gqa" / "images" / f"{i}.jpg")
+    recipe = Recipe.load(path, [f"data.path={photos}", f"data.cache={root / 'cache'}", f"eval.sets.gqa={root / 'gqa'}"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "load_model", lambda config, seed, console: tiny_vlm(seed))
         metrics = demo.run_demo(recipe, root / "out", Console(file=(root / "log").open("w"), width=150))
@@ -64,8 +70,28 @@ def test_it_learns_and_says_so(finished):
     assert page.count("<svg") == 3
     assert "licences" in page.lower()
     log = (root / "log").read_text()
+    assert "gqa: skipped 1: image missing" in log
+    assert "gqa: 2 questions" in log
+    assert next(r for r in metrics["evaluation"] if r["task"] == "gqa")["estimate"]["count"] == 2
+    assert len(list((root / "out" / "answers").glob("gqa.*.0.jsonl"))) == 3  # model, blind, wrong image
     assert "about" in log
     assert "what learns" in log
+
+
+def test_a_set_whose_file_changed_is_asked_again(finished):
+    root, recipe, _ = finished
+    out = root / "changed set"
+    shutil.copytree(root / "out", out)
+    path = root / "gqa" / "testdev_balanced_questions.json"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("red", "blue"))
+        changed = session.Session(recipe, out, Console(quiet=True))
+        rows = {r.condition: r for r in changed.evaluate().rows if r.task == "gqa"}
+        assert rows["majority"].estimate.value == 1.0
+        assert "reused" not in changed.parts["evaluation"]
+    finally:
+        path.write_text(before)
 
 
 def test_a_second_run_reuses_everything(finished):
@@ -147,7 +173,7 @@ def test_the_chart_shows_shares_only(finished, monkeypatch):
     scene = Report(
         rows=[Row("scene", "model", "CIDEr-D", share([True])), Row("name", "model", "accuracy", share([True]))]
     )
-    assert shown[0].chart_tasks == ["name", "exists", "yes_no"]
+    assert shown[0].chart_tasks == ["name", "exists", "yes_no", "gqa"]
     assert demo.charted(scene) == ["name"]
     assert run["evaluation"]
 

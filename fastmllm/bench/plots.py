@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmllm.bench.sweep import LABELS, Cell, pareto
-from fastmllm.eval.runner import CONDITIONS, MODEL, Report
+from fastmllm.eval.report import CONDITIONS, MODEL, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

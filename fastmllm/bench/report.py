@@ -13,7 +13,7 @@ from fastmllm.bench import plots
 from fastmllm.bench.sweep import LABELS, Cell, pareto
 from fastmllm.data.images import open_image
 from fastmllm.eval.intervals import Estimate
-from fastmllm.eval.runner import CONDITIONS, MODEL, Report, unparsed
+from fastmllm.eval.report import CONDITIONS, MODEL, PLAIN, Report, unparsed
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
@@ -132,7 +132,7 @@ def _evaluation(report: Report) -> str:
         found = {r.condition: r for r in report.rows if (r.task, r.metric) == (task, metric)}
         mine = found[MODEL]
         others = [found[c].estimate for c in CONDITIONS[1:] if c in found]
-        lower_is_better = metric.startswith("CHAIR") or metric == "yes ratio"
+        lower_is_better = metric.startswith("CHAIR") or metric in ("yes ratio", "words")
         win = not lower_is_better and bool(others) and all(mine.estimate.above(o) for o in others)
         cells = []
         for condition in CONDITIONS:
@@ -146,7 +146,7 @@ def _evaluation(report: Report) -> str:
 
 
 def _estimate(e: Estimate, metric: str) -> str:
-    if metric == "CIDEr-D":
+    if metric in PLAIN:
         return f"{e.value:.2f} <span class='muted'>[{e.low:.2f}, {e.high:.2f}]</span>"
     return f"{100 * e.value:.1f} % <span class='muted'>[{100 * e.low:.0f}, {100 * e.high:.0f}]</span>"
 

@@ -24,50 +24,63 @@ def _ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(words) - n + 1))
 
 
-def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Score each caption by CIDEr-D, the formula of pycocoevalcap.
+class CiderD:
+    """CIDEr-D against one corpus of references, the formula of pycocoevalcap; a caption is scored alone.
 
     The document frequencies are those of this corpus: scores of different sets do not compare, and one image alone
     scores 0.
 
     Args:
-        candidates: one caption an image.
-        references: at least one reference an image.
-
-    Returns:
-        a score an image; a perfect caption of four words or more gets 10.
+        references: at least one an image.
 
     Raises:
-        ValueError: lengths differ or an image has no reference.
+        ValueError: an image has no reference.
     """
-    if len(candidates) != len(references) or not all(references):
-        raise ValueError(f"cider: {len(candidates)} captions, {len(references)} reference sets; each needs one or more")
-    counted = [[_ngrams(tokenise(r)) for r in refs] for refs in references]
-    frequency: Counter[tuple[str, ...]] = Counter()
-    for refs in counted:
-        frequency.update({gram for ref in refs for gram in ref})
-    log_count = np.log(float(len(candidates))) if candidates else 0.0
 
-    def vector(grams: Counter) -> tuple[list[dict], np.ndarray, int]:
-        parts: list[dict] = [{} for _ in range(ORDER)]
-        for gram, count in grams.items():
-            parts[len(gram) - 1][gram] = count * (log_count - np.log(max(1.0, frequency[gram])))
-        norms = np.array([np.sqrt(sum(v * v for v in part.values())) for part in parts])
-        return parts, norms, sum(c for g, c in grams.items() if len(g) == 2)  # pycocoevalcap's length: bigrams
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        if not all(references):
+            raise ValueError("cider: an image without references; each needs one or more")
+        self.frequency: Counter[tuple[str, ...]] = Counter()
+        for refs in references:
+            self.frequency.update({gram for ref in refs for gram in _ngrams(tokenise(ref))})
+        self.log_count = np.log(float(len(references))) if references else 0.0
 
-    scores = []
-    for text, refs in zip(candidates, counted, strict=True):
-        mine, norm, length = vector(_ngrams(tokenise(text)))
+    def score(self, text: str, references: Sequence[str]) -> float:
+        """Score a caption against its image's references; a perfect one of four words or more gets 10."""
+        mine, norm, length = self._vector(text)
         total = np.zeros(ORDER)
-        for ref in refs:
-            theirs, ref_norm, ref_length = vector(ref)
+        for ref in references:
+            theirs, ref_norm, ref_length = self._vector(ref)
             penalty = np.exp(-((length - ref_length) ** 2) / (2 * SIGMA**2))
             for n in range(ORDER):
                 dot = sum(min(v, theirs[n].get(g, 0.0)) * theirs[n].get(g, 0.0) for g, v in mine[n].items())
                 if norm[n] and ref_norm[n]:
                     total[n] += dot / (norm[n] * ref_norm[n]) * penalty
-        scores.append(float(10.0 * total.mean() / len(refs)))
-    return scores
+        return float(10.0 * total.mean() / len(references))
+
+    def _vector(self, text: str) -> tuple[list[dict], np.ndarray, int]:
+        parts: list[dict] = [{} for _ in range(ORDER)]
+        grams = _ngrams(tokenise(text))
+        for gram, count in grams.items():
+            parts[len(gram) - 1][gram] = count * (self.log_count - np.log(max(1.0, self.frequency[gram])))
+        norms = np.array([np.sqrt(sum(v * v for v in part.values())) for part in parts])
+        return parts, norms, sum(c for g, c in grams.items() if len(g) == 2)  # pycocoevalcap's length: bigrams
+
+
+def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Score each caption by CIDEr-D against the references of all of them.
+
+    Args:
+        candidates: one caption an image.
+        references: at least one reference an image.
+
+    Raises:
+        ValueError: lengths differ or an image has no reference.
+    """
+    if len(candidates) != len(references):
+        raise ValueError(f"cider: {len(candidates)} captions, {len(references)} reference sets; each needs one or more")
+    corpus = CiderD(references)
+    return [corpus.score(text, refs) for text, refs in zip(candidates, references, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,3 +76,27 @@ def random_answer(samples: Sequence[Sample], closed_set: Sequence[str], seed: in
     """Answer every question with a uniformly drawn member of its choices or of the closed set."""
     rng = random.Random(f"random answers, {seed}")
     return [rng.choice(sorted(s.choices) if s.choices else list(closed_set)) for s in samples]
+
+
+def words_answer(samples: Sequence[Sample], seed: int = 0) -> list[str]:
+    """Answer by the words alone: the most frequent answer to the very same question about the other half of the images.
+
+    What a model that learned a set's habits and never looks would score; habits are a source's (POPE's splits). A
+    question that the other half does not ask gets that half's most frequent answer.
+    """
+    images = sorted({s.image or s.id for s in samples})
+    random.Random(f"halves, {seed}").shuffle(images)
+    first = set(images[: len(images) // 2])
+    answers: list[str] = [""] * len(samples)
+    for half in (True, False):
+        asked: dict[tuple[str, str], Counter[str]] = {}
+        for s in samples:
+            if ((s.image or s.id) in first) != half:
+                asked.setdefault((s.source, s.prompt), Counter())[s.answer] += 1
+        every = sum(asked.values(), Counter())
+        common = max(sorted(every), key=every.__getitem__, default="")
+        for i, s in enumerate(samples):
+            if ((s.image or s.id) in first) == half:
+                seen = asked.get((s.source, s.prompt), Counter())
+                answers[i] = max(sorted(seen), key=lambda a: (seen[a], a == common), default=common)
+    return answers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmllm.eval.intervals import mean, share
+from fastmllm.eval.intervals import mean, share, statistic
 
 
 def test_wilson_equals_the_published_value():
@@ -56,3 +56,19 @@ def test_clustered_intervals_cover():
         got = share(list(verdicts), np.repeat(np.arange(50), 4))
         covered += got.low <= 0.97 <= got.high
     assert covered / 400 > 0.92
+
+
+def test_a_function_of_sums_is_resampled_by_images():
+    counts = [{"hit": float(i // 20 % 2), "n": 1.0} for i in range(200)] + [
+        {"n": 0.0}
+    ]  # a name that an item lacks is 0
+    images = [i // 20 for i in range(201)]
+
+    def rate(sums):
+        return sums["hit"] / sums["n"] if sums["n"] else 0.0
+
+    alone, together = statistic(counts, rate), statistic(counts, rate, images)
+    assert (alone.value, together.value, together.count) == (0.5, 0.5, 201)
+    assert together.high - together.low > 3 * (alone.high - alone.low)
+    assert statistic(counts, rate, images) == together
+    assert statistic([], rate).count == 0
