@@ -6,7 +6,10 @@ As far as config.json says sizes; those of the checkpoints of these names on the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from fastmllm.models.weights.folder import read_config
 
 Raw = dict[str, Any]
 
@@ -51,6 +54,24 @@ LANGUAGES: Mapping[str, Raw] = {
     "smollm2-360m": text("llama", 49152, 960, 2560, 32, 15, 5, **_SMOLLM2, **_TIED),
     "smollm2-1.7b": text("llama", 49152, 2048, 8192, 24, 32, 32, **_SMOLLM2, **_TIED),
 }  # fmt: skip
+
+
+def language_sizes(name: str | Path) -> Raw:
+    """Return the text_config of a published language model, or of a folder.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    known = LANGUAGES.get(str(name).lower())
+    if known is not None:
+        return known
+    if not Path(name).is_dir():
+        raise ValueError(f"plan: unknown llm {str(name)!r}; choose a folder with a config.json or one of "
+                         f"{', '.join(LANGUAGES)}")  # fmt: skip
+    raw = read_config(Path(name))
+    inside: Raw = {**raw, **raw.get("text_config", {})}
+    return {key: value for key, value in inside.items() if key != "text_config"}
+
 
 # Towers ---------------------------------------------------------------------------------------------------------------
 CLIP_L = {

@@ -73,7 +73,7 @@ def units_of(plan: Plan, stack: Stack) -> tuple[int, ...]:
     """
     if plan.regrid is not None:
         return (plan.regrid.side**2,) * len(plan.tiles)
-    count = 1 if plan.grid_thw is not None else len(plan.tiles)
+    count = 1 if plan.grid_thw is not None else sum(tile.encoder == 0 for tile in plan.tiles)
     tokens = plan.llm_tokens or plan.cross_tokens
     if stack.seam is not None and stack.seam.crossed:
         tokens -= count

@@ -11,8 +11,8 @@ from pictures import image_sizes, picture
 from transformers.models.mllama.image_processing_pil_mllama import get_optimal_tiled_canvas
 
 from fastmllm.data.resolution import POLICIES
-from fastmllm.models.sizes import LANGUAGES
-from fastmllm.plan.stacks import ALIASES, STACKS, find_stack, language_sizes
+from fastmllm.models.sizes import LANGUAGES, language_sizes
+from fastmllm.plan.stacks import ALIASES, STACKS, find_stack
 
 BILLIONS = {  # parameters, as the model cards say
     "qwen2.5-0.5b": 0.494, "qwen2.5-1.5b": 1.544, "qwen2.5-3b": 3.086, "qwen2.5-7b": 7.616, "qwen2.5-14b": 14.77,
