@@ -14,7 +14,8 @@ from fastmllm.plan.tokens import TokenCounts
 
 LONGEST = 1200  # pixels of the canvas
 MARGIN, FOOT, FONT = 12, 30, 16
-PAPER, PADDING, INK, TILE, OVERVIEW, TOKEN = "#ffffff", "#d8dde3", "#1f2933", "#d1495b", "#1b6ca8", "#ffffff"
+PAPER, PADDING, PLAIN, INK = "#ffffff", "#d8dde3", "#7f9172", "#1f2933"
+TILE, OVERVIEW, TOKEN = "#d1495b", "#1b6ca8", "#ffffff"
 LEAST = 4  # pixels of the canvas between two lines of tokens
 
 Frame = tuple[float, float, float, float]
@@ -80,11 +81,13 @@ def draw(plan: Plan, tokens: TokenCounts, title: str, image: Image.Image | None 
         return round(x0), round(y0), round(x1), round(y1)
 
     whole = at((left, top, right, bottom))
-    canvas = Image.new("RGB", (whole[2] + MARGIN, whole[3] + MARGIN + FOOT), PAPER)
+    font = ImageFont.load_default(FONT)
+    across = max(whole[2], MARGIN + math.ceil(font.getlength(title)))
+    canvas = Image.new("RGB", (across + MARGIN, whole[3] + MARGIN + FOOT), PAPER)
     pen = ImageDraw.Draw(canvas, "RGBA")
     pen.rectangle(whole, fill=PADDING)
     inside = at(every[0])
-    shown = Image.linear_gradient("L").convert("RGB") if image is None else image
+    shown = Image.new("RGB", (1, 1), PLAIN) if image is None else image
     canvas.paste(shown.resize((max(inside[2] - inside[0], 1), max(inside[3] - inside[1], 1))), inside[:2])
     columns, rows = _cells(plan, tokens)
     for number, (view, frame) in enumerate(placed):
@@ -92,10 +95,10 @@ def draw(plan: Plan, tokens: TokenCounts, title: str, image: Image.Image | None 
         if view == 0:
             _lines(pen, box, columns, rows)
             pen.rectangle(box, outline=TILE, width=3)
-            pen.text((box[0] + 8, box[1] + 6), str(number + 1), fill=TILE, font=ImageFont.load_default(FONT))
+            pen.text((box[0] + 8, box[1] + 6), str(number + 1), fill=TILE, font=font)
         else:
             pen.rectangle([box[0] - 4, box[1] - 4, box[2] + 4, box[3] + 4], outline=OVERVIEW, width=3)
-    pen.text((MARGIN, whole[3] + MARGIN), title, fill=INK, font=ImageFont.load_default(FONT))
+    pen.text((MARGIN, whole[3] + MARGIN), title, fill=INK, font=font)
     return canvas
 
 

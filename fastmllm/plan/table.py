@@ -126,8 +126,8 @@ def verdict(plan: ImagePlan) -> str:
     else:
         caches = costs.kv + costs.cross_kv
         said = (
-            f"It does not fit: it needs {needs}: {costs.weights / GB:,.1f} GB of weights and {caches / GB:,.1f} GB of "
-            f"keys and values; {plan.most_samples:,} such prompts fit at once: a smaller --batch, fewer --new-tokens, "
+            f"It does not fit: it needs {needs}: {costs.weights / GB:,.1f} GB of weights, {caches / GB:,.1f} GB of keys "
+            f"and values, and activations; {plan.most_samples:,} such prompts fit at once: a smaller --batch, fewer --new-tokens, "
             "or --compress"
         )
     more = costs.prompt + plan.batch.new_tokens - plan.context
