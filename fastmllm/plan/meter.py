@@ -128,5 +128,5 @@ class _CachedAttention(TorchFunctionMode):
 
 def owners_of(model: nn.Module, roles: Mapping[str, Sequence[str]]) -> dict[int, str]:
     """Return whose each weight's storage is, by role."""
-    weights = dict(model.named_parameters())
+    weights = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
     return {id_of(weights[name]): role for role, names in roles.items() for name in names}
