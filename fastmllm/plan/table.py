@@ -126,9 +126,9 @@ def verdict(plan: ImagePlan) -> str:
     else:
         caches = costs.kv + costs.cross_kv
         said = (
-            f"It does not fit: it needs {needs}: {costs.weights / GB:,.1f} GB of weights, {caches / GB:,.1f} GB of keys "
-            f"and values, and activations; {plan.most_samples:,} such prompts fit at once: a smaller --batch, fewer --new-tokens, "
-            "or --compress"
+            f"It does not fit: it needs {needs}: {costs.weights / GB:,.1f} GB of weights, {caches / GB:,.1f} GB of "
+            f"keys and values, and activations; {plan.most_samples:,} such prompts fit at once: a smaller --batch, "
+            "fewer --new-tokens, or --compress"
         )
     more = costs.prompt + plan.batch.new_tokens - plan.context
     if more > 0:

@@ -12,10 +12,12 @@ from pictures import picture
 from fastmllm.bench.meters import LiveBytes, count_flops
 from fastmllm.bench.roofline import Rates
 from fastmllm.compression import Placement
-from fastmllm.data.resolution import CogAgent, Fixed, InternVL, Native
+from fastmllm.data.resolution import CogAgent, Fixed, InternVL, Mllama, Native
+from fastmllm.hf.compress.crossed import CROSSED
 from fastmllm.hf.compress.seams import SEAMS
 from fastmllm.models.composition import ConnectorSizes, ResolutionSizes
 from fastmllm.models.eva import EvaConfig
+from fastmllm.models.mllama_vision import MllamaVisionConfig
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.packing import Packing
 from fastmllm.models.qwen_vision import QwenVisionConfig
@@ -30,6 +32,9 @@ RATES = Rates(flops=1e12, bytes=1e11)
 TEXT = text("llama", 64, 32, 48, 4, 4, 2)
 VIT = VisionConfig(width=16, depth=3, num_heads=2, mlp_ratio=2.0, patch_size=14, image_size=56, layer_scale=None)
 QWEN = QwenVisionConfig(width=16, depth=2, num_heads=2, mlp_width=20, out_width=32, patch_size=14, window=None)
+MLLAMA = MllamaVisionConfig(
+    width=16, depth=2, global_depth=1, num_heads=2, mlp_width=20, layers=(0,), tile_size=56, patch_size=14
+)  # fmt: skip
 EVA = EvaConfig(width=16, depth=2, num_heads=2, mlp_width=20, image_size=112, rope_grid=4, layer=2)
 SMALL = {  # a stack of each kind, tiny
     "tiles": Stack(
@@ -48,6 +53,10 @@ SMALL = {  # a stack of each kind, tiny
         policy=Native(min_pixels=None, max_pixels=None), seam=SEAMS["qwen2_5_vl"], about="",
         make=partial(composed, QWEN, resolution="native", connector="merger",
                      resolution_sizes=ResolutionSizes(min_pixels=None, max_pixels=None)),
+    ),
+    "mllama": Stack(
+        policy=Mllama(image_size=56), seam=CROSSED["mllama"][0], about="",
+        make=partial(composed, MLLAMA, resolution="mllama", fusion="mllama", connector="none", cross_every=2),
     ),
     "dual": Stack(
         policy=CogAgent(image_size=56, cross_image_size=112, border_tokens=0), seam=None, about="",
@@ -112,7 +121,7 @@ def test_operations_and_bytes_are_those_of_a_real_run(name: str) -> None:
     assert found.kv == sum(t.nbytes for t in cache.keys + cache.values)
     media = held[0].media
     assert found.cross_kv == (0 if media is None else sum(t.nbytes for pair in media.kv.values() for t in pair))
-    assert (found.cross_kv > 0) == (name in ("across", "dual"))
+    assert (found.cross_kv > 0) == (name in ("across", "mllama", "dual"))
     assert found.weights == sum(p.nbytes for p in model.parameters())
 
 

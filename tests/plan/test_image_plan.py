@@ -55,10 +55,9 @@ def test_what_a_plan_says_is_printed(plan: ImagePlan) -> None:
 
 def test_what_does_not_fit_is_said_with_the_numbers(plan: ImagePlan) -> None:
     assert plan.fits
-    each = (plan.costs.total - plan.costs.weights) / plan.batch.samples
-    assert (
-        plan.costs.weights + plan.most_samples * each <= plan.room < plan.costs.weights + (plan.most_samples + 1) * each
-    )
+    costs, most = plan.costs, plan.most_samples
+    each = (costs.total - costs.weights) / plan.batch.samples
+    assert costs.weights + most * each <= plan.room < costs.weights + (most + 1) * each
     small = replace(plan, device=replace(plan.device, memory=(plan.costs.total - 1) / 0.92))
     assert not small.fits
     assert small.most_samples == 0
@@ -78,7 +77,7 @@ def test_an_image_is_a_size_or_a_file(tmp_path: Path) -> None:
     picture(30, 20).save(tmp_path / "a.png")
     assert image_size("1920x1080") == (1920, 1080)
     assert image_size(str(tmp_path / "a.png")) == (30, 20)
-    with pytest.raises(ValueError, match="'b.png' is neither WIDTHxHEIGHT, such as 1920x1080, nor a file"):
+    with pytest.raises(ValueError, match=r"'b\.png' is neither WIDTHxHEIGHT, such as 1920x1080, nor a file"):
         image_size("b.png")
 
 
