@@ -50,9 +50,7 @@ def encode_pictures(
         path(**seen.arguments)
     if placement.connector is None:
         return meter.phase()
-    whole, fewer = meter.parts, Meter(meter.rates, meter.owners)
-    if not behind:  # the connector takes what is left: what it did with all tokens was only counted on the way
-        whole = {name: work for name, work in whole.items() if not name.startswith("connector")}
+    fewer = Meter(meter.rates, meter.owners)
     connector = getattr(path, "connector", getattr(path, "projector", None))
     block = 1 if behind else getattr(connector, "shuffle", 1)
     tokens, evidence = _evidence(model, plan, counts, pictures, block, behind=behind)
@@ -62,7 +60,8 @@ def encode_pictures(
         with fewer.watching("connector"):
             rows = left.x.new_empty(len(left.x) * block**2, left.x.shape[1] // block**2)  # in front of the shuffle
             connector(rows, [(block, len(left.x) * block)]) if block > 1 else connector(rows)
-    return Phase(parts={**whole, **fewer.parts}, peak=max(meter.peak, fewer.peak))
+    # the connector's second count, of the tokens that are left, stands for its first
+    return Phase(parts={**meter.parts, **fewer.parts}, peak=max(meter.peak, fewer.peak))
 
 
 def _merged(path: ImagePath, tiles: Tensor, placement: Placement, pictures: int) -> Tensor:
