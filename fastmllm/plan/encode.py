@@ -68,9 +68,8 @@ def _merged(path: ImagePath, tiles: Tensor, placement: Placement, pictures: int)
     """Merge tokens inside of a ViT: (tiles, K, Dv) of all pictures."""
     vision = path.vision
     assert isinstance(vision, VisionTransformer)
-    side = (
-        vision.config.image_size // vision.config.patch_size * vision.config.patch_size
-    )  # a part of a patch is unseen
+    patch = vision.config.patch_size
+    side = vision.config.image_size // patch * patch  # a part of a patch is unseen
     pixels = torch.cat([tiles[:, :side, :side]] * pictures)
     merged, _ = vision.encode(pixels, merge=placement.merge)
     return merged.x.unflatten(0, (len(pixels), -1))

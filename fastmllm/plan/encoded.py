@@ -59,12 +59,13 @@ class Encoded(ImagePath):
         counts = [self.rows[number % len(self.rows)] for number in range(len(plans))]
         return Seen(arguments={"tokens": sum(counts), "pictures": len(plans)}, counts=counts)
 
-    def forward(self, tokens: int, pictures: int) -> Visual:
-        """Return them."""
+    def forward(self, *stored: Any, **arguments: Any) -> Visual:
+        """Return them; what is stored of pictures does not matter."""
 
         def make(rows: int, width: int) -> Tensor:
             return torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
 
+        tokens, pictures = arguments["tokens"], arguments["pictures"]
         across = None if self.across_width is None else make(pictures * self.beside, self.across_width)
         planes = tuple(make(tokens, self.width) for _ in range(self.planes))
         return Visual(tokens=make(tokens, self.width), planes=planes, across=across)
