@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tiny_hf_compress import KINDS, TILES
 
+from fastmllm import patch
 from fastmllm.compression import Placement
-from fastmllm.plan.stacks import STACKS, find_stack
+from fastmllm.data.resolution import AnyRes, Fixed, InternVL
+from fastmllm.hf.compress.seams import SEAMS
+from fastmllm.plan.stacks import STACKS, Stack, find_stack
 from fastmllm.plan.tokens import count_tokens, find_placement, rows_of, waste_of
 
 SIZES = [(336, 336), (640, 480), (1024, 1024), (1920, 1080), (1654, 2339), (2480, 3508)]
@@ -106,3 +110,25 @@ def test_waste_is_told_apart() -> None:
 def test_what_has_no_place_is_refused(name: str, compress: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         counted(name, 1920, 1080, compress)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
+def test_as_many_tokens_are_left_as_patch_leaves(name: str) -> None:
+    """On tiny models of transformers, row by row."""
+    kind = next(kind for kind in KINDS if kind.name == name)
+    sides = {
+        "llava": Fixed(image_size=28, patch_size=7),
+        "internvl": InternVL(image_size=56, patch_size=7, max_tiles=1),
+    }
+    for number, keep in ((0, 2), (2, 0.5)):
+        image = kind.images[number]
+        policy = sides.get(name, AnyRes(image_size=28, patch_size=7, pinpoints=tuple(map(tuple, TILES))))
+        height, width = image[1] if name == "llava_next" else (28, 28)
+        stack = Stack(policy=policy, make=STACKS["internvl"].make, seam=SEAMS[name], about="")
+        placement = find_placement(f"divprune:{keep}", stack, name)
+        counts = count_tokens(policy.plan(width, height), stack, placement)
+        batch = kind.rows((([1, 20], number, [22, 23]),))
+        model = kind.build()
+        before = model(**batch).logits.shape[1]
+        patch(model, compress=f"divprune:{keep}")
+        assert (before - 4, model(**batch).logits.shape[1] - 4) == (counts.llm, counts.llm_left)
