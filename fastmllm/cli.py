@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from fastmllm import eval_commands
+from fastmllm.plan_command import plan, spelled_out
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 RecipePath = Annotated[Path, tyro.conf.Positional]
@@ -41,51 +42,6 @@ def train(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/d
     from fastmllm.session import Session
 
     Session(_load(recipe, overrides), out).train()
-
-
-def plan(
-    what: Annotated[Literal["train"], tyro.conf.Positional],
-    recipe: RecipePath,
-    overrides: Overrides = (),
-    gpus: int = 8,
-    device: str = "h100",
-    gpus_per_node: int = 8,
-    model: str | None = None,
-    text_tokens: int = 256,
-    images: int = 1,
-    image_size: int = 672,
-    utilisation: float = 0.4,
-    recompute: bool = False,
-    json: bool = False,
-) -> None:
-    """Say what each stage of a recipe would hold, send and take on many accelerators; no weight is loaded.
-
-    Args:
-        what: is planned.
-        recipe: a YAML file.
-        overrides: changes to it, such as engine.zero_stage=3.
-        gpus: ranks.
-        device: a100, h100, h200, b200, or cpu (measured now).
-        gpus_per_node: of them in one machine.
-        model: a published model's name (llava-1.5-7b, qwen2-vl-72b, ...) or a folder with config.json, in place of the
-            recipe's model.
-        text_tokens: of a sample.
-        images: of a sample.
-        image_size: side in pixels of an image, for --model.
-        utilisation: of the device's peak.
-        recompute: gradient checkpointing of every layer, not only of the roles that the recipe says.
-        json: for programs.
-    """
-    from fastmllm.plan_table import print_plan
-    from fastmllm.training_plan import Assumptions, plan_training
-
-    assumed = Assumptions(
-        utilisation=utilisation, text_tokens=text_tokens, images=images, image_size=image_size, recompute=recompute
-    )
-    found = plan_training(
-        _load(recipe, overrides), gpus, device=device, ranks_per_node=gpus_per_node, model=model, assumed=assumed
-    )
-    print_plan(found, as_json=json)
 
 
 def evaluate(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/demo")) -> None:
@@ -207,7 +163,9 @@ def main() -> None:
         if (command := tuple(sys.argv[1:3])) in eval_commands.COMMANDS:
             tyro.cli(eval_commands.COMMANDS[command], prog=f"fastmllm {' '.join(command)}", args=sys.argv[3:])
         else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="fastmllm", description=__doc__, args=spelled_out(sys.argv[1:])
+            )
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wanted: `fastmllm backends | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit

@@ -5,7 +5,7 @@ What autograd would keep, recompute and multiply is then counted, not guessed, f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastmllm.bench.meters import LiveBytes
 from fastmllm.data.packing import Batch
 from fastmllm.kernels.linear_cross_entropy import GRADIENT_CHUNK
-from fastmllm.models.flops import flop_formulas
 from fastmllm.models.inputs import IGNORE, Inputs
+from fastmllm.models.meta_flops import meta_flop_formulas
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.recompute import recomputing
 from fastmllm.models.vlm import IMAGE_TOKEN_ID, VLM
@@ -118,7 +118,7 @@ def simulate(model: VLM | MLLM, load: Load, recomputed: Collection[nn.Module] = 
             with LiveBytes() as live:
                 model(batch).backward()
             # in a run of its own: it follows modules, and with that keeps what is recomputed until it ends
-            with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+            with FlopCounterMode(display=False, custom_mapping=meta_flop_formulas()) as counter:
                 model(batch).backward()
     finally:
         for hook in hooks:
@@ -148,34 +148,3 @@ def _drop(param: Tensor) -> None:
 def _note(used: set[nn.Module], module: nn.Module, args: Any, output: Any) -> None:
     if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
         used.add(module)
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """Return what operators compute; boundaries, which have no numbers here, are those of equal, longest segments."""
-    found = flop_formulas()
-    for name, make in (("attention", _boundaries), ("cross_attention", _ranges)):
-        for backward, first in (("", 0), ("_bwd", 1)):
-            operator = getattr(torch.ops.fastmllm, name + backward)
-            if operator in found:
-                found[operator] = _assuming(found[operator], make, first, 6 if backward else 3)
-    return found
-
-
-def _assuming(formula: Callable[..., int], make: Callable[..., tuple[Tensor, Tensor]], first: int, at: int) -> Any:
-    def count(*args: Any, **keywords: Any) -> int:
-        q, k = args[first : first + 2]
-        return formula(*args[:at], *make(len(q), len(k), *args[at + 2 : at + 4]), *args[at + 2 :], **keywords)
-
-    count._get_raw = True  # type: ignore[attr-defined]
-    return count
-
-
-def _boundaries(rows: int, keys: int, longest_q: int, longest_k: int) -> tuple[Tensor, Tensor]:
-    return tuple(  # type: ignore[return-value]
-        torch.tensor([*range(0, total, max(longest, 1)), total])
-        for total, longest in ((rows, longest_q), (keys, longest_k))
-    )
-
-
-def _ranges(rows: int, keys: int, longest_q: int, longest_k: int) -> tuple[Tensor, Tensor]:
-    return torch.zeros(rows, dtype=torch.int64), torch.full((rows,), min(longest_k, keys))

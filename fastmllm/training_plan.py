@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from fastmllm.bench.roofline import measure_rates
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.recompute import layers_of
 from fastmllm.models.shapes import mllm_shape, talk_shape, vlm_shape
 from fastmllm.models.vlm import VLM, ModelConfig, native_bfloat16
+from fastmllm.plan.machine import check_machine, find_machine
 from fastmllm.recipe import Recipe
 from fastmllm.simulated_step import Load, Step, simulate
-from fastmllm.train.devices import DEVICES, KINDS, Device, cpu_device
+from fastmllm.train.devices import DEVICES, Device
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.lora import Adapters
 from fastmllm.train.pairs import PAIR_KINDS
@@ -137,8 +137,7 @@ def plan_training(
     Raises:
         ValueError: an unknown device or model, a rule that matches nothing in it, ranks that fill no whole nodes.
     """
-    if device not in KINDS:
-        raise ValueError(f"plan: unknown device {device!r}; choose one of {', '.join(KINDS)}")
+    check_machine(device)
     if paired := [stage.name for stage in recipe.stages if stage.kind in PAIR_KINDS]:
         raise ValueError(f"plan: stages that learn from pairs ({', '.join(paired)}) are not planned; leave them out")
     assumed = assumed or Assumptions()
@@ -146,11 +145,7 @@ def plan_training(
     if dtype == "auto":
         dtype = "bfloat16" if device != "cpu" or native_bfloat16() else "float32"
     layout = Layout(engine=replace(recipe.engine, dtype=dtype), ranks=ranks, ranks_per_node=ranks_per_node)
-    if device == "cpu":
-        rates = measure_rates(getattr(torch, dtype))
-        machine = cpu_device(rates.flops, rates.bytes, dtype)
-    else:
-        machine = DEVICES[device]
+    machine = find_machine(device, dtype)
     own = recipe.model
     shape: VLM | MLLM
     if model is not None:

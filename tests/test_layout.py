@@ -22,6 +22,7 @@ ROOMS = {
     "infer": {"models", "data"},
     "eval": {"infer", "data"},
     "bench": {"infer", "eval", "compression", "data", "models"},
+    "plan": {"modules", "compression", "models", "data", "hf", "train", "bench"},
 }
 OWNERS = {
     "flash_attn": {"kernels/_flash_attn.py"},

@@ -77,6 +77,15 @@ def test_its_command_lines_are_whole():
     assert re.findall(r"--(\w+)", line) == [name for name in required if name != "recipe"]
 
 
+def test_its_plan_of_an_image_runs(monkeypatch, capsys):
+    line = re.search(r"^\.venv/bin/(fastmllm plan --image .*)$", README, re.MULTILINE)[1]
+    monkeypatch.setattr(sys, "argv", [*line.split(), "--json"])
+    cli.main()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tokens"]["llm"], found["tokens"]["llm_left"]) == (2304, 9 * 64)
+    assert found["memory"]["fits"]
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"make (\w+) ", README)):

@@ -6,7 +6,7 @@ copy. A call's time is the sum over its products (linear, attention, patches, ML
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,31 @@ def measure_rates(dtype: torch.dtype, device: torch.device | str = "cpu", side: 
     return Rates(flops=2e3 * side**3 / product, bytes=2e3 * len(source) / copy)
 
 
-class _Products(TorchDispatchMode):
-    def __init__(self, rates: Rates) -> None:
+@dataclass(slots=True)
+class Work:
+    """Products: their operations, the bytes that they read and write, and the seconds that they take at the least."""
+
+    flops: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class Products(TorchDispatchMode):
+    """Count the products of the calls inside.
+
+    Args:
+        rates: of the machine.
+        formulas: of operators of our own; other ones on the meta device.
+
+    Attributes:
+        work: of all products.
+    """
+
+    def __init__(self, rates: Rates, formulas: Mapping[Any, Callable[..., int]] | None = None) -> None:
         super().__init__()
-        self.rates, self.seconds = rates, 0.0
-        self.formulas: dict[Any, Callable[..., int]] = {**flop_registry, **flop_formulas()}
+        self.rates, self.work = rates, Work()
+        own = flop_formulas() if formulas is None else formulas
+        self.formulas: dict[Any, Callable[..., int]] = {**flop_registry, **own}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         formula = self.formulas.get(func.overloadpacket)
@@ -54,13 +74,30 @@ class _Products(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=out)
-            moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
-            self.seconds += max(flops / self.rates.flops, moved / self.rates.bytes)
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.count(tensors, flops, sum(t.numel() * t.element_size() for t in tensors))
         return out
+
+    def count(self, tensors: Sequence[Tensor], flops: int, moved: int) -> Work:
+        """Add a product.
+
+        Args:
+            tensors: that it reads and writes.
+            flops: operations.
+            moved: bytes.
+
+        Returns:
+            What was added.
+        """
+        one = Work(flops, moved, max(flops / self.rates.flops, moved / self.rates.bytes))
+        self.work.flops += flops
+        self.work.bytes += moved
+        self.work.seconds += one.seconds
+        return one
 
 
 def roofline_ms(call: Callable[[], Any], rates: Rates) -> float:
     """Return the milliseconds that the products of a call take at these rates."""
-    with torch.no_grad(), _Products(rates) as counter:
+    with torch.no_grad(), Products(rates) as counter:
         call()
-    return 1000 * counter.seconds
+    return 1000 * counter.work.seconds

@@ -131,6 +131,29 @@ def _gelu_mlp_bwd(grad, x, hidden, weight1, bias1, weight2, approximate, needs, 
     return 2 * rows * ((any(needs[:3]) + needs[3]) * weight2.numel() + (needs[0] + needs[1]) * weight1.numel())
 
 
+def _attention_scores(
+    q, k, lse, cu_q, cu_k, max_k, causal, scale, reduce, row_start, row_stop, row_weight, key_bias, **kwargs
+) -> int:
+    if row_start is None:
+        return attention_flops(q, int(segment_pairs(cu_q, cu_k, causal))) // 2  # q k^T alone
+    rows = (row_stop.long() - row_start.long()).clamp(min=0)
+    return 2 * q.shape[1] * q.shape[2] * int((rows * cu_k.long().diff()).sum())
+
+
+def _token_merge(x, metric, size, cu_seqlens, removed, max_seqlen, protected, **kwargs) -> int:
+    half = (cu_seqlens.long().diff() - protected).clamp(min=0) // 2  # every second token is matched with the others
+    return 2 * metric.shape[1] * int((half * half).sum())
+
+
+def _greedy_diverse(tokens, cu_seqlens, relevance, budget, k, total, max_seqlen, method, in_order, **kwargs) -> int:
+    lengths = cu_seqlens.long().diff()
+    if method in ("max_min", "coverage"):  # every pair's cosine
+        return 2 * tokens.shape[1] * int((lengths * lengths).sum())
+    picked = torch.full_like(lengths, k) if budget is None else budget.long()
+    # a row of cosines a pick, and its product with the Cholesky rows so far
+    return int((2 * tokens.shape[1] * picked * lengths + picked * (picked - 1) * lengths).sum())
+
+
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Return what the operators of fastmllm compute, by operator; each reads the tensors themselves."""
     table: dict[str, Callable[..., int]] = {
@@ -142,6 +165,9 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         "patch_embed_bwd": _patch_embed_bwd,
         "gelu_mlp": _gelu_mlp,
         "gelu_mlp_bwd": _gelu_mlp_bwd,
+        "attention_scores": _attention_scores,
+        "token_merge": _token_merge,
+        "greedy_diverse": _greedy_diverse,
         "linear_cross_entropy": _loss,
         "linear_cross_entropy_bwd": _loss_bwd,
     }

@@ -17,6 +17,7 @@ from fastmllm.models.composition import to_json
 from fastmllm.models.families import build
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.packing import Packing
+from fastmllm.models.sizes import LANGUAGES, Raw, internvl, llava, llava_onevision, mllama, qwen2_5_vl, qwen2_vl
 from fastmllm.models.talk import TalkConfig, composition_of, said_packing
 from fastmllm.models.vlm import VLM, ModelConfig, make_connector
 from fastmllm.models.weights.folder import read_config
@@ -26,83 +27,20 @@ from fastmllm.models.weights.vision import vision_shape
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Raw = dict[str, Any]
-
-
-def _text(kind: str, vocab: int, width: int, mlp: int, depth: int, heads: int, kv_heads: int, **more: Any) -> Raw:
-    return {
-        "model_type": kind, "vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp,
-        "num_hidden_layers": depth, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more,
-    }  # fmt: skip
-
-
-_CLIP_L = {
-    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-}  # fmt: skip
-_SIGLIP_SO = {
-    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26,
-    "num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False,
-}  # fmt: skip
-_INTERN_300M = {
-    "model_type": "internvl_vision", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True,
-    "use_qk_norm": False, "norm_type": "layer_norm",
-}  # fmt: skip
-_MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "rope_theta": 1e6}
-
-
-def _llava(text: Raw) -> Raw:
-    return {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": _CLIP_L,
-            "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}  # fmt: skip
-
-
-def _qwen2(text: Raw) -> Raw:
-    tower = {"depth": 32, "embed_dim": 1280, "hidden_size": text["hidden_size"], "num_heads": 16, "mlp_ratio": 4,
-             "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}  # fmt: skip
-    return {"model_type": "qwen2_vl", "text_config": text, "vision_config": tower}
-
-
-def _qwen2_5(text: Raw) -> Raw:
-    tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": text["hidden_size"],
-             "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
-             "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu"}  # fmt: skip
-    return {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": tower}
-
-
-def _mllama(text: Raw, crossing: list[int]) -> Raw:
-    tower = {"hidden_size": 1280, "num_hidden_layers": 32, "num_global_layers": 8, "attention_heads": 16,
-             "intermediate_size": 5120, "intermediate_layers_indices": [3, 7, 15, 23, 30], "vision_output_dim": 7680,
-             "image_size": 560, "patch_size": 14, "max_num_tiles": 4}  # fmt: skip
-    return {"model_type": "mllama", "image_token_index": 128256, "vision_config": tower,
-            "text_config": {**text, "cross_attention_layers": crossing}}  # fmt: skip
-
 
 # name -> config.json, as far as it says sizes: those of the checkpoints of these names on the Hub
 PUBLISHED: Mapping[str, Raw] = {
-    "llava-1.5-7b": _llava(_text("llama", 32064, 4096, 11008, 32, 32, 32)),
-    "llava-1.5-13b": _llava(_text("llama", 32064, 5120, 13824, 40, 40, 40)),
-    "llava-onevision-7b": {
-        "model_type": "llava_onevision", "image_token_index": 151646, "vision_config": _SIGLIP_SO,
-        "text_config": _text("qwen2", 152128, 3584, 18944, 28, 28, 4), "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
-    },
-    "internvl3-8b": {
-        "model_type": "internvl", "image_token_id": 151667, "vision_config": _INTERN_300M,
-        "text_config": _text("qwen2", 151674, 3584, 18944, 28, 28, 4), "downsample_ratio": 0.5,
-        "tie_word_embeddings": False,
-    },
-    "qwen2-vl-7b": _qwen2(_text("qwen2_vl_text", 152064, 3584, 18944, 28, 28, 4, **_MROPE)),
-    "qwen2-vl-72b": _qwen2(_text("qwen2_vl_text", 152064, 8192, 29568, 80, 64, 8, **_MROPE)),
-    "qwen2.5-vl-7b": _qwen2_5(_text("qwen2_5_vl_text", 152064, 3584, 18944, 28, 28, 4, **_MROPE)),
-    "qwen2.5-vl-72b": _qwen2_5(_text("qwen2_5_vl_text", 152064, 8192, 29568, 80, 64, 8, **_MROPE)),
-    "llama-3.2-11b-vision": _mllama(
-        _text("mllama_text_model", 128256, 4096, 14336, 40, 32, 8), list(range(3, 40, 5))
-    ),
-    "llama-3.2-90b-vision": _mllama(
-        _text("mllama_text_model", 128256, 8192, 28672, 100, 64, 8), list(range(3, 100, 5))
-    ),
-}  # fmt: skip
+    "llava-1.5-7b": llava(LANGUAGES["vicuna-7b"] | {"vocab_size": 32064}),
+    "llava-1.5-13b": llava(LANGUAGES["vicuna-13b"] | {"vocab_size": 32064}),
+    "llava-onevision-7b": llava_onevision(LANGUAGES["qwen2.5-7b"] | {"vocab_size": 152128}),
+    "internvl3-8b": internvl(LANGUAGES["qwen2.5-7b"] | {"vocab_size": 151674}),
+    "qwen2-vl-7b": qwen2_vl(LANGUAGES["qwen2.5-7b"]),
+    "qwen2-vl-72b": qwen2_vl(LANGUAGES["qwen2.5-72b"]),
+    "qwen2.5-vl-7b": qwen2_5_vl(LANGUAGES["qwen2.5-7b"]),
+    "qwen2.5-vl-72b": qwen2_5_vl(LANGUAGES["qwen2.5-72b"]),
+    "llama-3.2-11b-vision": mllama(LANGUAGES["llama-3.1-8b"]),
+    "llama-3.2-90b-vision": mllama(LANGUAGES["llama-3.1-70b"]),
+}
 
 
 def mllm_shape(name: str | Path) -> MLLM:

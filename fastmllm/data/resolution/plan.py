@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -136,13 +137,28 @@ class Plan:
     @property
     def effective_pixels(self) -> int:
         """Pixels of the image that the best view tells apart: shrinking and cropping lose some, enlarging wins none."""
-        return self.frames * max(
-            round(
-                _effective(self.size[0], [_axis(step, 0) for step in view])
-                * _effective(self.size[1], [_axis(step, 1) for step in view])
-            )
-            for view in self.views
-        )
+        return self.frames * max(round(across.kept * down.kept) for across, down in map(self._seen, self.views))
+
+    @property
+    def effective_size(self) -> Size:
+        """Width and height that the best view tells apart, rounded."""
+        across, down = max(map(self._seen, self.views), key=lambda seen: seen[0].kept * seen[1].kept)
+        return round(across.kept), round(down.kept)
+
+    @property
+    def detail_pixels(self) -> int:
+        """Pixels of the tiles that are cut from the view with the detail: the others are overviews."""
+        return self.frames * sum((t.box[2] - t.box[0]) * (t.box[3] - t.box[1]) for t in self.tiles if t.view == 0)
+
+    @property
+    def shown_pixels(self) -> int:
+        """Pixels of those tiles that show the image; the others are padding."""
+        across, down = self._seen(self.views[0])
+        return self.frames * round(across.shown * down.shown)
+
+    def _seen(self, view: View) -> tuple[_Extent, _Extent]:
+        across, down = (_follow(self.size[i], [_axis(step, i) for step in view]) for i in (0, 1))
+        return across, down
 
     @property
     def waste(self) -> float:
@@ -160,8 +176,15 @@ def _axis(step: Resize | Place, axis: int) -> tuple[int, int | None]:
     return extent, None if isinstance(step, Resize) else (step.left, step.top)[axis]
 
 
-def _effective(length: int, steps: list[tuple[int, int | None]]) -> float:
-    """Return how many pixels of one axis of the image survive the steps."""
+class _Extent(NamedTuple):
+    """One axis of the image behind the steps of a view: pixels that survive, and pixels that show it."""
+
+    kept: float
+    shown: float
+
+
+def _follow(length: int, steps: list[tuple[int, int | None]]) -> _Extent:
+    """Follow one axis of the image through the steps of a view."""
     extent, low, high, kept = length, 0.0, float(length), float(length)
     for new, offset in steps:
         if offset is None:
@@ -172,7 +195,7 @@ def _effective(length: int, steps: list[tuple[int, int | None]]) -> float:
             kept *= inside / (high - low)
             low, high = max(low + offset, 0.0), min(high + offset, new)
         extent = new
-    return kept
+    return _Extent(kept, high - low)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
