@@ -139,6 +139,8 @@ def bench(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/d
 def data(recipe: RecipePath, overrides: Overrides = ()) -> None:
     """Build a recipe's data and say what is there, what was skipped and under which licences.
 
+    Work on data itself: fastmllm data {filter, reshard} --help.
+
     Args:
         recipe: a YAML file.
         overrides: changes to it.
@@ -176,6 +178,12 @@ def _load(recipe: Path, overrides: tuple[str, ...]):
     return Recipe.load(recipe, overrides)
 
 
+def _data_tools() -> dict[str, Callable[..., Any]]:
+    from fastmllm.data_commands import COMMANDS as tools
+
+    return tools
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
@@ -200,7 +208,10 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
+        if sys.argv[1:2] == ["data"] and (tools := _data_tools()).keys() & set(sys.argv[2:3]):
+            tyro.extras.subcommand_cli_from_dict(tools, prog="fastmllm data", args=sys.argv[2:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastmllm", description=__doc__)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wanted: `fastmllm backends | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from fastmllm.data.byte_range import ByteRange
 from fastmllm.data.conversation import CAPTION_PROMPT, RecordError, conversation_of, image_names, parse_json
 from fastmllm.data.sample import Conversation
-from fastmllm.data.shard_scan import Entry, Part, is_image
+from fastmllm.data.shard_scan import MAX_TEXT, Entry, Part, is_image, leads_out
 
 HEADER = 1 << 16  # bytes that hold the size of nearly every image
 
@@ -57,7 +57,10 @@ class ShardReader:
         images = [part for part in entry.parts if is_image(part.field)]
         if not images:
             root = os.path.abspath(self.root)
-            images = [Part("jpg", -1, -1, os.path.join(root, name)) for name in image_names(record[0])]
+            names = image_names(record[0])
+            if shard.suffix.lower() == ".tar" and (bad := next(filter(leads_out, names), None)) is not None:
+                raise RecordError("unsafe path", f"image {bad!r} points outside of the archive's folder")
+            images = [Part("jpg", -1, -1, os.path.join(root, name)) for name in names]
         parts = (*(part for part in entry.parts if not is_image(part.field)), *images)
         self._conversation(shard, entry.key, parts, record)
         return Located(key=entry.key, parts=parts, sizes=tuple(_size(self._name(shard, part)) for part in images))
@@ -78,6 +81,9 @@ class ShardReader:
             try:
                 name = self._name(shard, part)
                 found = ByteRange.parse(name)
+                size = Path(name).stat().st_size if found is None else found.size
+                if size > MAX_TEXT:
+                    raise RecordError("text too large", f"{part.field} of {size} bytes, above {MAX_TEXT}")
                 data = Path(name).read_bytes() if found is None else found.read()
             except OSError as error:
                 raise RecordError("missing file", str(error), file=name) from error

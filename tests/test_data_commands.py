@@ -1,0 +1,66 @@
+"""`fastmllm data ...` from a shell's words to files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_shards import scene, write_tar
+
+from fastmllm import cli
+from fastmllm.data_commands import COMMANDS, imported
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["fastmllm", "data", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTMLLM_CACHE", str(tmp_path / "cache"))
+    sizes = [(40, 40), (10, 40), (40, 40), (40, 40)]
+    members = [[(f"{i}.png", scene(i % 3, size)), (f"{i}.txt", b"a red barn")] for i, size in enumerate(sizes)]
+    return write_tar(tmp_path / "a.tar", [member for sample in members for member in sample])
+
+
+def test_filter_then_reshard(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    out = tmp_path / "chosen"
+    assert call(monkeypatch, "filter", shards, "--out", out, "--min-side", 20, "--exact", "image") == 0
+    assert [json.loads(line)["key"] for line in (out / "kept.jsonl").read_text().splitlines()] == ["0", "2"]
+    assert "exact duplicate (image)" in capsys.readouterr().out
+    assert "image too small" in (out / "report.html").read_text()
+    to = tmp_path / "new"
+    assert call(monkeypatch, "reshard", shards, "--kept", out / "kept.jsonl", "--to", to) == 0
+    assert "2 samples in 1 shards" in capsys.readouterr().out
+    assert (to / "000000.tar").is_file()
+
+
+def test_scores_come_from_a_callable_by_name(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_scorer.py").write_text("def score(images, texts):\n    return [float(len(i)) for i in images]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["filter", shards, "--out", tmp_path / "o", "--scorer", "my_scorer:score", "--top-fraction", 0.5]
+    assert call(monkeypatch, *words) == 0
+    assert json.loads((tmp_path / "o" / "summary.json").read_text())["kept"] == 2
+
+
+def test_mistakes_are_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert call(monkeypatch, "filter", shards, "--out", tmp_path / "o", "--top-fraction", 2) == 2
+    assert call(monkeypatch, "filter", shards, "--out", tmp_path / "o", "--min-score", 0.2) == 2
+    assert "measure with a scorer" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="module:callable"):
+        imported("no_such_module:x")
+    with pytest.raises(ValueError, match="nothing to call"):
+        imported("sys:path")
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
