@@ -1,17 +1,18 @@
-"""The command line's `fastmllm data {filter, reshard}`."""
+"""The command line's `fastmllm data {filter, reshard, adapt}`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from fastmllm.data.filtering.rules import FilterConfig
+from fastmllm.data.records import Written
 from fastmllm.data.shards import ShardSource, SourceConfig
 
 Pattern = Annotated[str, tyro.conf.Positional]
@@ -76,6 +77,43 @@ def reshard_data(source: Pattern, kept: Path, to: Path, root: str | None = None,
     print(f"{done.samples} samples in {len(done.shards)} shards in {to}{lost}")
 
 
+def adapt_data(
+    records: Annotated[Path, tyro.conf.Positional],
+    kind: Literal["vqa", "caption", "boxes"],
+    to: Path,
+    templates: tuple[str, ...] = (),
+    seed: int = 0,
+    formats: float = 1.0,
+    per_image: int = 4,
+) -> None:
+    """Turn a question, caption or box set into instructions by templates; what cannot be asked is listed beside them.
+
+    Args:
+        records: .jsonl, .json or a folder; docs/data.md says the columns of each kind.
+        kind: of the set.
+        to: .jsonl to write, a source of training samples.
+        templates: files, or shipped ones, one a language; by default all shipped ones of the kind.
+        seed: of phrasings.
+        formats: share of samples that say how to answer.
+        per_image: questions about the boxes of an image.
+    """
+    from fastmllm.data.instruct.adapt import AdaptConfig, adapt
+    from fastmllm.data.instruct.questions import labels_of
+    from fastmllm.data.instruct.templates import load_templates
+    from fastmllm.data.records import read_records, write_records
+
+    loaded = [load_templates(name) for name in templates or (f"{kind}_en", f"{kind}_zh")]
+    labels = labels_of(read_records(records)) if kind == "boxes" else {}
+    config = AdaptConfig(kind=kind, seed=seed, formats=formats, per_image=per_image, labels=labels)
+    _say(write_records(to, adapt(read_records(records), loaded, config, source=str(records))), to)
+
+
+def _say(written: Written, to: Path) -> None:
+    print(f"{written.records} samples in {to}")
+    for reason, count in written.skipped.most_common():
+        print(f"{count} left out: {reason}")
+
+
 def imported(name: str) -> Callable[..., Any]:
     """Return what "module:name" names.
 
@@ -92,4 +130,4 @@ def imported(name: str) -> Callable[..., Any]:
     return found
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"filter": filter_data, "reshard": reshard_data}
+COMMANDS: dict[str, Callable[..., Any]] = {"filter": filter_data, "reshard": reshard_data, "adapt": adapt_data}

@@ -50,6 +50,14 @@ def test_scores_come_from_a_callable_by_name(shards: Path, tmp_path: Path, monke
     assert json.loads((tmp_path / "o" / "summary.json").read_text())["kept"] == 2
 
 
+def test_adapt_writes_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    box = {"image": "a.png", "width": 10, "height": 10, "boxes": [{"label": "dog", "box": [1, 1, 5, 5]}]}
+    (tmp_path / "set.json").write_text(json.dumps([box, {"image": "b.png"}]))
+    assert call(monkeypatch, "adapt", tmp_path / "set.json", "--kind", "boxes", "--to", tmp_path / "out.jsonl") == 0
+    assert "1 left out: wrong columns" in capsys.readouterr().out
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+
+
 def test_mistakes_are_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     assert call(monkeypatch, "filter", shards, "--out", tmp_path / "o", "--top-fraction", 2) == 2
     assert call(monkeypatch, "filter", shards, "--out", tmp_path / "o", "--min-score", 0.2) == 2

@@ -159,6 +159,9 @@ def test_the_top_fraction_is_exact_and_ties_go_to_the_first(tmp_path: Path) -> N
     out = decide(samples, FilterConfig(min_score=0.3), tmp_path / "out")
     assert keys(tmp_path) == ["1", "2", "3", "4", "5"]
     assert out.dropped == {"image-text score": 2}
+    equal = numbered([0.5] * 200)
+    decide(equal, FilterConfig(top_fraction=0.5), tmp_path / "out")
+    assert keys(tmp_path) == [str(i) for i in range(100)]
     unscored = [Measured(shard="s", key="0", answer="x", sizes=((9, 9),))]
     with pytest.raises(ValueError, match="measure with a scorer"):
         decide(unscored, FilterConfig(min_score=0.3), tmp_path / "none")

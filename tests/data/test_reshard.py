@@ -66,6 +66,14 @@ def test_resharding_is_exact_resumable_and_loses_nothing(tmp_path: Path) -> None
         reshard(made, kept, tmp_path / "new", samples_per_shard=4)
 
 
+def test_of_two_samples_with_one_key_the_first_counts(tmp_path: Path) -> None:
+    members = [("a.png", scene(0)), ("a.txt", b"first"), ("b.txt", b"x"), ("a.png", scene(1)), ("a.txt", b"second")]
+    made = source(write_tar(tmp_path / "a.tar", members), tmp_path)
+    (tmp_path / "kept.jsonl").write_text(json.dumps({"shard": str(tmp_path / "a.tar"), "key": "a"}) + "\n")
+    reshard(made, tmp_path / "kept.jsonl", tmp_path / "new")
+    assert [turns[0].answer for turns, _ in read_all(str(tmp_path / "new" / "*.tar"), tmp_path).values()] == ["first"]
+
+
 def test_what_the_source_lost_is_listed(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(scene(0))
     lines = [json.dumps({"image": "x.png", "caption": "one"}), json.dumps({"text": "two"})]
