@@ -1,4 +1,4 @@
-"""The command line's `fastmllm data {filter, reshard, adapt}`."""
+"""The command line's `fastmllm data {filter, reshard, adapt, ...}`."""
 
 from __future__ import annotations
 
@@ -108,6 +108,81 @@ def adapt_data(
     _say(write_records(to, adapt(read_records(records), loaded, config, source=str(records))), to)
 
 
+def self_instruct_data(
+    records: Annotated[Path, tyro.conf.Positional],
+    llm: str,
+    model: str,
+    to: Path,
+    prompt: str = "conversation_en",
+    seed: int = 0,
+    max_repeats: int = 0,
+    blind: bool = False,
+) -> None:
+    """Let a language model write instructions from captions and boxes; each pair is checked, the others are listed.
+
+    Args:
+        records: .jsonl, .json or a folder, with image, caption(s) and boxes.
+        llm: module:callable, a list of {role, content} -> text: any model.
+        model: its name and version, kept with every sample; replies are remembered under it beside `to`.
+        to: .jsonl to write, a source of training samples.
+        prompt: a file, or a shipped one: conversation_en, conversation_zh, detail_en, reasoning_en.
+        seed: of the seeds shown.
+        max_repeats: images that one question is kept for; 0 = any number.
+        blind: leave out what the model answers the same without the facts; asks every question once more.
+    """
+    from fastmllm.data.instruct.prompt_files import load_prompt
+    from fastmllm.data.instruct.questions import labels_of
+    from fastmllm.data.instruct.replies import Replies
+    from fastmllm.data.instruct.self_instruct import SelfInstructConfig, self_instruct
+    from fastmllm.data.records import read_records, write_records
+
+    config = SelfInstructConfig(seed=seed, max_repeats=max_repeats, blind=blind)
+    labels, replies = labels_of(read_records(records)), Replies(to.with_suffix(".replies.sqlite"), model)
+    made = self_instruct(
+        read_records(records), load_prompt(prompt), imported(llm), replies, config, labels=labels, source=str(records)
+    )
+    _say(write_records(to, made), to)
+
+
+def recaption_data(
+    source: Pattern,
+    to: Path,
+    recipe: Path,
+    run: Path = Path("out/demo"),
+    overrides: tuple[str, ...] = (),
+    root: str | None = None,
+    prompt: str = "Describe the image.",
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+) -> None:
+    """Caption a source's images anew with the model of a finished run; `reshard --kept` then takes the list.
+
+    Args:
+        source: a .tar, .jsonl, .json or folder; `*` and `{000..099}` name many. Quote it.
+        to: .jsonl to write: a line a sample with the new caption, the model, the prompt and the old caption.
+        recipe: the YAML file of the run.
+        run: its folder.
+        overrides: the changes that the run was made with.
+        root: folder that image names in JSON are relative to; None = the JSON file's own.
+        prompt: asked about each image.
+        max_new_tokens: of a caption.
+        batch_size: images at a time.
+    """
+    from fastmllm.data.instruct.recaption import recaption
+    from fastmllm.data.instruct.replies import Replies
+    from fastmllm.data.records import write_records
+    from fastmllm.infer.captioner import Captioner
+    from fastmllm.recipe import Recipe
+    from fastmllm.session import Session
+
+    session = Session(Recipe.load(recipe, overrides), run)
+    captioner = Captioner(session.responder(), prompt, max_new_tokens)
+    model = f"{session.recipe.name}, weights {session.weight_digests()[-1][:12]}"
+    replies = Replies(to.with_suffix(".replies.sqlite"), model)
+    made = ShardSource(SourceConfig(name="source", path=source, root=root))
+    _say(write_records(to, recaption(made, captioner, replies, prompt=prompt, batch_size=batch_size)), to)
+
+
 def _say(written: Written, to: Path) -> None:
     print(f"{written.records} samples in {to}")
     for reason, count in written.skipped.most_common():
@@ -130,4 +205,10 @@ def imported(name: str) -> Callable[..., Any]:
     return found
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"filter": filter_data, "reshard": reshard_data, "adapt": adapt_data}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "filter": filter_data,
+    "reshard": reshard_data,
+    "adapt": adapt_data,
+    "self-instruct": self_instruct_data,
+    "recaption": recaption_data,
+}

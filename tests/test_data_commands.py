@@ -58,6 +58,27 @@ def test_adapt_writes_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
 
 
+def test_self_instruct_asks_a_callable_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_llm.py").write_text(
+        "def chat(messages):\n    return 'Question: Which animal?\\n===\\nAnswer: A dog.'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "set.jsonl").write_text(json.dumps({"image": "a.png", "caption": "A dog."}))
+    words = [
+        "self-instruct",
+        tmp_path / "set.jsonl",
+        "--llm",
+        "my_llm:chat",
+        "--model",
+        "m",
+        "--to",
+        tmp_path / "o.jsonl",
+    ]
+    assert call(monkeypatch, *words) == 0
+    made = json.loads((tmp_path / "o.jsonl").read_text())
+    assert made["conversations"][1]["value"] == "A dog."
+
+
 def test_mistakes_are_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     assert call(monkeypatch, "filter", shards, "--out", tmp_path / "o", "--top-fraction", 2) == 2
     assert call(monkeypatch, "filter", shards, "--out", tmp_path / "o", "--min-score", 0.2) == 2

@@ -7,10 +7,11 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from fastmllm.data.byte_range import ByteRange
 from fastmllm.data.cache import atomic_path
@@ -20,6 +21,7 @@ from fastmllm.data.shard_scan import is_image
 from fastmllm.data.shards import ShardSource
 
 MANIFEST = "reshard.json"
+Line = tuple[str, str, Mapping[str, Any] | None]  # shard, key, record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +39,7 @@ class Resharded:
 
 
 def reshard(source: ShardSource, kept: Path, folder: Path, *, samples_per_shard: int = 5000) -> Resharded:
-    """Copy kept samples, parts byte for byte, in the order of the list.
+    """Copy kept samples, parts byte for byte, in the order of the list; a line's `record` takes the place of its texts.
 
     Shard n is `00000n.tar`, with lines n * samples_per_shard ... of the list; `00000n.origin.jsonl` says where each of
     its samples came from. Keys are numbers in the list; a JSON record's images become members beside it. An interrupted
@@ -70,12 +72,12 @@ def reshard(source: ShardSource, kept: Path, folder: Path, *, samples_per_shard:
     return Resharded(shards=tuple(shards), samples=samples, missing=total - samples)
 
 
-def _lines(kept: Path) -> Iterator[tuple[str, str]]:
+def _lines(kept: Path) -> Iterator[Line]:
     with kept.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                yield row["shard"], row["key"]
+                yield row["shard"], row["key"], row.get("record")
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f'{kept}: line {number} is no {{"shard": ..., "key": ...}}; make it again') from error
 
@@ -118,13 +120,13 @@ class _Places:
         return shard, self.source.located(number, self._keys[key])
 
 
-def _write(shard: Path, origin: Path, rows: list[tuple[str, str]], first: int, places: _Places) -> None:
+def _write(shard: Path, origin: Path, rows: list[Line], first: int, places: _Places) -> None:
     lines = []
     with atomic_path(shard) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, row in enumerate(rows, first):
             line = {"key": f"{number:09}", "shard": row[0], "from": row[1]}
             try:
-                parts = list(_parts(*places[row]))
+                parts = list(_parts(*places[row[:2]], row[2]))
             except KeyError:
                 lines.append(line | {"problem": "the source has no such sample any more"})
                 continue
@@ -140,11 +142,15 @@ def _write(shard: Path, origin: Path, rows: list[tuple[str, str]], first: int, p
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def _parts(shard: str, located: Located) -> Iterator[tuple[str, bytes]]:
+def _parts(shard: str, located: Located, record: Mapping[str, Any] | None) -> Iterator[tuple[str, bytes]]:
     """Yield (field, bytes) of a sample's parts; images are numbered where there are several."""
     images = sum(is_image(part.field) for part in located.parts)
     place = 0
+    if record is not None:
+        yield "json", json.dumps(record, ensure_ascii=False).encode()
     for part in located.parts:
+        if record is not None and not is_image(part.field):
+            continue
         path = part.path and Path(shard) / part.path
         data = path.read_bytes() if path else ByteRange(shard, part.offset, part.size).read()
         if not is_image(part.field):

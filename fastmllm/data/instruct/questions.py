@@ -113,7 +113,7 @@ def _boxes(record: Record, config: AdaptConfig) -> Iterator[Question]:
     Asked are: where a thing is that is there once, what is in a box, how many, and, as often for what is there as for
     what is not, whether it is there.
     """
-    found = _things(record.data)
+    found = things_of(record.data)
     counts = Counter(label for label, _ in found)
     generator = rng_of("boxes", config.seed, record.key, record.id)
     asked: list[Question] = []
@@ -148,11 +148,11 @@ def labels_of(records: Iterable[Record | Skipped]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for record in records:
         with suppress(RecordError):
-            counts.update({label for label, _ in _things(record.data)} if isinstance(record, Record) else ())
+            counts.update({label for label, _ in things_of(record.data)} if isinstance(record, Record) else ())
     return counts
 
 
-def _things(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+def things_of(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (label, box as text) of each thing, checked against the image's size."""
     width, height = data.get("width"), data.get("height")
     if not (isinstance(width, int | float) and isinstance(height, int | float) and width > 0 and height > 0):
