@@ -183,6 +183,26 @@ def recaption_data(
     _say(write_records(to, recaption(made, captioner, replies, prompt=prompt, batch_size=batch_size)), to)
 
 
+def show_shares(stage: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Say how many tokens a stage learned from each of its sources.
+
+    Args:
+        stage: its folder, such as out/run/stages/instruct.
+    """
+    from fastmllm.data.token_shares import read_shares
+
+    shares = read_shares(stage)
+    total = sum(share.tokens for share in shares.values())
+    table = Table(title=f"{stage}: {total:,} tokens")
+    for name in ("source", "samples", "tokens", "share", "labelled", "tokens a sample"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for name, share in sorted(shares.items(), key=lambda item: -item[1].tokens):
+        mean = share.tokens / share.samples
+        cells = (f"{share.samples:,}", f"{share.tokens:,}", f"{share.tokens / total:.1%}", f"{share.targets:,}")
+        table.add_row(name, *cells, f"{mean:.1f}")
+    Console().print(table)
+
+
 def _say(written: Written, to: Path) -> None:
     print(f"{written.records} samples in {to}")
     for reason, count in written.skipped.most_common():
@@ -211,4 +231,5 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "adapt": adapt_data,
     "self-instruct": self_instruct_data,
     "recaption": recaption_data,
+    "shares": show_shares,
 }

@@ -79,6 +79,16 @@ def test_self_instruct_asks_a_callable_by_name(tmp_path: Path, monkeypatch: pyte
     assert made["conversations"][1]["value"] == "A dog."
 
 
+def test_shares_of_a_stage_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "shares.jsonl").write_text(
+        json.dumps({"micro_batch": 0, "sources": {"a": [1, 30, 4], "b": [2, 10, 5]}})
+    )
+    assert call(monkeypatch, "shares", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "75.0%" in shown
+    assert "5.0" in shown
+
+
 def test_mistakes_are_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     assert call(monkeypatch, "filter", shards, "--out", tmp_path / "o", "--top-fraction", 2) == 2
     assert call(monkeypatch, "filter", shards, "--out", tmp_path / "o", "--min-score", 0.2) == 2

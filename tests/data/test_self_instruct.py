@@ -97,6 +97,9 @@ def test_nothing_is_asked_twice_and_a_failing_model_stops_the_run(tmp_path: Path
     second = Model(good)
     assert all(isinstance(item, dict) for item in made(second, tmp_path, *rows))
     assert len(second.asked) == 2  # the two that failed
+    flaky = Model(OSError("down"), good)
+    found = made(flaky, tmp_path / "flaky", *rows, *rows[:2], retries=0, give_up=2)
+    assert len(found) == 6  # one failure after each success is no end
     with pytest.raises(ModelDown, match="2 questions failed in a row"):
         made(
             Model(OSError("down")), tmp_path, *[FACTS | {"caption": f"new {i}"} for i in range(5)], retries=0, give_up=2
@@ -123,6 +126,8 @@ def test_parsing_takes_both_languages_and_nothing_half() -> None:
     "question, answer, leak",
     [
         ("What colour is the red car?", "Red.", True), ("Is the car red?", "Yes.", False),
+        ("Yes or what?", "yes", False),
+        ("Does the sign say yes?", "Yes.", False),
         ("Is it a dog or a cat?", "A cat.", False), ("What is on the mat?", "A dog.", False),
         ("红色的车是什么颜色？", "红色", True), ("是猫还是狗？", "猫", False), ("What is it?", "It is.", False),
     ],
