@@ -139,7 +139,8 @@ def bench(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/d
 def data(recipe: RecipePath, overrides: Overrides = ()) -> None:
     """Build a recipe's data and say what is there, what was skipped and under which licences.
 
-    Work on data itself: fastmllm data {filter, reshard, adapt, self-instruct, recaption, shares} --help.
+    Work on data itself: fastmllm data {filter, reshard, clean, losses, adapt, self-instruct,
+    recaption, shares} --help.
 
     Args:
         recipe: a YAML file.

@@ -1,19 +1,20 @@
-"""The command line's `fastmllm data {filter, reshard, adapt, ...}`."""
+"""The command line's `fastmllm data {filter, reshard, clean, shares}`, and the names of all its tools."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from fastmllm.data.filtering.rules import FilterConfig
-from fastmllm.data.records import Written
+from fastmllm.data.loss_outliers import CleanConfig
 from fastmllm.data.shards import ShardSource, SourceConfig
+from fastmllm.making_commands import adapt_data, losses_data, recaption_data, self_instruct_data
+from fastmllm.named import imported
 
 Pattern = Annotated[str, tyro.conf.Positional]
 Thresholds = Annotated[FilterConfig, tyro.conf.arg(name="")]
@@ -77,110 +78,34 @@ def reshard_data(source: Pattern, kept: Path, to: Path, root: str | None = None,
     print(f"{done.samples} samples in {len(done.shards)} shards in {to}{lost}")
 
 
-def adapt_data(
-    records: Annotated[Path, tyro.conf.Positional],
-    kind: Literal["vqa", "caption", "boxes"],
-    to: Path,
-    templates: tuple[str, ...] = (),
-    seed: int = 0,
-    formats: float = 1.0,
-    per_image: int = 4,
-) -> None:
-    """Turn a question, caption or box set into instructions by templates; what cannot be asked is listed beside them.
-
-    Args:
-        records: .jsonl, .json or a folder; docs/data.md says the columns of each kind.
-        kind: of the set.
-        to: .jsonl to write, a source of training samples.
-        templates: files, or shipped ones, one a language; by default all shipped ones of the kind.
-        seed: of phrasings.
-        formats: share of samples that say how to answer.
-        per_image: questions about the boxes of an image.
-    """
-    from fastmllm.data.instruct.adapt import AdaptConfig, adapt
-    from fastmllm.data.instruct.questions import labels_of
-    from fastmllm.data.instruct.templates import load_templates
-    from fastmllm.data.records import read_records, write_records
-
-    loaded = [load_templates(name) for name in templates or (f"{kind}_en", f"{kind}_zh")]
-    labels = labels_of(read_records(records)) if kind == "boxes" else {}
-    config = AdaptConfig(kind=kind, seed=seed, formats=formats, per_image=per_image, labels=labels)
-    _say(write_records(to, adapt(read_records(records), loaded, config, source=str(records))), to)
-
-
-def self_instruct_data(
-    records: Annotated[Path, tyro.conf.Positional],
-    llm: str,
-    model: str,
-    to: Path,
-    prompt: str = "conversation_en",
-    seed: int = 0,
-    max_repeats: int = 0,
-    blind: bool = False,
-) -> None:
-    """Let a language model write instructions from captions and boxes; each pair is checked, the others are listed.
-
-    Args:
-        records: .jsonl, .json or a folder, with image, caption(s) and boxes.
-        llm: module:callable, a list of {role, content} -> text: any model.
-        model: its name and version, kept with every sample; replies are remembered under it beside `to`.
-        to: .jsonl to write, a source of training samples.
-        prompt: a file, or a shipped one: conversation_en, conversation_zh, detail_en, reasoning_en.
-        seed: of the seeds shown.
-        max_repeats: images that one question is kept for; 0 = any number.
-        blind: leave out what the model answers the same without the facts; asks every question once more.
-    """
-    from fastmllm.data.instruct.prompt_files import load_prompt
-    from fastmllm.data.instruct.questions import labels_of
-    from fastmllm.data.instruct.replies import Replies
-    from fastmllm.data.instruct.self_instruct import SelfInstructConfig, self_instruct
-    from fastmllm.data.records import read_records, write_records
-
-    config = SelfInstructConfig(seed=seed, max_repeats=max_repeats, blind=blind)
-    labels, replies = labels_of(read_records(records)), Replies(to.with_suffix(".replies.sqlite"), model)
-    made = self_instruct(
-        read_records(records), load_prompt(prompt), imported(llm), replies, config, labels=labels, source=str(records)
-    )
-    _say(write_records(to, made), to)
-
-
-def recaption_data(
+def clean_data(
     source: Pattern,
-    to: Path,
-    recipe: Path,
-    run: Path = Path("out/demo"),
-    overrides: tuple[str, ...] = (),
+    out: Path,
+    config: Annotated[CleanConfig, tyro.conf.arg(name="")] = CleanConfig(),  # noqa: B008 (frozen)
+    losses: Path | None = None,
     root: str | None = None,
-    prompt: str = "Describe the image.",
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
+    workers: int = 4,
 ) -> None:
-    """Caption a source's images anew with the model of a finished run; `reshard --kept` then takes the list.
+    """Find corrupt, contradictory and outlying pairs: findings.jsonl, and kept.jsonl of the others.
 
     Args:
         source: a .tar, .jsonl, .json or folder; `*` and `{000..099}` name many. Quote it.
-        to: .jsonl to write: a line a sample with the new caption, the model, the prompt and the old caption.
-        recipe: the YAML file of the run.
-        run: its folder.
-        overrides: the changes that the run was made with.
+        out: folder of the lists and of measurements, which a second run and `filter` reuse.
+        config: what is suspicious.
+        losses: .jsonl of `fastmllm data losses`, or of your own trainer: {shard, key, loss, blind}.
         root: folder that image names in JSON are relative to; None = the JSON file's own.
-        prompt: asked about each image.
-        max_new_tokens: of a caption.
-        batch_size: images at a time.
+        workers: threads that decode.
     """
-    from fastmllm.data.instruct.recaption import recaption
-    from fastmllm.data.instruct.replies import Replies
-    from fastmllm.data.records import write_records
-    from fastmllm.infer.captioner import Captioner
-    from fastmllm.recipe import Recipe
-    from fastmllm.session import Session
+    from fastmllm.data.clean import clean
+    from fastmllm.data.filtering.measure import Measures, measure
+    from fastmllm.data.loss_outliers import read_losses
 
-    session = Session(Recipe.load(recipe, overrides), run)
-    captioner = Captioner(session.responder(), prompt, max_new_tokens)
-    model = f"{session.recipe.name}, weights {session.weight_digests()[-1][:12]}"
-    replies = Replies(to.with_suffix(".replies.sqlite"), model)
     made = ShardSource(SourceConfig(name="source", path=source, root=root))
-    _say(write_records(to, recaption(made, captioner, replies, prompt=prompt, batch_size=batch_size)), to)
+    samples = measure(made, out / "measured", Measures(workers=workers))
+    done = clean(samples, out, None if losses is None else read_losses(losses), config)
+    print(f"{done.kept} of {done.seen} samples without a finding; lists in {out}")
+    for reason, count in done.found.most_common():
+        print(f"{count} x {reason}")
 
 
 def show_shares(stage: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -203,31 +128,11 @@ def show_shares(stage: Annotated[Path, tyro.conf.Positional]) -> None:
     Console().print(table)
 
 
-def _say(written: Written, to: Path) -> None:
-    print(f"{written.records} samples in {to}")
-    for reason, count in written.skipped.most_common():
-        print(f"{count} left out: {reason}")
-
-
-def imported(name: str) -> Callable[..., Any]:
-    """Return what "module:name" names.
-
-    Raises:
-        ValueError: no such module, or nothing callable of that name in it.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}; give module:callable, with the module on PYTHONPATH") from error
-    if not callable(found):
-        raise ValueError(f"{name}: a {type(found).__name__}, nothing to call")
-    return found
-
-
 COMMANDS: dict[str, Callable[..., Any]] = {
     "filter": filter_data,
     "reshard": reshard_data,
+    "clean": clean_data,
+    "losses": losses_data,
     "adapt": adapt_data,
     "self-instruct": self_instruct_data,
     "recaption": recaption_data,

@@ -10,7 +10,8 @@ import pytest
 from tiny_shards import scene, write_tar
 
 from fastmllm import cli
-from fastmllm.data_commands import COMMANDS, imported
+from fastmllm.data_commands import COMMANDS
+from fastmllm.named import imported
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -77,6 +78,13 @@ def test_self_instruct_asks_a_callable_by_name(tmp_path: Path, monkeypatch: pyte
     assert call(monkeypatch, *words) == 0
     made = json.loads((tmp_path / "o.jsonl").read_text())
     assert made["conversations"][1]["value"] == "A dog."
+
+
+def test_clean_lists_findings(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "l.jsonl").write_text(json.dumps({"shard": str(shards), "key": "0", "loss": 3.0, "blind": 1.0}))
+    assert call(monkeypatch, "clean", shards, "--out", tmp_path / "c", "--losses", tmp_path / "l.jsonl") == 0
+    assert "3 of 4 samples without a finding" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c" / "findings.jsonl").read_text())["reason"] == "image does not fit"
 
 
 def test_shares_of_a_stage_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
