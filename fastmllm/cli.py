@@ -140,7 +140,7 @@ def data(recipe: RecipePath, overrides: Overrides = ()) -> None:
     """Build a recipe's data and say what is there, what was skipped and under which licences.
 
     Work on data itself: fastmllm data {filter, reshard, clean, losses, adapt, self-instruct,
-    recaption, shares} --help.
+    recaption, shares, transfer} --help.
 
     Args:
         recipe: a YAML file.

@@ -1,8 +1,9 @@
-"""The command line's `fastmllm data {filter, reshard, clean, shares}`, and the names of all its tools."""
+"""The command line's `fastmllm data {filter, reshard, clean, shares, transfer}`, and the names of all its tools."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,6 +129,48 @@ def show_shares(stage: Annotated[Path, tyro.conf.Positional]) -> None:
     Console().print(table)
 
 
+def show_transfer(
+    recipe: Annotated[Path, tyro.conf.Positional],
+    tasks: tuple[str, ...],
+    out: Path = Path("out/transfer"),
+    overrides: tuple[str, ...] = (),
+    steps: int = 30,
+    limit: int = 64,
+) -> None:
+    """Measure which task helps which before a recipe's last stage, and say in which order to teach them.
+
+    Args:
+        recipe: a YAML file; all its stages but the last are trained first.
+        tasks: to measure, such as name group exists count.
+        out: folder of the run; transfer.json is written there.
+        overrides: changes to the recipe.
+        steps: that each task is trained alone.
+        limit: held-out questions a task.
+    """
+    from fastmllm.curriculum import transfer_of
+    from fastmllm.models.vlm import VLM
+    from fastmllm.recipe import Recipe
+    from fastmllm.session import Session
+
+    whole = Recipe.load(recipe, overrides)
+    session = Session(replace(whole, stages=whole.stages[:-1]), out)
+    session.train()
+    if not isinstance(session.model, VLM):
+        raise ValueError(f"{recipe}: transfer is measured on recipes of a VLM")
+    found = transfer_of(
+        session.model, session.splits, whole.stages[-1], whole.engine, tasks, out / "alone", steps=steps, limit=limit
+    )
+    found.save(out / "transfer.json")
+    table = Table(title="what training the row's task wins for the column's, 1 = what its own training wins")
+    for name in ("trained", *found.skills):
+        table.add_column(name)
+    for name, row in zip(found.skills, found.gain(), strict=True):
+        table.add_row(name, *(f"{value:+.2f}" for value in row))
+    console = Console()
+    console.print(table)
+    console.print(f"order: {', '.join(found.order())}; numbers in {out / 'transfer.json'}")
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "filter": filter_data,
     "reshard": reshard_data,
@@ -137,4 +180,5 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "self-instruct": self_instruct_data,
     "recaption": recaption_data,
     "shares": show_shares,
+    "transfer": show_transfer,
 }

@@ -10,10 +10,11 @@ import torch
 
 from fastmllm.data.conversation import PLACEHOLDER
 from fastmllm.data.images import ImageError
-from fastmllm.data.sample import Conversation
+from fastmllm.data.sample import Conversation, Sample
 from fastmllm.data.shard_index import Skipped
 from fastmllm.data.shards import ShardSource
 from fastmllm.data.text import TextError
+from fastmllm.data.turns import images_of
 from fastmllm.infer.respond import collate_for
 from fastmllm.models.vlm import VLM
 
@@ -31,13 +32,16 @@ class AnswerLoss:
         self.model = model
 
     @torch.inference_mode()
-    def __call__(self, samples: Sequence[Conversation]) -> list[float]:
+    def __call__(self, samples: Sequence[Sample] | Sequence[Conversation]) -> list[float]:
         """Return the mean a token of each sample.
 
         Raises:
             TextError, ImageError: a sample that cannot be read.
         """
-        batch = collate_for(self.model, samples, with_answers=True)  # type: ignore[arg-type]  # it takes both
+        cache, images = self.model.feature_cache, [image for sample in samples for image in images_of(sample)]
+        fits = cache is not None and cache.image_size == self.model.config.image_size
+        cached = fits and all(image in cache.features for image in images)  # type: ignore[union-attr]
+        batch = collate_for(self.model, samples, load_pixels=not cached, with_answers=True)  # type: ignore[arg-type]
         totals = self.model.log_probs(batch).tolist()
         scored = (batch.labels != IGNORE).long().cumsum(0)
         ends = torch.cat([scored.new_zeros(1), scored])[batch.cu_seqlens.long()]  # (S + 1,)

@@ -32,7 +32,7 @@ def test_different_answers_to_one_question_about_equal_pixels(tmp_path: Path) ->
     long = "a very long caption of this image that goes on"
     samples = [
         sample(0, "What is this?", "a dog"), sample(1, "what is this", "Cat."), sample(2, "What is this?", "The dog!"),
-        sample(3, "What is this?", "bird", "y"), sample(4, "What colour?", "red"),
+        sample(3, "What is this?", "bird", "y"), sample(4, "What colour?", "red"), sample(10, "What colour?", "Red."),
         sample(5, "Describe it.", long), sample(6, "Describe it.", long + " and on"),
         sample(7, "Capital?", "Paris", ""), sample(8, "Capital?", "Rome", ""),
         sample(9, "", "", "", problem=("undecodable image", "cut")),
@@ -43,8 +43,8 @@ def test_different_answers_to_one_question_about_equal_pixels(tmp_path: Path) ->
     assert rows["0"]["others"] == ["1"]
     assert rows["1"]["others"] == ["0", "2"]
     assert "'dog' x 2, 'cat' x 1" in rows["1"]["detail"]
-    assert kept(tmp_path) == ["3", "4", "5", "6"]
-    assert (done.seen, done.kept, done.found) == (10, 4, {"undecodable image": 1, "contradictory answers": 5})
+    assert kept(tmp_path) == ["3", "4", "10", "5", "6"]
+    assert (done.seen, done.kept, done.found) == (11, 5, {"undecodable image": 1, "contradictory answers": 5})
 
 
 def test_losses_far_from_those_of_their_question(tmp_path: Path) -> None:
