@@ -15,6 +15,8 @@ from pathlib import Path
 
 from fastmllm.data.cache import atomic_path
 from fastmllm.data.filtering.measure import Measured
+from fastmllm.data.filtering.rules import FilterConfig
+from fastmllm.data.filtering.seen import Seen
 from fastmllm.data.filtering.text_print import words_of
 from fastmllm.data.loss_outliers import CleanConfig, Finding, Losses, outliers
 from fastmllm.data.records import Record, read_records
@@ -50,6 +52,7 @@ def clean(
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix=".cleaning-") as scratch,
         closing(sqlite3.connect(Path(scratch) / "samples.sqlite")) as rows,
+        closing(Seen(Path(scratch) / "images.sqlite", _same_image(config))) as images,
     ):
         rows.execute("CREATE TABLE sample (number INTEGER PRIMARY KEY, shard, key, asked, question, answer, shown)")
         rows.execute("CREATE TABLE finding (shard, key, line)")
@@ -62,7 +65,7 @@ def clean(
                 )
                 _put(rows, finding)
             else:
-                rows.execute("INSERT INTO sample VALUES (?, ?, ?, ?, ?, ?, ?)", (seen, *_row(sample, config)))
+                rows.execute("INSERT INTO sample VALUES (?, ?, ?, ?, ?, ?, ?)", (seen, *_row(sample, config, images)))
         rows.execute("CREATE INDEX asked ON sample (asked)")
         shards = [Path(shard) for (shard,) in rows.execute("SELECT DISTINCT shard FROM sample ORDER BY shard")]
         for finding in chain(_contradictions(rows), outliers(rows, losses or {}, config), _doubled(shards)):
@@ -86,9 +89,19 @@ def _put(rows: sqlite3.Connection, finding: Finding) -> None:
     rows.execute("INSERT INTO finding VALUES (?, ?, ?)", (finding.shard, finding.key, json.dumps(asdict(finding))))
 
 
-def _row(sample: Measured, config: CleanConfig) -> tuple[object, ...]:
-    question = normalise(sample.question)
-    images = "/".join(print.pixels for print in sample.prints)
+def _same_image(config: CleanConfig) -> FilterConfig:
+    near = ("image",) if config.near_bits else ()
+    return FilterConfig(exact=("image",), near=near, near_bits=config.near_bits, near_colour=config.near_colour)  # type: ignore[arg-type]
+
+
+def _row(sample: Measured, config: CleanConfig, seen: Seen) -> tuple[object, ...]:
+    question, first = normalise(sample.question), sample
+    if sample.prints:
+        if (repeated := seen.repeated(sample)) is None:
+            seen.add(sample)
+        elif repeated[0] != "duplicate id":
+            first = repeated[1]  # of the samples with this image
+    images = "/".join(print.pixels for print in first.prints)
     short = len(words_of(sample.answer)) <= config.answer_words
     asked = hashlib.sha256(f"{images}\n{question}".encode()).hexdigest() if short else None
     kind = hashlib.sha256(question.encode()).hexdigest()[:16]

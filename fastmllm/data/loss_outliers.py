@@ -21,12 +21,15 @@ class CleanConfig:
 
     Args:
         answer_words: answers of at most so many words are compared; two captions of one image are no contradiction.
+        near_bits, near_colour: as `FilterConfig`, within which two images are taken for one; 0 bits: equal pixels only.
         deviations: robust standard deviations above the median from which a loss is an outlier.
         group: samples with one question that are needed to compare them among each other, not with all.
         worse: nats a token by which an answer may be less likely with its image than without, where both are known.
     """
 
     answer_words: int = 5
+    near_bits: int = 6
+    near_colour: int = 24
     deviations: float = 4.0
     group: int = 30
     worse: float = 0.5

@@ -42,8 +42,7 @@ class TransferMatrix:
         """Return the skills so that what helps others comes before them.
 
         Of all orders the one with the largest sum of gains from earlier to later skills (the linear ordering problem:
-        exact up to `EXACT` skills, by best insertion beyond); of equal ones that which begins with the names in their
-        given order.
+        exact up to `EXACT` skills, by best insertion beyond); skills that nothing tells apart stay as they were given.
         """
         gain = self.gain()
         chosen = _exact(gain) if len(self.skills) <= EXACT else _inserted(gain)
@@ -93,7 +92,7 @@ def _exact(gain: np.ndarray) -> list[int]:
                 if not done >> i & 1:
                     value = round(total + float(sum(gain[k, i] for k in order)), 12)
                     known = longer.get(done | 1 << i)
-                    if known is None or value > known[0] or (value == known[0] and (*order, i) < known[1]):
+                    if known is None or value > known[0]:
                         longer[done | 1 << i] = (value, (*order, i))
         best = longer
     return list(best[(1 << n) - 1][1])

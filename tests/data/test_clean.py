@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from fastmllm.data.loss_outliers import CleanConfig, read_losses
 
 
 def sample(key: int | str, question: str, answer: str, pixels: str = "x", **more: object) -> Measured:
-    prints = (ImagePrint(pixels, 0, (0,) * 48),) if pixels else ()
+    colours = tuple(3 * hashlib.md5(pixels.encode()).digest())  # of another picture all are others
+    prints = (ImagePrint(pixels, 0, colours),) if pixels else ()
     return Measured(shard="s.tar", key=str(key), question=question, answer=answer, prints=prints, **more)
 
 
@@ -45,6 +47,18 @@ def test_different_answers_to_one_question_about_equal_pixels(tmp_path: Path) ->
     assert "'dog' x 2, 'cat' x 1" in rows["1"]["detail"]
     assert kept(tmp_path) == ["3", "4", "10", "5", "6"]
     assert (done.seen, done.kept, done.found) == (11, 5, {"undecodable image": 1, "contradictory answers": 5})
+
+
+def test_one_picture_twice_with_two_labels(tmp_path: Path) -> None:
+    looks = [ImagePrint("x", 0b1111 << 20, (90,) * 48), ImagePrint("y", 0b1101 << 20, (93,) * 48)]
+    looks.append(ImagePrint("z", 0b1111 << 20, (190,) * 48))  # another colour
+    samples = [
+        Measured(shard="s", key=str(i), question="What is this?", answer=answer, prints=(look,))
+        for i, (look, answer) in enumerate(zip(looks, ("shorts", "skirt", "hat"), strict=True))
+    ]
+    clean(samples, tmp_path)
+    assert set(found(tmp_path, "contradictory answers")) == {"0", "1"}
+    assert not clean(samples, tmp_path, config=CleanConfig(near_bits=0)).found
 
 
 def test_losses_far_from_those_of_their_question(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def measure(source: ShardSource, folder: Path, measures: Measures | None = None)
 def _measure_chunk(source: ShardSource, shard: int, numbers: range, measures: Measures, file: Path) -> None:
     where = str(source.shards[shard])
     look = partial(_look, where, measures)
-    starts = track(range(0, len(numbers), measures.batch_size), f"measuring {where}")
+    batches = range(0, len(numbers), measures.batch_size)
+    starts = track(batches, f"measuring {where}", len(batches))
     with (
         atomic_path(file) as temporary,
         temporary.open("w", encoding="utf-8") as out,
