@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_shards import scene, write_tar
+from tiny_vlm import tiny_vlm
 
 from fastmllm import cli
 from fastmllm.data_commands import COMMANDS
+from fastmllm.infer.respond import Responder
 from fastmllm.named import imported
 
 
@@ -95,6 +98,31 @@ def test_shares_of_a_stage_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
     shown = capsys.readouterr().out
     assert "75.0%" in shown
     assert "5.0" in shown
+
+
+class _Finished:
+    """What the tools need of a finished run."""
+
+    def __init__(self, recipe, out) -> None:
+        self.recipe = SimpleNamespace(name="toy")
+
+    def responder(self) -> Responder:
+        return Responder(tiny_vlm(0))
+
+    def weight_digests(self) -> list[str]:
+        return ["0123456789abcdef"]
+
+
+def test_a_run_s_model_captions_and_scores(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastmllm.session.Session", _Finished)
+    monkeypatch.setattr("fastmllm.recipe.Recipe.load", lambda recipe, overrides: None)
+    words = [shards, "--recipe", "r.yaml", "--to"]
+    assert call(monkeypatch, "recaption", *words, tmp_path / "c.jsonl", "--max-new-tokens", 3) == 0
+    lines = (tmp_path / "c.jsonl").read_text() + (tmp_path / "c.skipped.jsonl").read_text()
+    assert len(lines.splitlines()) == 4
+    assert all(json.loads(line)["key"] for line in lines.splitlines())
+    assert call(monkeypatch, "losses", *words, tmp_path / "l.jsonl") == 0
+    assert set(json.loads((tmp_path / "l.jsonl").read_text().splitlines()[0])) == {"shard", "key", "loss", "blind"}
 
 
 def test_mistakes_are_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_shards import png
 
+from fastmllm import data
 from fastmllm.data.instruct.adapt import AdaptConfig, adapt
 from fastmllm.data.instruct.questions import labels_of
 from fastmllm.data.instruct.templates import SHIPPED, load_templates
@@ -148,6 +149,10 @@ def test_what_is_written_is_a_source(tmp_path: Path) -> None:
     source = ShardSource(SourceConfig(name="s", path=str(tmp_path / "out.jsonl")), cache=tmp_path / "cache")
     assert source.num_samples == 3
     assert source.sample(0, 0).turns[0].answer == "red"
+
+
+def test_public_names_of_the_room_are_there() -> None:
+    assert all(getattr(data, name) is not None for name in data.__all__)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))

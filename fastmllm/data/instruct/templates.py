@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-SHIPPED = Path(__file__).parent / "templates"
+SHIPPED = Path(__file__).parent / "wording"
 # kind -> task -> the names that its phrasings may use
 NAMES: dict[str, dict[str, frozenset[str]]] = {
     "vqa": {"ask": frozenset({"question", "answer"}), "choose": frozenset({"question", "options", "answer"})},
