@@ -16,6 +16,7 @@ from fastmllm import run
 from fastmllm.curriculum import held_out_losses, transfer_of
 from fastmllm.data.build import DataConfig, build
 from fastmllm.data.phases import Phase, PhasedMixture, exposure, growing
+from fastmllm.recipe import Recipe
 from fastmllm.run import batches_of
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.stages import StageConfig
@@ -85,3 +86,16 @@ def test_stages_and_tasks_without_sense(splits, tmp_path: Path) -> None:
         run.available(Phase(share=1, mixture={"nome": 1}), splits.train, "s")
     with pytest.raises(ValueError, match="no questions of count"):
         transfer_of(tiny_vlm(0), splits, STAGE, EngineConfig(), ["name", "count"], tmp_path, steps=2)
+
+
+def test_a_recipe_says_its_phases(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nmodel: {image_size: 32, visual_tokens: 4, dtype: float32}\nstages:\n  - name: s\n    steps: 8\n"
+        "    trainable: {connector.*: 1e-2}\n    phases:\n      - {share: 1, mixture: {name: 1}, visual_tokens: [1]}\n"
+        "      - {share: 3, mixture: {name: 1, yes_no: 2}, image_size: 16}\n"
+    )
+    (stage,) = Recipe.load(tmp_path / "r.yaml").stages
+    assert [(phase.share, phase.image_size, phase.visual_tokens) for phase in stage.phases] == [
+        (1, None, (1,)),
+        (3, 16, ()),
+    ]

@@ -75,7 +75,10 @@ def write_records(path: Path, items: Iterable[Mapping[str, Any] | Skipped]) -> W
     with ExitStack() as stack:
         names = (path, path.with_name(f"{path.name.removesuffix('.jsonl')}.skipped.jsonl"))
         files = [stack.enter_context(atomic_path(name)) for name in names]
-        good, bad = (stack.enter_context(file.open("w", encoding="utf-8")) for file in files)
+        good, bad = (
+            stack.enter_context(file.open("w", encoding="utf-8", errors="backslashreplace"))  # of a file's name
+            for file in files
+        )
         for item in items:
             if isinstance(item, Skipped):
                 skipped[item.reason] += 1

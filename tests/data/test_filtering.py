@@ -82,12 +82,14 @@ def test_a_line_without_end_is_not_held(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("fastmllm.data.shard_scan.MAX_TEXT", 200)
     good = json.dumps({"text": "a short one"})
     path = tmp_path / "a.jsonl"
-    path.write_text(f'{good}\n{{"text": "{"x" * 700}"}}\n[1]\n\n{good[:-6]}b"}}', encoding="utf-8")
+    half = '{"text": "\\ud83d alone"}'  # half a surrogate pair
+    path.write_text(f'{good}\n{{"text": "{"x" * 700}"}}\n[1]\n\n{good[:-6]}b"}}\n{half}', encoding="utf-8")
     run(path, tmp_path)
     assert keys(tmp_path) == ["0", "4"]
     assert {row["key"]: row["reason"] for row in listed(tmp_path, "dropped.jsonl")} == {
         "1": "text too large",
         "2": "wrong JSON",
+        "5": "wrong JSON",
     }
 
 
