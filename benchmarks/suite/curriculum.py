@@ -21,7 +21,7 @@ from rich.table import Table
 
 from fastmllm.curriculum import held_out_losses, transfer_of
 from fastmllm.data.build import Splits
-from fastmllm.data.phases import Phase, exposure, growing
+from fastmllm.data.phases import Phase, ends_of, exposure, growing
 from fastmllm.models.vlm import VLM
 from fastmllm.recipe import Recipe
 from fastmllm.run import train_stage
@@ -53,6 +53,8 @@ def compare(
         "shuffled": (Phase(share=1.0, mixture=exposure(phases)),),
         "reverse": _same_exposure(growing(found.order()[::-1]), exposure(phases)),
     }
+    for parts in arms.values():
+        ends_of(parts, steps)  # before hours go into the arms that have a step for each phase
     rows = []
     for seed in seeds:
         for arm, parts in arms.items():
