@@ -201,7 +201,7 @@ setup(
     extras_require=EXTRAS,
     # fastmllm/kernels is a link to kernels/, which must never become a package of its own (see CONTRIBUTING)
     packages=find_namespace_packages(include=["fastmllm", "fastmllm.*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
-    package_data={"fastmllm": ["py.typed"]},
+    package_data={"fastmllm": ["py.typed", "data/instruct/prompts/*.yaml", "data/instruct/wording/*.yaml"]},
     ext_modules=extensions() if reason is None else [],
     cmdclass={"build_ext": BuildOrExplain, "build_py": PythonAndReason},
     entry_points={"console_scripts": ["fastmllm = fastmllm.cli:main"]},

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from fastmllm import eval_commands
 from fastmllm.plan_command import plan, spelled_out
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -99,6 +98,9 @@ def bench(recipe: RecipePath, overrides: Overrides = (), out: Path = Path("out/d
 def data(recipe: RecipePath, overrides: Overrides = ()) -> None:
     """Build a recipe's data and say what is there, what was skipped and under which licences.
 
+    Work on data itself: fastmllm data {filter, reshard, clean, losses, adapt, self-instruct,
+    recaption, shares, transfer} --help.
+
     Args:
         recipe: a YAML file.
         overrides: changes to it.
@@ -136,6 +138,17 @@ def _load(recipe: Path, overrides: tuple[str, ...]):
     return Recipe.load(recipe, overrides)
 
 
+def _tools(command: str) -> dict[str, Callable[..., Any]]:
+    """Return the commands within a command that also takes a recipe: `fastmllm data filter`."""
+    if command == "data":
+        from fastmllm.data_commands import COMMANDS as tools
+    elif command == "eval":
+        from fastmllm.eval_commands import COMMANDS as tools
+    else:
+        tools = {}
+    return tools
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
@@ -160,8 +173,8 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     try:
-        if (command := tuple(sys.argv[1:3])) in eval_commands.COMMANDS:
-            tyro.cli(eval_commands.COMMANDS[command], prog=f"fastmllm {' '.join(command)}", args=sys.argv[3:])
+        if len(sys.argv) > 2 and sys.argv[2] in (tools := _tools(sys.argv[1])):
+            tyro.extras.subcommand_cli_from_dict(tools, prog=f"fastmllm {sys.argv[1]}", args=sys.argv[2:])
         else:
             tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, prog="fastmllm", description=__doc__, args=spelled_out(sys.argv[1:])

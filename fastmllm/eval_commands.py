@@ -82,8 +82,8 @@ def judge(
     Console().print(verdicts_table(judge_runs(runs, task, chosen, chosen.name, out)))
 
 
-COMMANDS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("eval", "compare"): compare,
-    ("eval", "judge"): judge,
-    ("eval", "baselines"): show_baselines,
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "compare": compare,
+    "judge": judge,
+    "baselines": show_baselines,
 }

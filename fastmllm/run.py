@@ -19,6 +19,7 @@ from fastmllm.data.build import Splits
 from fastmllm.data.cache import cache_dir
 from fastmllm.data.images import load_image
 from fastmllm.data.mixture import MixtureSampler
+from fastmllm.data.phases import Phase, PhasedMixture
 from fastmllm.data.progress import progress_bar, waiting
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import screen
@@ -32,7 +33,7 @@ from fastmllm.packed import PackedMixture, packing_of, tokens_an_image
 from fastmllm.pairs import Learners, format_of, pairs_of
 from fastmllm.streamed import StreamedBatches
 from fastmllm.train.checkpoint import fingerprint
-from fastmllm.train.engine import EngineConfig
+from fastmllm.train.engine import EngineConfig, launched_world_size
 from fastmllm.train.grpo import GRPOObjective
 from fastmllm.train.pairs import PAIR_KINDS
 from fastmllm.train.prefer import PreferenceObjective
@@ -91,19 +92,20 @@ def cache_features(
         model.feature_cache = cache.add(images, progress=advance)
 
 
-def available(stage: StageConfig, samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
+def available(stage: StageConfig | Phase, samples: Mapping[str, Sequence[Sample]], name: str = "") -> dict[str, float]:
     """Return the mixture without the tasks that this data does not offer (photographs have no groups or scenes).
 
     Raises:
         ValueError: a task that no data offers, or none that this data does.
     """
+    where = f"stage {stage.name!r}" if isinstance(stage, StageConfig) else f"a phase of stage {name!r}"
     unknown = [task for task in stage.mixture if task not in TASKS]
     if unknown:
-        raise ValueError(f"stage {stage.name!r}: mixture names {unknown}, no such task; known: {', '.join(TASKS)}")
+        raise ValueError(f"{where}: mixture names {unknown}, no such task; known: {', '.join(TASKS)}")
     weights = {task: weight for task, weight in stage.mixture.items() if samples.get(task)}
     if stage.mixture and not any(weights.values()):
         have = ", ".join(task for task in TASKS if samples.get(task))
-        raise ValueError(f"stage {stage.name!r}: this data has none of {', '.join(stage.mixture)}; it has {have}")
+        raise ValueError(f"{where}: this data has none of {', '.join(stage.mixture)}; it has {have}")
     return weights
 
 
@@ -119,6 +121,8 @@ def batches_of(
         engine: its accumulation, with the launched ranks, makes a step.
         folder: of the stage, for what packing writes down.
     """
+    if stage.phases:
+        return _phased(model, samples, stage, engine)
     weights = available(stage, samples)
     sampler = MixtureSampler(samples, weights or None, batch_size=stage.batch_size, seed=stage.seed)
     packing = packing_of(model, stage)
@@ -136,6 +140,33 @@ def batches_of(
             with_answers=True,
         )
         return replace(made, budget=stage.max_tokens)
+
+    return batch
+
+
+def _phased(
+    model: VLM | MLLM, samples: Mapping[str, Sequence[Sample]], stage: StageConfig, engine: EngineConfig
+) -> Callable[[int], Any]:
+    """Return what `batches_of` does, of a stage with phases.
+
+    Raises:
+        ValueError: image sizes or visual tokens for a model whose resolution policy says them.
+    """
+    if isinstance(model, MLLM) and any(phase.image_size or phase.visual_tokens for phase in stage.phases):
+        raise ValueError(f"stage {stage.name!r}: image_size and visual_tokens of phases are for a VLM; leave them out")
+    phases = [replace(phase, mixture=available(phase, samples, stage.name)) for phase in stage.phases]
+    sampler = PhasedMixture(
+        samples, phases, steps=stage.steps, micro_batches=engine.accumulation * launched_world_size(),
+        batch_size=stage.batch_size, seed=stage.seed,
+    )  # fmt: skip
+
+    def batch(index: int) -> Any:
+        chosen, cache, phase = sampler.batch_samples(index), model.feature_cache, sampler.phase(index)
+        size, counts = phase.image_size or stage.image_size, phase.visual_tokens or stage.visual_tokens
+        fits = cache is not None and size in (None, cache.image_size)
+        cached = fits and all(s.image is None or s.image in cache.features for s in chosen)  # type: ignore[union-attr]
+        keep = tokens_an_image(counts, stage.seed, index) if counts else None
+        return collate_for(model, chosen, keep=keep, image_size=size, load_pixels=not cached, with_answers=True)
 
     return batch
 

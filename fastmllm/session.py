@@ -100,7 +100,7 @@ class Session:
                     on_mismatch=on_mismatch, console=self.console, learners=learners,
                 )  # fmt: skip
                 self.results.append(result)
-            with self._part("training", self._weights()):
+            with self._part("training", self.weight_digests()):
                 pass
             model.eval()
         return self.results
@@ -179,7 +179,9 @@ class Session:
         return Ranks(rank, world, torch.distributed.barrier)
 
     def _evaluate(self, ranks: Ranks) -> dict[str, Any]:
-        log = AnswerLog(self.out / "answers", _key([self._weights(), self.recipe.model, fastmllm.__version__]), ranks)
+        log = AnswerLog(
+            self.out / "answers", _key([self.weight_digests(), self.recipe.model, fastmllm.__version__]), ranks
+        )
         with progress_bar(self.console, "evaluating") as advance, torch.inference_mode():
             report = evaluate(
                 Responder(self.model), self.splits.eval, self.splits.train, self.recipe.eval,
@@ -221,12 +223,22 @@ class Session:
             CheckpointError: the folder holds a run of another recipe.
         """
         open_image(image)
+        with torch.inference_mode():
+            return self.responder().ask(image, prompt)
+
+    def responder(self) -> Responder:
+        """Return the model of a finished run, to be asked.
+
+        Raises:
+            ValueError: the run is not finished.
+            CheckpointError: the folder holds a run of another recipe.
+        """
         self._finished()
         self.train(on_mismatch="error")
-        with torch.inference_mode():
-            return Responder(self.model).ask(image, prompt)
+        return Responder(self.model)
 
-    def _weights(self) -> list[str]:
+    def weight_digests(self) -> list[str]:
+        """Return a digest of what each stage trained."""
         digests = []
         for result in self.results:
             with open(result.weights, "rb") as file:
@@ -237,7 +249,7 @@ class Session:
         """Return what an earlier run stored under the same weights, questions, settings and version, or make it."""
         answers = [[s.answer for s in task] for _, task in sorted(self.splits.train.items())]  # the closed sets
         asked = questions_of(self.splits.eval)
-        key = _key([self._weights(), config, self.recipe.model, asked, answers, fastmllm.__version__])
+        key = _key([self.weight_digests(), config, self.recipe.model, asked, answers, fastmllm.__version__])
         path = self.out / f"{name}.json"
         if path.is_file():
             try:

@@ -24,6 +24,7 @@ from fastmllm.data.sample import Conversation
 from fastmllm.data.shards import ShardSource
 from fastmllm.data.skipped_log import SkippedLog
 from fastmllm.data.stream import Drawn, Sizes, Stream
+from fastmllm.data.token_shares import TokenShares
 from fastmllm.infer.pictures import Spelled, pack_spelled, spell
 from fastmllm.infer.respond import template_of
 from fastmllm.models.feature_store import FeatureStore
@@ -36,7 +37,9 @@ from fastmllm.train.stages import StageConfig
 
 
 class StreamedBatches:
-    """Index -> batch, a pure function, from a stage's sources; `skipped.jsonl` of `out_dir` lists what was left out.
+    """Index -> batch, a pure function, from a stage's sources.
+
+    `skipped.jsonl` of `out_dir` lists what was left out, `shares.jsonl` what came from each source.
 
     Args:
         model: whose tokenizer, template and image size the batches are for.
@@ -79,6 +82,7 @@ class StreamedBatches:
         stream.keep_journal(out_dir, rank)
         self.loader = Loader(stream, join_drawn, workers=engine.workers, on_batch=self._note)
         self._log = SkippedLog(out_dir, rank, before=stream.skipped)
+        self._shares = TokenShares(out_dir, rank, [config.name for config in stage.sources])
         if rank == 0 and (reasons := Counter(item.reason for item in stream.skipped())):
             told = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
             (console or Console()).print(
@@ -86,10 +90,16 @@ class StreamedBatches:
             )
 
     def __call__(self, index: int) -> Any:
-        return self.loader.at(index)
+        batch = self.loader.at(index)
+        self._shares.note(index, batch.ids, batch.cu_seqlens, _labels_of(batch))
+        return batch
 
     def _note(self, drawn: Drawn[None]) -> None:
         self._log.note(drawn.index, drawn.skipped)
+
+
+def _labels_of(batch: Any) -> Tensor | None:
+    return batch.plan.labels if isinstance(batch, Inputs) else getattr(batch, "labels", None)
 
 
 class _Rows:

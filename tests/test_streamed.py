@@ -22,6 +22,7 @@ from tiny_vlm import tiny_vlm
 
 from fastmllm.config import ConfigError
 from fastmllm.data.loader import Loader
+from fastmllm.data.token_shares import read_shares
 from fastmllm.models.feature_store import image_key
 from fastmllm.models.mllm import MLLM
 from fastmllm.recipe import Recipe
@@ -66,6 +67,11 @@ def test_interrupted_or_not_it_learns_the_same(tmp_path: Path, monkeypatch) -> N
     reasons = {(item["key"], item["reason"]) for item in listed}
     assert reasons == {("1", "missing file"), ("5", "undecodable image")}
     assert all(item["shard"].startswith(str(tmp_path)) for item in listed)
+    shares = read_shares(tmp_path / "whole" / "instruct")
+    assert shares == read_shares(tmp_path / "out" / "instruct")  # what was done again counts once
+    assert sum(share.samples for share in shares.values()) + len(listed) - 1 == 4 * 3  # one was left out at once
+    assert shares["talks"].samples > shares["pairs"].samples > 0
+    assert shares["talks"].targets * shares["pairs"].samples > shares["pairs"].targets * shares["talks"].samples
 
 
 def test_a_batch_without_targets_costs_nothing_and_is_computed(tmp_path: Path) -> None:

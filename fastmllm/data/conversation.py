@@ -39,6 +39,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """
     try:
         record = json.loads(data)
+        if b"\\ud" in data or b"\\uD" in data:
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text: nothing can write it
     except (ValueError, RecursionError) as error:
         raise RecordError("wrong JSON", str(error)) from error
     if not isinstance(record, dict):

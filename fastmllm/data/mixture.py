@@ -136,6 +136,10 @@ class MixtureSampler:
     def draw(self, index: int) -> Sample:
         """Return the sample of a draw, from 0."""
         number, seen = self.schedule(index)
+        return self.sample(number, seen)
+
+    def sample(self, number: int, seen: int) -> Sample:
+        """Return a task's sample by the number of its samples drawn before; epochs follow each other."""
         task = self.tasks[number]
         epoch, position = divmod(seen, len(self.samples[task]))
         return self.samples[task][int(self._order(number, epoch)[position])]

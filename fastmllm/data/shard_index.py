@@ -110,7 +110,7 @@ def open_index(shard: Path, reader: ShardReader, cache: Path) -> ShardIndex:
     """
     name = hashlib.sha256(f"{shard.resolve()}|{reader.root.resolve()}".encode()).hexdigest()[:16]
     path = (cache / "shards" / f"{shard.name}-{name}.sqlite").resolve()
-    stamp = _stamp(shard)
+    stamp = stamp_of(shard)
     try:
         index = ShardIndex(path, stamp)
     except LookupError:
@@ -123,7 +123,8 @@ def open_index(shard: Path, reader: ShardReader, cache: Path) -> ShardIndex:
     return ShardIndex(path, stamp)
 
 
-def _stamp(shard: Path) -> str:
+def stamp_of(shard: Path) -> str:
+    """Return a text that changes when a shard's bytes may have: size and time, of a folder those of all its files."""
     stat = shard.stat()
     if not shard.is_dir():
         return f"{FORMAT}|{stat.st_size}|{stat.st_mtime_ns}"

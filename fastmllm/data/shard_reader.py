@@ -21,7 +21,7 @@ from fastmllm.data.conversation import (
     video_names,
 )
 from fastmllm.data.sample import Conversation
-from fastmllm.data.shard_scan import Entry, Part, is_image, video_of
+from fastmllm.data.shard_scan import MAX_TEXT, Entry, Part, is_image, leads_out, video_of
 from fastmllm.data.video import SUFFIXES as VIDEO_SUFFIXES
 from fastmllm.data.video import Frame, chosen, measure
 
@@ -69,8 +69,12 @@ class ShardReader:
         shown = [part for part in entry.parts if _is_shown(part.field)]
         if not shown:
             root = os.path.abspath(self.root)
-            shown = [Part("jpg", -1, -1, os.path.join(root, name)) for name in image_names(record[0])]
-            for number, files in enumerate(video_names(record[0])):
+            stills, videos = image_names(record[0]), video_names(record[0])
+            named = [*stills, *(name for files in videos for name in files)]
+            if shard.suffix.lower() == ".tar" and (bad := next(filter(leads_out, named), None)) is not None:
+                raise RecordError("unsafe path", f"image {bad!r} points outside of the archive's folder")
+            shown = [Part("jpg", -1, -1, os.path.join(root, name)) for name in stills]
+            for number, files in enumerate(videos):
                 shown += [Part(f"video{number}.jpg", -1, -1, os.path.join(root, name)) for name in files]
         texts = tuple(part for part in entry.parts if not _is_shown(part.field))
         self._conversation(shard, entry.key, (*texts, *shown), record)
@@ -109,6 +113,9 @@ class ShardReader:
             try:
                 name = self._name(shard, part)
                 found = ByteRange.parse(name)
+                size = Path(name).stat().st_size if found is None else found.size
+                if size > MAX_TEXT:
+                    raise RecordError("text too large", f"{part.field} of {size} bytes, above {MAX_TEXT}")
                 data = Path(name).read_bytes() if found is None else found.read()
             except OSError as error:
                 raise RecordError("missing file", str(error), file=name) from error

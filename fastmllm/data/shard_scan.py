@@ -22,6 +22,7 @@ TEXT_FIELDS = ("json", "txt", "caption", "text")
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _VIDEO = re.compile(r"(video\d*)\..*")
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # elements of a JSON list
+MAX_TEXT = 1 << 26  # bytes of a record, a line or a caption: more is a damaged file, and would be held whole
 _CHUNK = 1 << 18  # characters of one read at a time
 
 
@@ -96,6 +97,12 @@ def video_of(field: str) -> str:
     return found[1] if suffix in IMAGE_SUFFIXES and (found := _VIDEO.fullmatch(field)) else ""
 
 
+def leads_out(name: str) -> bool:
+    """Tell whether a path within an archive is absolute or climbs above it, on any system."""
+    pieces = name.replace("\\", "/").split("/")
+    return ".." in pieces or not pieces[0] or pieces[0].endswith(":")
+
+
 def _natural(part: Part) -> list[tuple[int, str]]:
     # 2.jpg before 10.jpg, and a plain jpg before both
     pieces = re.split(r"(\d+)", part.field.rpartition(".")[0])
@@ -127,7 +134,7 @@ def _field_of(name: str) -> tuple[str, str] | None:
 
 def _scan_tar(path: Path) -> Iterator[Entry]:
     size = path.stat().st_size
-    problems: list[tuple[str, str]] = []
+    problems: list[tuple[str, str, str]] = []
 
     def members() -> Iterator[tuple[str, Part]]:
         try:
@@ -136,28 +143,32 @@ def _scan_tar(path: Path) -> Iterator[Entry]:
                     tar.members = []  # type: ignore[attr-defined]  # tarfile keeps what it saw: a shard's members are many
                     if not member.isreg() or (named := _field_of(member.name)) is None:
                         continue
+                    if leads_out(named[0]):
+                        problems.append(("unsafe path", named[0], f"{member.name} points outside of the archive"))
+                        continue
                     if member.offset_data + member.size > size:
-                        problems.append((named[0], f"{member.name} ends after the file does"))
+                        problems.append(("truncated shard", named[0], f"{member.name} ends after the file does"))
                         return
                     yield named[0], Part(named[1], member.offset_data, member.size)
                 end = tar.offset
             with path.open("rb") as file:  # tarfile takes a damaged header, or none, for the end
                 file.seek(end)
                 if not (block := file.read(512)) or any(block):
-                    problems.append(("", f"no end-of-archive mark at byte {end}: cut off, or its header is damaged"))
+                    detail = f"no end-of-archive mark at byte {end}: cut off, or its header is damaged"
+                    problems.append(("truncated shard", "", detail))
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            problems.append(("", str(error)))
+            problems.append(("truncated shard", "", str(error)))
 
     last = None
     for entry in _group(members()):
         if last is not None:
             yield last
         last = entry
-    cut = problems[0][0] if problems else None
+    cut = next((key for reason, key, _ in problems if reason == "truncated shard"), None)
     if last is not None and last.key != cut:
         yield last  # else its parts before the cut are no sample
-    for key, detail in problems:
-        yield Entry(key, problem=("truncated shard", detail))
+    for reason, key, detail in problems:
+        yield Entry(key, problem=(reason, detail))
 
 
 def _scan_folder(root: Path) -> Iterator[Entry]:
@@ -171,10 +182,16 @@ def _scan_folder(root: Path) -> Iterator[Entry]:
 def _scan_lines(path: Path) -> Iterator[Entry]:
     with path.open("rb") as file:
         offset = 0
-        for number, line in enumerate(file):
-            if line.strip():
-                yield Entry(str(number), (Part("json", offset, len(line)),))
-            offset += len(line)
+        number = 0
+        while line := file.readline(MAX_TEXT):
+            length, blank = len(line), not line.strip()
+            while not line.endswith(b"\n") and (line := file.readline(MAX_TEXT)):
+                length += len(line)
+            if length > MAX_TEXT:
+                yield Entry(str(number), problem=("text too large", f"a line of {length} bytes, above {MAX_TEXT}"))
+            elif not blank:
+                yield Entry(str(number), (Part("json", offset, length),))
+            offset, number = offset + length, number + 1
 
 
 def _scan_list(path: Path) -> Iterator[Entry]:
@@ -195,8 +212,8 @@ def _scan_list(path: Path) -> Iterator[Entry]:
                 return
             try:
                 _, end = decoder.raw_decode(text, at)
-            except ValueError as error:
-                if ended:
+            except (ValueError, RecursionError) as error:
+                if ended or isinstance(error, RecursionError) or len(text) - at > MAX_TEXT:
                     detail = f"element {max(number, 0)} at byte {offset}, and all behind it: {error}"
                     yield Entry(str(max(number, 0)), problem=("wrong JSON", detail))
                     return

@@ -19,8 +19,8 @@ from fastmllm.data.cache import cache_dir
 from fastmllm.data.conversation import CAPTION_PROMPT, RecordError
 from fastmllm.data.order import BlockShuffle
 from fastmllm.data.sample import Conversation
-from fastmllm.data.shard_index import ShardIndex, Skipped, open_index
-from fastmllm.data.shard_reader import ShardReader
+from fastmllm.data.shard_index import ShardIndex, Skipped, open_index, stamp_of
+from fastmllm.data.shard_reader import Located, ShardReader
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -132,13 +132,23 @@ class ShardSource:
 
     def read(self, draw: int) -> Conversation | Skipped:
         """Read the sample of a draw; draws go on through the epochs."""
-        shard, number = self.order[draw]
-        path = self.shards[shard]
-        located = self._index(shard)[number]
+        return self.sample(*self.order[draw])
+
+    def sample(self, shard: int, number: int) -> Conversation | Skipped:
+        """Read a sample by its place."""
+        path, located = self.shards[shard], self.located(shard, number)
         try:
             return self._reader(path).read(path, located)
         except RecordError as error:
             return Skipped(shard=str(path), key=located.key, reason=error.reason, detail=error.detail)
+
+    def located(self, shard: int, number: int) -> Located:
+        """Return where a sample's parts lie, and the sizes of its images."""
+        return self._index(shard)[number]
+
+    def stamp(self, shard: int) -> str:
+        """Return a text that changes when a shard does."""
+        return stamp_of(self.shards[shard])
 
     def where(self, draw: int) -> tuple[str, str]:
         """Return shard and key of a draw."""
@@ -152,8 +162,12 @@ class ShardSource:
 
     def skipped(self) -> Iterator[Skipped]:
         """List what was left out while indexing, shard by shard."""
-        for shard, path in enumerate(self.shards):
-            yield from self._index(shard).skipped(str(path))
+        for shard in range(len(self.shards)):
+            yield from self.skipped_of(shard)
+
+    def skipped_of(self, shard: int) -> Iterator[Skipped]:
+        """List what was left out while indexing a shard."""
+        yield from self._index(shard).skipped(str(self.shards[shard]))
 
     def _reader(self, shard: Path) -> ShardReader:
         root = Path(self.config.root).expanduser() if self.config.root else (shard if shard.is_dir() else shard.parent)

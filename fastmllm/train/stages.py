@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmllm.data.phases import Phase, ends_of
 from fastmllm.data.shards import SourceConfig
 from fastmllm.train.engine import EngineConfig
 from fastmllm.train.grpo import GRPOConfig
@@ -43,6 +44,7 @@ class StageConfig:
         may_be_zero: roles or patterns of parameters that may get an all-zero gradient at step 1 (behind a zero-init
             gate).
         mixture: task -> weight of the questions drawn; empty = by their number.
+        phases: parts of the stage with mixtures, image sizes and visual tokens of their own, in place of `mixture`.
         visual_tokens: token counts an image may take, one drawn a micro-batch; empty = the model's own.
         sources: shards to learn from instead of a mixture of the data's questions.
         max_tokens: positions of a micro-batch, filled with as many samples as fit; 0 = `batch_size` samples.
@@ -72,6 +74,7 @@ class StageConfig:
     mixture: Mapping[str, float] = field(default_factory=dict)
     visual_tokens: tuple[int, ...] = field(default=())
     sources: tuple[SourceConfig, ...] = field(default=())
+    phases: tuple[Phase, ...] = field(default=())
     max_tokens: int = 0
     max_images: int = 0
     balance_steps: int = 0
@@ -115,6 +118,13 @@ class StageConfig:
             raise ValueError(f"{where}: sources, which have weights, take the place of a mixture; leave one out")
         if self.sources and self.kind not in ("instruct", *PAIR_KINDS):
             raise ValueError(f"{where}: sources hold answers and captions to learn from, not for kind {self.kind}")
+        if self.phases:
+            if self.mixture or self.sources or self.max_tokens or self.kind != "instruct":
+                raise ValueError(
+                    f"{where}: phases have mixtures, for kind instruct; leave the stage's mixture, sources and "
+                    "max_tokens out"
+                )
+            ends_of(self.phases, self.steps)
         if self.kind not in KINDS:
             raise ValueError(f"{where}: kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.kind in PAIR_KINDS and (self.visual_tokens or self.balance_steps):

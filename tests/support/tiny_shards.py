@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 
@@ -46,3 +47,12 @@ def captions(folder: Path, shards: int, each: int, size: tuple[int, int] = (4, 4
         ]
         write_tar(folder / f"shard-{s:03}.tar", members)
     return str(folder / f"shard-{{000..{shards - 1:03}}}.tar")
+
+
+def scene(seed: int, size: tuple[int, int] = (48, 48), form: str = "PNG", quality: int = 75) -> bytes:
+    """A smooth picture: blobs of colour, as photographs have and noise has not."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    picture = Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
+    picture.resize(size, Image.Resampling.BICUBIC).save(out, format=form, quality=quality)
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""Make instructions: from question, caption and box sets by templates, and from seeds by a language model."""
