@@ -132,7 +132,7 @@ def _evaluation(report: Report) -> str:
         found = {r.condition: r for r in report.rows if (r.task, r.metric) == (task, metric)}
         mine = found[MODEL]
         others = [found[c].estimate for c in CONDITIONS[1:] if c in found]
-        lower_is_better = metric.startswith("CHAIR") or metric in ("yes ratio", "words")
+        lower_is_better = metric.startswith(("CHAIR", "false yes")) or metric in ("yes ratio", "words")
         win = not lower_is_better and bool(others) and all(mine.estimate.above(o) for o in others)
         cells = []
         for condition in CONDITIONS:

@@ -11,14 +11,17 @@ from pathlib import Path
 from fastmllm.data.augment import VERSION as AUGMENT_VERSION
 from fastmllm.data.augment import rng_of, transformed, variants
 from fastmllm.data.cache import cache_dir
+from fastmllm.data.contrast import habits_of
 from fastmllm.data.emoji import Concept, EmojiSet, prepare_emoji, render_drawings, select_concepts
 from fastmllm.data.emoji_sources import LABEL_LANGUAGES, TEAMS
 from fastmllm.data.folder import read_folder
+from fastmllm.data.hallucination import hallucination_set
 from fastmllm.data.progress import track
 from fastmllm.data.sample import Sample
 from fastmllm.data.scenes import scene_samples, scenes
 from fastmllm.data.tasks import Subject, ask
 
+SCENE_TASKS = ("count", "scene")  # every scene is asked one of them
 SOURCES = ("auto", "emoji", "folder")
 
 
@@ -39,6 +42,8 @@ class DataConfig:
         train_scenes, eval_scenes: composed scenes; 0 = none.
         scene_concepts: how many of the concepts appear in scenes; fewer are learned sooner.
         scene_grid: cells on a scene's side, 2 or 3.
+        contrasts: pairs of scenes for each of the nine kinds of questions about hallucination, in all `languages`
+            (`fastmllm.data.hallucination`); 0 = none.
         eval_share: share of a class that is held out where a folder has no split of its own.
         max_train_per_class, max_eval_per_class: photographs used of each class; None = all.
         cache: asset folder; None = `cache_dir()`.
@@ -57,6 +62,7 @@ class DataConfig:
     eval_scenes: int = 120
     scene_concepts: int = 30
     scene_grid: int = 2
+    contrasts: int = 0
     eval_share: float = 0.2
     max_train_per_class: int | None = None
     max_eval_per_class: int | None = None
@@ -74,7 +80,7 @@ class DataConfig:
         if not self.languages or set(self.languages) - set(LABEL_LANGUAGES):
             raise ValueError(f"data.languages must be some of {LABEL_LANGUAGES}, got {self.languages!r}")
         least = {"num_concepts": 2, "image_size": 8, "augment": 0, "eval_negatives": 1, "train_scenes": 0}
-        least |= {"eval_scenes": 0, "scene_concepts": 4}
+        least |= {"eval_scenes": 0, "scene_concepts": 4, "contrasts": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"data.{name} must be at least {low}, got {getattr(self, name)}")
@@ -192,6 +198,15 @@ def _build_emoji(config: DataConfig, cache: Path) -> Splits:
     ):
         if num:
             _add_scenes(result, [s for s in pool if s.concept in picked], split, num, root, config)
+    if config.contrasts:
+        made, remarks = hallucination_set(
+            held, pool=lambda s: s.concept in picked, languages=config.languages, num=config.contrasts, split="eval",
+            seed=config.seed, habits=habits_of(s for task in SCENE_TASKS for s in result_train.get(task, ())),
+            folder=root / f"scenes-{config.image_size}", key=_drawings_key(held), grid=config.scene_grid,
+            size=config.image_size,
+        )  # fmt: skip
+        result_eval |= made
+        notes += remarks
     return Splits(
         train=result_train,
         eval=result_eval,
@@ -259,11 +274,15 @@ def _eval_subjects(
     return made
 
 
+def _drawings_key(pool: Sequence[Subject]) -> str:
+    text = "|".join([str(AUGMENT_VERSION), *(Path(s.path).parent.name + "/" + Path(s.path).name for s in pool)])
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
 def _add_scenes(
     tasks: dict[str, list[Sample]], pool: Sequence[Subject], split: str, num: int, root: Path, config: DataConfig
 ) -> None:
-    text = "|".join([str(AUGMENT_VERSION), *(Path(s.path).parent.name + "/" + Path(s.path).name for s in pool)])
-    key = f"{hashlib.sha256(text.encode()).hexdigest()[:10]}-g{config.scene_grid}-s{config.seed}"
+    key = f"{_drawings_key(pool)}-g{config.scene_grid}-s{config.seed}"
     made = scenes(
         pool,
         num=num,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from fastmllm.data.augment import rng_of
@@ -17,6 +18,7 @@ from fastmllm.data.tasks import Subject, be, with_article
 
 VERSION = 2  # raise it when the drawing of a scene changes
 NUMBERS = ("one", "two", "three", "four")
+LIST_PROMPT = "What things are in the image?"
 CELLS: dict[int, tuple[tuple[str, ...], ...]] = {
     2: (("top left", "top right"), ("bottom left", "bottom right")),
     3: (
@@ -35,12 +37,16 @@ class Placed:
         subject: the drawing.
         row, column: cell, from the top left.
         box: left, top, right, bottom in pixels.
+        card: colour of a card behind it that fills its cell; "" = none.
+        upside_down: whether it is turned by 180 degrees.
     """
 
     subject: Subject
     row: int
     column: int
     box: tuple[int, int, int, int]
+    card: str = ""
+    upside_down: bool = False
 
     @property
     def name(self) -> str:
@@ -120,20 +126,33 @@ def lay_out(pool: Sequence[Subject], *, index: int, split: str, seed: int, grid:
         drawings = by_concept[concept]
         subject = drawings[int(generator.integers(len(drawings)))]
         row, column = divmod(cell, grid)
-        drawn = round(side * generator.uniform(0.75, 0.95))
-        left = column * side + int(generator.integers(0, side - drawn + 1))
-        top = row * side + int(generator.integers(0, side - drawn + 1))
-        box = (left, top, left + drawn, top + drawn)
+        box = box_in(row, column, side, generator)
         objects.append(Placed(subject=subject, row=row, column=column, box=box))
     return Scene(index=index, grid=grid, size=size, objects=tuple(objects))
+
+
+def box_in(
+    row: int, column: int, side: int, generator: np.random.Generator, shares: tuple[float, float] = (0.75, 0.95)
+) -> tuple[int, int, int, int]:
+    """Return a square within a cell of `side` pixels: as large as one of the `shares` of it, anywhere in it."""
+    drawn = round(side * generator.uniform(*shares))
+    left = column * side + int(generator.integers(0, side - drawn + 1))
+    top = row * side + int(generator.integers(0, side - drawn + 1))
+    return (left, top, left + drawn, top + drawn)
 
 
 def draw(scene: Scene) -> Image.Image:
     """Return the scene's picture, RGB on white."""
     canvas = Image.new("RGB", (scene.size, scene.size), "white")
+    side = scene.size // scene.grid
     for placed in scene.objects:
         left, top, right, bottom = placed.box
+        if placed.card:
+            corner = (placed.column * side, placed.row * side)
+            canvas.paste(placed.card, (*corner, corner[0] + side, corner[1] + side))
         drawing = open_image(placed.subject.path, alpha=True)
+        if placed.upside_down:
+            drawing = drawing.transpose(Image.Transpose.ROTATE_180)
         small = drawing.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
         canvas.paste(small, (left, top), mask=small)
     return canvas
@@ -189,10 +208,14 @@ def scene_samples(scene: Scene, path: Path, *, split: str, seed: int) -> list[Sa
     if len(once) > 1:
         made += _relation(once, scene.index // (2 * len(NUMBERS)) % 2 == 0, int(generator.integers(2)), sample)
     if len(once) == len(names):
-        phrases = [with_article(name) for name in names]
-        listed = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
-        made.append(sample("scene", "What things are in the image?", listed, "list", ()))
+        made.append(sample("scene", LIST_PROMPT, listed(names), "list", ()))
     return made
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return English names as a list in words: "an owl, a bus and grapes"."""
+    phrases = [with_article(name) for name in names]
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
 
 
 def _relation(once: Sequence[Placed], truth: bool, axis: int, sample: Callable[..., Sample]) -> list[Sample]:

@@ -117,6 +117,11 @@ class Chair:
         return self.recalled / self.objects if self.objects else 0.0
 
 
+def _units(text: str) -> list[str]:
+    """Split a normalised text at white space; CJK characters, which have none between them, stand alone."""
+    return re.sub(r"([㐀-鿿])", r" \1 ", normalise(text)).split()
+
+
 def mentioned(text: str, vocabulary: Mapping[str, str]) -> list[str]:
     """List the objects a caption mentions, in order: the longest name wins, so "hot dog" is no dog.
 
@@ -124,7 +129,8 @@ def mentioned(text: str, vocabulary: Mapping[str, str]) -> list[str]:
         text: a caption.
         vocabulary: surface form (normalised) -> object name; synonyms share an object name.
     """
-    words = normalise(text).split()
+    words = _units(text)
+    vocabulary = {" ".join(_units(surface)): name for surface, name in vocabulary.items()}
     longest = max((len(v.split()) for v in vocabulary), default=0)
     found, i = [], 0
     while i < len(words):

@@ -43,15 +43,21 @@ def _differs(donor: Sample, sample: Sample) -> bool:
 def limited(samples: Sequence[Sample], limit: int, seed: int = 0) -> list[Sample]:
     """Draw images and keep all their questions until `limit` is reached; 0 keeps everything, in order.
 
-    The first ones of a list would be the first classes of a folder.
+    The first ones of a list would be the first classes of a folder. Questions whose truth names a "cluster" (a pair of
+    scenes, a sentence over several) stay together: a cluster that does not fit is left out whole.
     """
     if not limit or limit >= len(samples):
         return list(samples)
-    images = list(dict.fromkeys(s.image for s in samples))
-    random.Random(f"limit, {seed}").shuffle(images)
+    together: dict[str | None, list[Sample]] = {}
+    for s in samples:
+        together.setdefault(s.truth.get("cluster") or s.image, []).append(s)
+    groups = list(together)
+    random.Random(f"limit, {seed}").shuffle(groups)
     chosen: list[Sample] = []
-    for image in images:
-        chosen += [s for s in samples if s.image == image]
+    for group in groups:
+        found = together[group]
+        if "cluster" not in found[0].truth or len(chosen) + len(found) <= limit:
+            chosen += found
         if len(chosen) >= limit:
             break
     return chosen[:limit]

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import normalise
 from fastmllm.eval.captions import CiderD, chair
+from fastmllm.eval.hallucination import contrast_choice, contrast_yes_no
 from fastmllm.eval.parsing import parse_choice, parse_yes_no
 from fastmllm.eval.task import Metric, Task, as_it_is, mean_of, share_of
 
-CAPTIONS = ("caption", "scene")
+CAPTIONS = ("caption", "scene", "hallucination_caption", "hallucination_caption_zh")
 
 
 def tasks_of(samples: Mapping[str, Sequence[Sample]], train: Mapping[str, Sequence[Sample]]) -> list[Task]:
@@ -18,11 +19,15 @@ def tasks_of(samples: Mapping[str, Sequence[Sample]], train: Mapping[str, Sequen
 
     Args:
         samples: task -> held-out questions. `exists` is forced choice by log-probability; `caption` and `scene` are
-            scored by CIDEr-D and CHAIR; yes/no answers are parsed strictly; the rest is exact match.
+            scored by CIDEr-D and CHAIR; `hallucination…` as `fastmllm.eval.hallucination` says; yes/no answers are
+            parsed strictly; the rest is exact match.
         train: task -> training questions, for the majority answer and the closed sets.
     """
     made = []
     for name, items in samples.items():
+        if name.startswith("hallucination") and name not in CAPTIONS:
+            made.append((contrast_choice if "choice" in name else contrast_yes_no)(name, list(items)))
+            continue
         known = list(train.get(name, ()))
         make = _forced_choice if name == "exists" else _captions if name in CAPTIONS else _exact_match
         made.append(make(name, list(items), known))
@@ -72,7 +77,9 @@ def _forced_choice(name: str, items: list[Sample], known: list[Sample]) -> Task:
 
 
 def _captions(name: str, items: list[Sample], known: list[Sample]) -> Task:
-    vocabulary = {normalise(n): n for s in (*known, *items) for n in s.truth.get("objects", ())}
+    vocabulary = {
+        normalise(n): n for s in (*known, *items) for n in s.truth.get("vocabulary", s.truth.get("objects", ()))
+    }
     corpus = CiderD([s.references or (s.answer,) for s in items])
 
     def score(parsed: str | None, sample: Sample) -> dict[str, float]:

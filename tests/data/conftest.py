@@ -89,3 +89,29 @@ def tokenizer():
     )
     made.train_from_iterator(["What is this? red apple user assistant"] * 3, trainer)
     return made
+
+
+@pytest.fixture(scope="session")
+def standing_pool(tmp_path_factory: pytest.TempPathFactory):
+    """Eight drawings of one colour each, a notch at the top left, with names in two languages."""
+    import numpy as np
+    from PIL import Image
+
+    from fastmllm.data.tasks import Subject
+
+    folder = tmp_path_factory.mktemp("standing")
+    names = {
+        "ant": "蚂蚁", "bus": "巴士", "cat": "猫", "drum": "鼓", "eggs": "蛋",
+        "fox": "狐狸", "goat": "山羊", "hat": "帽",
+    }  # fmt: skip
+    made = []
+    for i, (name, chinese) in enumerate(names.items()):
+        pixels = np.zeros((32, 32, 4), dtype=np.uint8)
+        pixels[2:30, 2:30] = (30 * i, 255 - 30 * i, 20, 255)
+        pixels[2:16, 2:16] = 0
+        path = folder / f"{name}.png"
+        Image.fromarray(pixels).save(path)
+        group = "vehicle" if name == "bus" else "animal"
+        known = {"en": name, "zh": chinese}
+        made.append(Subject(key=name, path=str(path), concept=name, source="noto", group=group, names=known))
+    return made

@@ -136,3 +136,14 @@ def test_a_bad_recipe_is_rejected_before_anything_is_fetched(
 def test_more_concepts_than_there_are(emoji_cache: Path) -> None:
     with pytest.raises(ValueError, match="from 2 to 16"):
         build(config(emoji_cache, num_concepts=99))
+
+
+def test_contrasts_ask_about_hallucination_by_the_held_out_team(emoji_cache: Path, splits: Splits) -> None:
+    made = build(config(emoji_cache, contrasts=1, train_scenes=40))
+    added = {task: made.eval[task] for task in made.eval if task not in splits.eval}
+    stems = ("hallucination", "hallucination_choice", "hallucination_caption")
+    assert set(added) == {*stems, *(f"{stem}_zh" for stem in stems)}
+    assert {s.truth["kind"] for s in added["hallucination"]} >= {"existence, popular", "existence, adversarial"}
+    assert all(teams_of(s) == {"twemoji"} for s in every(added))
+    assert set(made.train) == set(splits.train)  # nothing of it is trained on
+    assert made.eval == build(config(emoji_cache, contrasts=1, train_scenes=40)).eval
