@@ -11,7 +11,7 @@ from pathlib import Path
 from fastmllm.data.augment import VERSION as AUGMENT_VERSION
 from fastmllm.data.augment import rng_of, transformed, variants
 from fastmllm.data.cache import cache_dir
-from fastmllm.data.contrast import habits_of
+from fastmllm.data.canvas import habits_of
 from fastmllm.data.emoji import Concept, EmojiSet, prepare_emoji, render_drawings, select_concepts
 from fastmllm.data.emoji_sources import LABEL_LANGUAGES, TEAMS
 from fastmllm.data.folder import read_folder

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastmllm.data.augment import rng_of
+from fastmllm.data.canvas import Canvas, Habits
 from fastmllm.data.images import open_image
-from fastmllm.data.sample import Sample
-from fastmllm.data.scenes import NUMBERS, Placed, Scene, box_in
+from fastmllm.data.scenes import NUMBERS, Placed, Scene
 from fastmllm.data.tasks import Subject
 
 VERSION = 1  # raise it when a pair's making changes
@@ -20,33 +18,6 @@ COLOURS = ("red", "yellow", "green", "blue")
 # Groups whose drawings have an up and a down; a wrench or a butterfly has none that a picture shows.
 UPRIGHT = frozenset({"animal", "bird", "building", "plant", "flower", "drink", "furniture"})
 TURNED = 0.05  # least mean difference, of 1, between a drawing and itself upside down
-
-
-@dataclass(frozen=True, slots=True)
-class Habits:
-    """What a model saw in training: how often each thing was there, and how often two things together.
-
-    Args:
-        seen: name -> pictures.
-        together: (name, name), in alphabetical order -> pictures.
-    """
-
-    seen: Counter[str] = field(default_factory=Counter)
-    together: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def company(self, name: str, others: Iterable[str]) -> int:
-        """Count the pictures that a thing shared with each of some others."""
-        return sum(self.together[min(name, other), max(name, other)] for other in others)
-
-
-def habits_of(samples: Iterable[Sample]) -> Habits:
-    """Count the objects of the samples' truth, a picture once."""
-    pictures = {s.image: sorted(set(s.truth["objects"])) for s in samples if s.image and "objects" in s.truth}
-    found = Habits()
-    for names in pictures.values():
-        found.seen.update(names)
-        found.together.update(combinations(names, 2))
-    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,43 +37,6 @@ class Contrast:
     scenes: tuple[Scene, Scene]
     about: tuple[Subject, ...]
     values: tuple[str, ...] = ()
-
-
-class Canvas:
-    """What one pair is drawn from and with.
-
-    Args:
-        pool: one drawing a concept.
-        upright: those that visibly have an up and a down.
-        habits: of training.
-        grid, size: as `scenes.lay_out`.
-        generator: decides everything.
-    """
-
-    def __init__(
-        self, pool: Sequence[Subject], upright: Sequence[Subject], habits: Habits, grid: int, size: int,
-        generator: np.random.Generator,
-    ) -> None:  # fmt: skip
-        self.pool, self.upright, self.habits, self.generator = list(pool), list(upright), habits, generator
-        self.grid, self.size = grid, size
-
-    def draw_from(self, pool: Sequence[Subject], num: int) -> list[Subject]:
-        return [pool[i] for i in self.generator.choice(len(pool), size=num, replace=False)]
-
-    def cells(self, num: int) -> list[tuple[int, int]]:
-        chosen = self.generator.choice(self.grid**2, size=num, replace=False)
-        return [divmod(int(cell), self.grid) for cell in chosen]
-
-    def place(self, subject: Subject, cell: tuple[int, int], shares: tuple[float, float] = (0.75, 0.95)) -> Placed:
-        return Placed(
-            subject=subject, row=cell[0], column=cell[1],
-            box=box_in(*cell, self.size // self.grid, self.generator, shares),
-        )  # fmt: skip
-
-    def scene(self, objects: Iterable[Placed]) -> Scene:
-        """Return the scene in reading order."""
-        ordered = tuple(sorted(objects, key=lambda placed: (placed.row, placed.column)))
-        return Scene(index=0, grid=self.grid, size=self.size, objects=ordered)
 
 
 Made = tuple[Sequence[Placed], Sequence[Placed], tuple[Subject, ...], tuple[str, ...]]

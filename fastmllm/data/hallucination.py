@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmllm.data.contrast import Contrast, Habits, contrasts
+from fastmllm.data.canvas import Habits
+from fastmllm.data.contrast import Contrast, contrasts
 from fastmllm.data.images import save_png
 from fastmllm.data.progress import track
 from fastmllm.data.sample import Sample

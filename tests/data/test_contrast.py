@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastmllm.data.contrast import KINDS, Contrast, Habits, contrasts, habits_of, standing
+from fastmllm.data.canvas import Habits, habits_of
+from fastmllm.data.contrast import KINDS, Contrast, contrasts, standing
 from fastmllm.data.sample import Sample
 from fastmllm.data.scenes import NUMBERS, draw
 from fastmllm.data.tasks import Subject

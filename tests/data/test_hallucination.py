@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmllm.data.contrast import habits_of
+from fastmllm.data.canvas import habits_of
 from fastmllm.data.hallucination import hallucination_set
 from fastmllm.data.sample import Sample
 from fastmllm.data.tasks import Subject
