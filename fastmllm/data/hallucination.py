@@ -43,7 +43,7 @@ def _english(kind: str, names: Sequence[str], value: str) -> str:
     thing, verb = f"the {names[0]}", be(names[0]).capitalize()
     return {
         "attribute, colour": f"{verb} {thing} on a {value} card?",
-        "attribute, size": f"{verb} {thing} {value} than the {names[-1]}?",
+        "attribute, size": f"{verb} {thing} drawn {value} than the {names[-1]}?",
         "attribute, number": f"Are there exactly {value} drawings of {with_article(names[0])}?",
         "attribute, state": f"{verb} {thing} {value}?",
     }.get(kind, f"{verb} {thing} {value} the {names[-1]}?")
@@ -53,7 +53,7 @@ def _chinese(kind: str, names: Sequence[str], value: str) -> str:
     thing, value = names[0], ZH[value]
     return {
         "attribute, colour": f"{thing}后面的卡片是{value}的吗？",
-        "attribute, size": f"{thing}比{names[-1]}{value}吗？",
+        "attribute, size": f"{thing}画得比{names[-1]}{value}吗？",
         "attribute, number": f"图中正好有{value}个{thing}吗？",
         "attribute, state": f"{thing}是{value}吗？",
     }.get(kind, f"{thing}在{names[-1]}的{value}吗？")
@@ -69,7 +69,7 @@ def choice(pair: Contrast, language: str) -> tuple[str, tuple[str, str]]:
         thing, other, verb = f"the {names[0]}", f"the {names[-1]}", be(names[0])
         asked = {
             "attribute, colour": f"What colour is the card behind {thing}?",
-            "attribute, size": f"{verb.capitalize()} {thing} {first} or {second} than {other}?",
+            "attribute, size": f"{verb.capitalize()} {thing} drawn {first} or {second} than {other}?",
             "attribute, number": f"How many drawings of {with_article(names[0])} are there?",
             "attribute, state": f"{verb.capitalize()} {thing} {first} or {second}?",
         }.get(pair.kind, f"{verb.capitalize()} {thing} {first} or {second} {other}?")
@@ -77,11 +77,12 @@ def choice(pair: Contrast, language: str) -> tuple[str, tuple[str, str]]:
     thing, first, second = names[0], ZH[first], ZH[second]
     asked = {
         "attribute, colour": f"{thing}后面的卡片是什么颜色？",
-        "attribute, size": f"{thing}比{names[-1]}{first}还是{second}？",
+        "attribute, size": f"{thing}画得比{names[-1]}{first}还是{second}？",
         "attribute, number": f"图中有几个{thing}？",
         "attribute, state": f"{thing}是{first}还是{second}？",
     }.get(pair.kind, f"{thing}在{names[-1]}的{first}还是{second}？")
-    return asked, (ZH[pair.values[0]], ZH[pair.values[1]])
+    counter = "个" if pair.kind == "attribute, number" else ""
+    return asked, (ZH[pair.values[0]] + counter, ZH[pair.values[1]] + counter)
 
 
 def hallucination_samples(
