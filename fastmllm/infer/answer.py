@@ -20,6 +20,7 @@ class Answer:
         params: where it ends.
         stop: further tokens that end it.
         tokenizer: makes text of it; without one there is none, and no stop text.
+        lead: what a chat template has in front of each answer; not part of its text.
 
     Attributes:
         ids: its tokens, without the one that ended it; those of a stop text are among them.
@@ -31,17 +32,23 @@ class Answer:
         ValueError: a stop text without a tokenizer.
     """
 
-    def __init__(self, params: SamplingParams, stop: Collection[int] = (), tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, params: SamplingParams, stop: Collection[int] = (), tokenizer: Tokenizer | None = None, lead: str = ""
+    ) -> None:
         if params.stop and tokenizer is None:
             raise ValueError(f"fastmllm::Answer: stop texts {params.stop!r} need a tokenizer; or give stop_token_ids")
-        self.params, self.tokenizer = params, tokenizer
+        self.params, self.tokenizer, self.lead = params, tokenizer, lead
         self.stop = frozenset((*stop, *params.stop_token_ids))
         self.ids: list[int] = []
         self.log_probs: list[float] = []
-        self.text = ""
+        self._text = ""  # with the lead
         self.finish_reason: Literal["stop", "length"] | None = None
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._taken = 0  # characters
+
+    @property
+    def text(self) -> str:
+        return self._text.removeprefix(self.lead)
 
     def push(self, token: int, log_prob: float | None = None) -> None:
         """Take the next token; nothing is taken behind the end."""
@@ -54,8 +61,8 @@ class Answer:
         if log_prob is not None and self.params.logprobs:
             self.log_probs.append(log_prob)
         if self.tokenizer is not None:
-            before = len(self.text)
-            self.text += self._decoder.step(self.tokenizer, token) or ""
+            before = len(self._text)
+            self._text += self._decoder.step(self.tokenizer, token) or ""
             if self._cut(before):
                 self.finish_reason = "stop"
                 return
@@ -66,6 +73,8 @@ class Answer:
         """Return the text that is new since the last call and that no later token can take back."""
         end = len(self.text)
         if self.finish_reason is None:
+            if self.lead.startswith(self._text):
+                return ""
             starts = (n for stop in self.params.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
             end -= max(starts, default=0)
         piece = self.text[self._taken : end]
@@ -76,13 +85,13 @@ class Answer:
         self.finish_reason = reason
         if self.tokenizer is not None:
             # all at once: bytes that never became a character are replaced ones now
-            self.text += self.tokenizer.decode(self.ids)[len(self.text) :]
+            self._text += self.tokenizer.decode(self.ids)[len(self._text) :]
 
     def _cut(self, before: int) -> bool:
         """Cut the text at the first stop text that ends behind its first `before` characters."""
         stops = self.params.stop
-        places = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
+        places = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
         found = [place for place in places if place >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            self._text = self._text[: min(found)]
         return bool(found)

@@ -83,7 +83,7 @@ def decode(model: Starter, batch: PackedPrompts, answers: Sequence[Answer]) -> I
         running = [place for place, row in enumerate(active) if answers[row].finish_reason is None]
         if not running:
             return
-        # half is done, or a row that ended early would outgrow the cache: stop computing it (the copy costs a cache pass)
+        # half is done, or what ended early would outgrow the cache: stop computing it (the copy costs a cache pass)
         if 2 * len(running) <= len(active) or max(cache.lengths) == room:
             cache, continuation = cache.select(running), continuation.select(running)
             sampler.select(running)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastmllm.data.packing import Batch, collate, pack, sequence_length
-from fastmllm.data.sample import Sample
+from fastmllm.data.sample import Conversation, Sample
 from fastmllm.data.text import ChatTemplate, answer_ids, end_token, tokenise
 from fastmllm.infer.answer import Answer
 from fastmllm.infer.generation import decode
@@ -31,8 +31,8 @@ def template_of(model: VLM | MLLM) -> ChatTemplate:
 
 
 def collate_for(
-    model: VLM | MLLM, samples: Sequence[Sample], *, keep: int | None = None, image_size: int | None = None,
-    load_pixels: bool = True, with_answers: bool, answers: Sequence[Sequence[int]] | None = None,
+    model: VLM | MLLM, samples: Sequence[Sample] | Sequence[Conversation], *, keep: int | None = None,
+    image_size: int | None = None, load_pixels: bool = True, with_answers: bool, answers: Sequence[Sequence[int]] | None = None,
 ) -> Any:  # fmt: skip
     """Pack samples the way a model reads them: a `Batch` for a `VLM`, `Inputs` for an `MLLM`.
 

@@ -53,3 +53,14 @@ def test_stop_texts_end_an_answer_across_tokens_and_never_show() -> None:
 def test_a_stop_text_needs_words() -> None:
     with pytest.raises(ValueError, match="need a tokenizer"):
         Answer(SamplingParams(stop=("x",)))
+
+
+@pytest.mark.parametrize(("said", "left"), [("  red", "red"), (" ", " "), ("red", "red"), ("  ", "")])
+def test_the_lead_of_a_template_is_not_part_of_the_text(said: str, left: str) -> None:
+    answer = Answer(SamplingParams(), (2,), WORDS, lead="  ")
+    pieces = []
+    for char in [*said, None]:
+        token = 2 if char is None else WORDS.encode(char, add_special_tokens=False).ids[0]
+        answer.push(token)
+        pieces.append(answer.take())
+    assert answer.text == "".join(pieces) == left
