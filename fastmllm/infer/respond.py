@@ -32,7 +32,8 @@ def template_of(model: VLM | MLLM) -> ChatTemplate:
 
 def collate_for(
     model: VLM | MLLM, samples: Sequence[Sample] | Sequence[Conversation], *, keep: int | None = None,
-    image_size: int | None = None, load_pixels: bool = True, with_answers: bool, answers: Sequence[Sequence[int]] | None = None,
+    image_size: int | None = None, load_pixels: bool = True, with_answers: bool,
+    answers: Sequence[Sequence[int]] | None = None,
 ) -> Any:  # fmt: skip
     """Pack samples the way a model reads them: a `Batch` for a `VLM`, `Inputs` for an `MLLM`.
 
