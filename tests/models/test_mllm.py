@@ -83,7 +83,10 @@ def test_greedy_generation_equals_transformers(name, saved):
         left[key] = torch.stack([torch.cat([r.new_zeros(batch[key].shape[1] - len(r), *r.shape[1:]), r]) for r in rows])
     with torch.no_grad():
         out = theirs.generate(**left, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        again = theirs.generate(**left, max_new_tokens=6, min_new_tokens=6, do_sample=False, repetition_penalty=1.5)
     assert mine == out[:, -6:].tolist()
+    penalised = SamplingParams(max_new_tokens=6, repetition_penalty=1.5)
+    assert generate_tokens(ours, ours.inputs(batch), penalised) == again[:, -6:].tolist()
 
 
 @pytest.mark.parametrize("name", MODELS)
