@@ -19,9 +19,9 @@ from fastmllm.data.progress import progress_bar
 from fastmllm.data.sample import Sample
 from fastmllm.data.text import end_token, normalise
 from fastmllm.eval.parsing import parse_choice
-from fastmllm.infer.generate import generate
+from fastmllm.infer.generation import generate_tokens
 from fastmllm.infer.respond import collate_for, template_of
-from fastmllm.infer.sampling import Sampling
+from fastmllm.infer.sampling import SamplingParams
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.vlm import VLM
 from fastmllm.train.checkpoint import model_fingerprint
@@ -166,8 +166,8 @@ def rollouts_of(model: VLM | MLLM, stage: StageConfig) -> Rollouts:
     config, end = stage.grpo, end_token(tokenizer, template_of(model))
 
     def sample(prompts: Any) -> list[list[int]]:
-        sampling = Sampling(temperature=1.0, seed=stage.seed)
-        answers = generate(model, prompts, max_new_tokens=config.max_new_tokens, stop=(end,), sampling=sampling)
+        params = SamplingParams(temperature=1.0, seed=stage.seed, max_new_tokens=config.max_new_tokens)
+        answers = generate_tokens(model, prompts, params, stop=(end,))
         # one that did not end by itself must not learn to
         return [ids if len(ids) == config.max_new_tokens else [*ids, end] for ids in answers]
 

@@ -39,7 +39,7 @@ class AnswerLoss:
             TextError, ImageError: a sample that cannot be read.
         """
         cached = isinstance(self.model, VLM) and _has_features(self.model, samples)
-        batch = collate_for(self.model, samples, load_pixels=not cached, with_answers=True)  # type: ignore[arg-type]
+        batch = collate_for(self.model, samples, load_pixels=not cached, with_answers=True)
         totals = self.model.log_probs(batch).tolist()
         labels = batch.plan.labels if isinstance(batch, Inputs) else batch.labels
         scored = labels.ne(IGNORE).long().cumsum(0)  # type: ignore[union-attr]

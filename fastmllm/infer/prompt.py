@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from fastmllm.data.packing import Batch
 from fastmllm.models.continuation import Continuation
+from fastmllm.models.inputs import Inputs
 from fastmllm.models.kv_cache import KVCache
 from fastmllm.models.language import LanguageModel
 
@@ -69,6 +72,19 @@ def prompt_lengths(batch: PackedPrompts, op: str) -> list[int]:
     if sum(lengths) != total:
         raise ValueError(f"{op}: cu_seqlens ends at {sum(lengths)}, but the batch holds {total} tokens")
     return lengths
+
+
+def prompt_ids(batch: Any) -> list[list[int]]:
+    """Return the tokens of each prompt; a `Batch` has a word's id at its visual tokens, which are left out there.
+
+    Args:
+        batch: packed prompts with `input_ids`, as `Batch` and `Inputs` have them.
+    """
+    ids = batch.plan.input_ids if isinstance(batch, Inputs) else batch.input_ids
+    shown = set(batch.image_index.tolist()) if isinstance(batch, Batch) else set()
+    bounds: list[int] = batch.cu_seqlens.tolist()
+    rows: list[int] = ids.tolist()
+    return [[rows[at] for at in range(start, end) if at not in shown] for start, end in pairwise(bounds)]
 
 
 def prefill(model: Starter, batch: PackedPrompts, cache: KVCache) -> tuple[Tensor, Continuation]:

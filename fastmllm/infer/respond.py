@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastmllm.data.packing import Batch, collate, pack, sequence_length
-from fastmllm.data.sample import Sample
+from fastmllm.data.sample import Conversation, Sample
 from fastmllm.data.text import ChatTemplate, answer_ids, end_token, tokenise
-from fastmllm.infer.generate import generate
+from fastmllm.infer.answer import Answer
+from fastmllm.infer.generation import decode
 from fastmllm.infer.pictures import collate_pictures, spelled_size
+from fastmllm.infer.sampling import SamplingParams
 from fastmllm.infer.score import score_choices
 from fastmllm.models.inputs import Inputs
 from fastmllm.models.mllm import MLLM
@@ -28,8 +31,9 @@ def template_of(model: VLM | MLLM) -> ChatTemplate:
 
 
 def collate_for(
-    model: VLM | MLLM, samples: Sequence[Sample], *, keep: int | None = None, image_size: int | None = None,
-    load_pixels: bool = True, with_answers: bool, answers: Sequence[Sequence[int]] | None = None,
+    model: VLM | MLLM, samples: Sequence[Sample] | Sequence[Conversation], *, keep: int | None = None,
+    image_size: int | None = None, load_pixels: bool = True, with_answers: bool,
+    answers: Sequence[Sequence[int]] | None = None,
 ) -> Any:  # fmt: skip
     """Pack samples the way a model reads them: a `Batch` for a `VLM`, `Inputs` for an `MLLM`.
 
@@ -60,15 +64,18 @@ class Responder:
         max_tokens: tokens of the questions computed together.
         visual_tokens: K, of a `VLM`; the model's own by default.
         image_size: pixels on a side, of a `VLM`; the model's own by default.
+        sampling: how answers are drawn; greedily by default. How long they are, `answer` says.
 
     Raises:
         ValueError: a model that no recipe told its words, or sizes for one whose resolution policy says them.
     """
 
     def __init__(
-        self, model: VLM | MLLM, max_tokens: int = 1024, visual_tokens: int | None = None, image_size: int | None = None
-    ) -> None:
+        self, model: VLM | MLLM, max_tokens: int = 1024, visual_tokens: int | None = None,
+        image_size: int | None = None, sampling: SamplingParams | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.max_tokens = model, max_tokens
+        self.sampling = sampling or SamplingParams()
         self.template = template_of(model)
         assert model.tokenizer is not None
         self.tokenizer = model.tokenizer
@@ -82,12 +89,14 @@ class Responder:
         self.end = end_token(self.tokenizer, self.template)
 
     def answer(self, samples: Sequence[Sample], max_new_tokens: int = 16) -> list[str]:
-        """Generate an answer to each question, greedily."""
+        """Generate an answer to each question."""
         texts: dict[int, str] = {}
+        params = replace(self.sampling, max_new_tokens=max_new_tokens)
         for places, batch in self._batches(samples):
-            tokens = generate(self.model, batch, max_new_tokens=max_new_tokens, stop=(self.end,))
-            for place, ids in zip(places, tokens, strict=True):
-                texts[place] = self.tokenizer.decode(ids).strip()
+            answers = [Answer(params, (self.end,), self.tokenizer) for _ in places]
+            for _ in decode(self.model, batch, answers):
+                pass
+            texts |= {place: answer.text.strip() for place, answer in zip(places, answers, strict=True)}
         return [texts[i] for i in range(len(samples))]
 
     def score(self, samples: Sequence[Sample]) -> list[list[float]]:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmllm.infer.generate import generate
+from fastmllm.infer.generation import generate_tokens
+from fastmllm.infer.sampling import SamplingParams
 from tests.support.tiny_compositions import ENCODERS, HIGH, IMAGE, LANGUAGE, labels, picture, redrawn, samples, tiny
 
 CONFIG = tiny("vit", "dual", "mlp", "cogagent")
@@ -157,7 +158,7 @@ def test_logits_loss_and_gradients_equal_the_formula():
 def test_generation_equals_the_formula():
     model, sample = redrawn(CONFIG), [1, picture(9), 20, 21]
     w = {name: t.detach().double() for name, t in model.named_parameters()}
-    for token in generate(model, model.pack([sample]), max_new_tokens=5, stop=[IMAGE])[0]:
+    for token in generate_tokens(model, model.pack([sample]), SamplingParams(max_new_tokens=5), stop=[IMAGE])[0]:
         assert formula(w, sample, model.packing.policy)[-1].argmax() == token
         sample = [*sample, token]
     assert len(sample) > 4

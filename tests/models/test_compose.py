@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastmllm.infer.generate import generate
+from fastmllm.infer.generation import generate_tokens
+from fastmllm.infer.sampling import SamplingParams
 from fastmllm.models.compose import make_policy
 from fastmllm.models.mllm import MLLM
 from tests.support.tiny_compositions import IMAGE, LANGUAGE, allowed, labels, picture, redrawn, samples, tiny
@@ -88,7 +89,7 @@ def test_text_alone_works(parts):
 @pytest.mark.parametrize("parts", ONE_A_FUSION, **names)
 def test_generation_equals_recomputing_without_a_cache(parts):
     model, batch = redrawn(tiny(*parts)), samples()
-    found = generate(model, model.pack(batch), max_new_tokens=4, stop=[IMAGE])
+    found = generate_tokens(model, model.pack(batch), SamplingParams(max_new_tokens=4), stop=[IMAGE])
     for sample, new in zip(batch, found, strict=True):
         for k, token in enumerate(new):
             with torch.no_grad():

@@ -14,7 +14,8 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
-from fastmllm.infer.generate import generate
+from fastmllm.infer.generation import generate_tokens
+from fastmllm.infer.sampling import SamplingParams
 from fastmllm.models.mllm import MLLM
 from fastmllm.models.weights.folder import read_state
 from tests.support.tiny_mllm import ACROSS, IMAGE, MODELS, alone, joined, oracle
@@ -75,14 +76,17 @@ def test_logits_loss_and_gradients_equal_transformers(name, saved, tmp_path):
 def test_greedy_generation_equals_transformers(name, saved):
     theirs, batch = oracle(name)
     ours = MLLM.from_pretrained(saved(name))
-    mine = generate(ours, ours.inputs(batch), max_new_tokens=6)
+    mine = generate_tokens(ours, ours.inputs(batch), SamplingParams(max_new_tokens=6))
     left = dict(batch)  # transformers continues rows that are padded on the left
     for key in set(batch) & set(PADDED):
         rows = [r[m.bool()] for r, m in zip(batch[key], batch["attention_mask"], strict=True)]
         left[key] = torch.stack([torch.cat([r.new_zeros(batch[key].shape[1] - len(r), *r.shape[1:]), r]) for r in rows])
     with torch.no_grad():
         out = theirs.generate(**left, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        again = theirs.generate(**left, max_new_tokens=6, min_new_tokens=6, do_sample=False, repetition_penalty=1.5)
     assert mine == out[:, -6:].tolist()
+    penalised = SamplingParams(max_new_tokens=6, repetition_penalty=1.5)
+    assert generate_tokens(ours, ours.inputs(batch), penalised) == again[:, -6:].tolist()
 
 
 @pytest.mark.parametrize("name", MODELS)

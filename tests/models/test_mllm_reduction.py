@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("transformers")
 
 from fastmllm.compression import GreedyDiverse, Placement, TopK
-from fastmllm.infer.generate import generate
+from fastmllm.infer.generation import generate_tokens
+from fastmllm.infer.sampling import SamplingParams
 from fastmllm.models.mllm import MLLM
 from tests.support.tiny_mllm import ACROSS, IMAGE, MODELS, alone, oracle
 
@@ -54,12 +55,14 @@ def test_half_of_the_tokens_go_and_a_sample_does_not_depend_on_its_neighbours(na
 def test_generation_goes_on_behind_what_is_left(name, models):
     model, batch = models(name), oracle(name)[1]
     inputs = model.inputs(batch)
-    plain = generate(model, inputs, max_new_tokens=4)
+    plain = generate_tokens(model, inputs, SamplingParams(max_new_tokens=4))
     model.placement = Placement(stages=((1, TopK(1.0, scorer="last_row")),))
-    assert generate(model, inputs, max_new_tokens=4) == plain
+    assert generate_tokens(model, inputs, SamplingParams(max_new_tokens=4)) == plain
     model.placement = Placement(stages=((0, GreedyDiverse(0.75)), (1, TopK(0.5, scorer="last_row"))))
-    short = generate(model, inputs, max_new_tokens=4)
-    assert short == [generate(model, model.inputs(alone(name, row)), max_new_tokens=4)[0] for row in range(2)]
+    short = generate_tokens(model, inputs, SamplingParams(max_new_tokens=4))
+    assert short == [
+        generate_tokens(model, model.inputs(alone(name, row)), SamplingParams(max_new_tokens=4))[0] for row in range(2)
+    ]
 
 
 def test_what_a_published_model_has_no_place_for_is_refused(models):

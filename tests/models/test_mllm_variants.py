@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 
 import transformers as tf
 
-from fastmllm.infer.generate import generate
+from fastmllm.infer.generation import generate_tokens
+from fastmllm.infer.sampling import SamplingParams
 from fastmllm.models.families import build
 from fastmllm.models.mllm import MLLM
 from tests.support.tiny_mllm import IMAGE, MODELS, SIGLIP, VEND, VIDEO, VOCAB, VSTART, oracle, pixels, redraw
@@ -190,10 +191,10 @@ def test_an_answer_longer_than_opts_positions_is_refused_before_it_starts(tmp_pa
     model = MLLM.from_pretrained(tmp_path)
     inputs = model.inputs(oracle("blip2")[1])
     room = 128 - inputs.max_seqlen
-    assert len(generate(model, inputs, max_new_tokens=room + 1)[0]) == room + 1
+    assert len(generate_tokens(model, inputs, SamplingParams(max_new_tokens=room + 1))[0]) == room + 1
     monkeypatch.setattr(model, "start", lambda *_: pytest.fail("started"))
     with pytest.raises(ValueError, match="a sequence of 129 tokens is longer than the 128 learned positions"):
-        generate(model, inputs, max_new_tokens=room + 2)
+        generate_tokens(model, inputs, SamplingParams(max_new_tokens=room + 2))
 
 
 class Elsewhere(torch.Tensor):

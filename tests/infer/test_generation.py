@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmllm.infer.generate import generate, stop_ids
-from fastmllm.infer.sampling import Sampling
+from fastmllm.infer import limits
+from fastmllm.infer.answer import Answer
+from fastmllm.infer.generation import decode, generate_tokens, stop_ids
+from fastmllm.infer.sampling import SamplingParams
 from fastmllm.models.continuation import Continuation
 from fastmllm.models.language import LanguageConfig, LanguageModel
 
@@ -108,11 +110,11 @@ def with_images(batch: Prompts) -> Prompts:
 
 def test_greedy_equals_recomputing_everything_at_any_batch_size() -> None:
     model, batch = Toy(), with_images(prompts((5, 2, 9, 3)))
-    together = generate(model, batch, max_new_tokens=8)
+    together = generate_tokens(model, batch, SamplingParams(max_new_tokens=8))
     assert len({tuple(answer) for answer in together}) == 4
     for place, answer in enumerate(together):
         assert answer == without_cache(model, one(batch, place), 8)
-        assert generate(model, one(batch, place), max_new_tokens=8) == [answer]
+        assert generate_tokens(model, one(batch, place), SamplingParams(max_new_tokens=8)) == [answer]
 
 
 def test_greedy_equals_transformers() -> None:
@@ -125,7 +127,7 @@ def test_greedy_equals_transformers() -> None:
         )
     ).eval()  # fmt: skip
     theirs.load_state_dict(model.language.state_dict(), strict=True)
-    answers = generate(model, batch, max_new_tokens=8)
+    answers = generate_tokens(model, batch, SamplingParams(max_new_tokens=8))
     for place, answer in enumerate(answers):
         ids = one(batch, place).input_ids[None]
         seen = torch.ones_like(ids)  # given, or transformers takes token 0 for padding
@@ -135,9 +137,9 @@ def test_greedy_equals_transformers() -> None:
 
 def test_stop_tokens_end_each_sequence_by_itself() -> None:
     model, batch = Toy(), prompts((5, 2, 9, 3))
-    free = generate(model, batch, max_new_tokens=10)
+    free = generate_tokens(model, batch, SamplingParams(max_new_tokens=10))
     stop = (free[0][0], free[1][3])  # the first answer is empty, the second has at most three tokens
-    cut = generate(model, batch, max_new_tokens=10, stop=stop)
+    cut = generate_tokens(model, batch, SamplingParams(max_new_tokens=10), stop=stop)
     for answer, whole in zip(cut, free, strict=True):
         ends = [place for place, token in enumerate(whole) if token in stop]
         assert answer == whole[: ends[0] if ends else 10]
@@ -147,39 +149,45 @@ def test_stop_tokens_end_each_sequence_by_itself() -> None:
 
 def test_sampling_draws_the_same_at_any_batch_size() -> None:
     model, batch = Toy(), prompts((5, 2, 9))
-    warm = Sampling(temperature=1.5, top_p=0.9, seed=3)
-    together = generate(model, batch, max_new_tokens=8, sampling=warm)
-    assert together == [generate(model, one(batch, place), max_new_tokens=8, sampling=warm)[0] for place in range(3)]
-    assert together != generate(model, batch, max_new_tokens=8, sampling=replace(warm, seed=4))
-    assert together != generate(model, batch, max_new_tokens=8)
+    warm = SamplingParams(temperature=1.5, top_p=0.9, seed=3, max_new_tokens=8)
+    together = generate_tokens(model, batch, warm)
+    assert together == [generate_tokens(model, one(batch, place), warm)[0] for place in range(3)]
+    assert together != generate_tokens(model, batch, replace(warm, seed=4))
+    assert together != generate_tokens(model, batch, SamplingParams(max_new_tokens=8))
 
 
 def test_bf16_generates() -> None:
     model, batch = Toy(torch.bfloat16), prompts((5, 2))
-    answers = generate(model, batch, max_new_tokens=6)
+    answers = generate_tokens(model, batch, SamplingParams(max_new_tokens=6))
     assert [len(answer) for answer in answers] == [6, 6]
     assert answers[0][0] == without_cache(model, one(batch, 0), 1)[0]
 
 
 def test_no_graph_is_kept() -> None:
     model = Toy()
-    generate(model, prompts((3,)), max_new_tokens=2)
+    generate_tokens(model, prompts((3,)), SamplingParams(max_new_tokens=2))
     assert all(parameter.grad_fn is None and parameter.grad is None for parameter in model.language.parameters())
 
 
 def test_rejects_bad_prompts() -> None:
     model, batch = Toy(), prompts((5, 2))
     with pytest.raises(ValueError, match="stop token 61"):
-        generate(model, batch, max_new_tokens=2, stop=(61,))
+        generate_tokens(model, batch, SamplingParams(max_new_tokens=2), stop=(61,))
     with pytest.raises(ValueError, match="max_new_tokens"):
-        generate(model, batch, max_new_tokens=0)
+        generate_tokens(model, batch, SamplingParams(max_new_tokens=0))
     empty = replace(batch, cu_seqlens=torch.tensor([0, 7, 7], dtype=torch.int32))
     with pytest.raises(ValueError, match="prompt 1 \\('sample1'\\) is empty"):
-        generate(model, empty, max_new_tokens=2)
+        generate_tokens(model, empty, SamplingParams(max_new_tokens=2))
     with pytest.raises(ValueError, match="no prompt"):
-        generate(model, replace(batch, cu_seqlens=torch.zeros(1, dtype=torch.int32)), max_new_tokens=2)
+        generate_tokens(
+            model, replace(batch, cu_seqlens=torch.zeros(1, dtype=torch.int32)), SamplingParams(max_new_tokens=2)
+        )
     with pytest.raises(ValueError, match="cu_seqlens ends at 6"):
-        generate(model, replace(batch, cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32)), max_new_tokens=2)
+        generate_tokens(
+            model,
+            replace(batch, cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32)),
+            SamplingParams(max_new_tokens=2),
+        )
 
 
 def test_stop_ids_names_what_is_unknown() -> None:
@@ -188,3 +196,46 @@ def test_stop_ids_names_what_is_unknown() -> None:
     assert stop_ids(tokenizer, ["cat", "<|im_end|>"]) == (1, 0)
     with pytest.raises(ValueError, match="</s>"):
         stop_ids(tokenizer, ["cat", "</s>"])
+
+
+def test_an_answer_does_not_depend_on_its_neighbours() -> None:
+    model, batch = Toy(), with_images(prompts((5, 2, 9, 3)))
+    each = [
+        SamplingParams(temperature=1.2, top_k=30, min_p=0.02, seed=1, max_new_tokens=7, logprobs=True),
+        SamplingParams(max_new_tokens=9),
+        SamplingParams(temperature=0.7, repetition_penalty=1.3, top_p=0.8, max_new_tokens=2),
+        SamplingParams(temperature=1.2, seed=5, max_new_tokens=12, logprobs=True),
+    ]
+    together = [Answer(params) for params in each]
+    steps = list(decode(model, batch, together))
+    assert steps[0] == [0, 1, 2, 3]
+    assert steps[-1] == [3]  # the others have ended, and said so
+    for place, (params, answer) in enumerate(zip(each, together, strict=True)):
+        (alone,) = (Answer(params),)
+        list(decode(model, one(batch, place), [alone]))
+        assert (answer.ids, answer.finish_reason) == (alone.ids, "length")
+        assert len(answer.ids) == params.max_new_tokens
+        assert answer.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
+
+
+def test_log_probabilities_are_those_of_the_whole_sequence() -> None:
+    model, batch = Toy(), prompts((5,))
+    answer = Answer(SamplingParams(temperature=1.5, top_k=5, repetition_penalty=1.2, max_new_tokens=6, logprobs=True))
+    list(decode(model, batch, [answer]))
+    ids = torch.cat([batch.input_ids, torch.tensor(answer.ids)])
+    bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
+    with torch.no_grad():
+        hidden = model.language(model.language.embed(ids), torch.arange(len(ids)), bounds, len(ids))
+        whole = model.language.logits(hidden).log_softmax(-1)
+    expected = [whole[4 + n, token].item() for n, token in enumerate(answer.ids)]
+    assert answer.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_does_not_fit_is_said_before_the_prompt_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Toy(), prompts((5, 2))
+    monkeypatch.setattr(limits, "free_bytes", lambda device: 10)
+    monkeypatch.setattr(model, "start", None)
+    with pytest.raises(RuntimeError, match="keys and values of 2 sequences of 6 tokens"):
+        generate_tokens(model, batch, SamplingParams(max_new_tokens=2))
+    with pytest.raises(ValueError, match="1 answers for 2 prompts"):
+        list(decode(model, batch, [Answer(SamplingParams())]))
