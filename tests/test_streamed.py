@@ -17,11 +17,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from shard_recipe import NOTHING, recipe_of
+from tiny_shards import png, talk, write_tar
 from tiny_talk import SIZES, talking, talks
 from tiny_vlm import tiny_vlm
 
 from fastmllm.config import ConfigError
 from fastmllm.data.loader import Loader
+from fastmllm.data.shards import SourceConfig
 from fastmllm.data.token_shares import read_shares
 from fastmllm.models.feature_store import image_key
 from fastmllm.models.mllm import MLLM
@@ -173,6 +175,31 @@ def test_a_composition_learns_the_same_from_kept_features(
     learning = talking(*parts)
     learning.images.towers()[-1].requires_grad_(True)
     assert feature_store_of(learning, stage, EngineConfig(feature_cache_gib=1.0)) is None
+
+
+@pytest.mark.parametrize(("images", "steps"), [(True, 6), (False, 2)])
+def test_what_learns_shows_at_the_first_step_with_an_image(tmp_path: Path, images: bool, steps: int) -> None:
+    pytest.importorskip("deepspeed")
+    texts = [(f"{i}.json", talk("What is this?", "red", images=0)) for i in range(8)]
+    seen = [("8.json", talk("What is this?", "red", images=1)), ("8.png", png(20, (24, 16)))]
+    write_tar(tmp_path / "texts.tar", texts)
+    write_tar(tmp_path / "seen.tar", seen)
+    sources = [SourceConfig(name="texts", path=str(tmp_path / "texts.tar"), weight=0.9)]
+    if images:
+        sources.append(SourceConfig(name="seen", path=str(tmp_path / "seen.tar"), weight=0.1))
+    model = talking("vit", "fixed", "mlp", "tokens")
+    for seed in range(4):
+        stage, out = StageConfig(name="s", steps=steps, trainable={"connector": 1e-2}, seed=seed), tmp_path / str(seed)
+        stage = replace(stage, batch_size=1, sources=tuple(sources))
+        if not images:
+            with pytest.raises(RuntimeError, match="all-zero gradient"):
+                train_stage(model, NOTHING, stage, EngineConfig(zero_stage=1), out)
+            return
+        train_stage(model, NOTHING, stage, EngineConfig(zero_stage=1), out)
+        lines = [json.loads(line) for line in (out / "s" / "log.jsonl").read_text().splitlines()]
+        if lines[0]["visual_tokens"] == 0 and any(line["visual_tokens"] for line in lines):
+            return  # its first step had no image, and a later one had
+    pytest.fail("no seed begins with a text")
 
 
 @pytest.mark.parametrize("parts", [("qwen", "native", "merger", "tokens"), ("vit", "tiles", "mlp", "tokens")])

@@ -45,7 +45,7 @@ from fastmllm.train.lora import STARTS_AT_ZERO, Adapters
 from fastmllm.train.meters import MeterLog, ProgressReport, StepRecord, read_log, report_table
 from fastmllm.train.prefer import PreferenceObjective
 from fastmllm.train.rollouts import Rollouts
-from fastmllm.train.rules import apply_rules, recomputed_by
+from fastmllm.train.rules import apply_rules, recomputed_by, roles_of
 from fastmllm.train.sinks import Sinks, check_sinks
 from fastmllm.train.stages import GradientCheck, StageConfig, set_modes
 from fastmllm.train.step_meter import StepMeter
@@ -54,6 +54,8 @@ from fastmllm.train.watchdog import Watchdog
 from fastmllm.train.whole_step import look_ahead
 
 META = ("step", "seconds", "recipe", "layout")  # what a checkpoint must say
+SEEING = ("vision", "connector", "cross_attention")  # roles that learn from images
+BLIND_STEPS = 100  # without any image, then their gradients of zero are an error
 HINTS = {
     "initial_weights": " (seed the modules that learn before making them)",
     "micro_batches": " (accumulation times ranks is a step: change one with the other)",
@@ -257,6 +259,19 @@ class Trainer:
         gates = self.stage.may_be_zero if self.adapters is None else (*self.stage.may_be_zero, STARTS_AT_ZERO)
         return GradientCheck(self.model, self.groups, gates)
 
+    def _tells(self, record: StepRecord) -> bool:
+        """Tell whether a step's gradients show what learns.
+
+        Equal rewards in every group teach nothing, and a step without images teaches an image path nothing: the check
+        waits for the first that does, for images no longer than `BLIND_STEPS`.
+        """
+        if self.rollouts is not None:
+            return record.grad_norm > 0
+        learning = {name for group in self.groups for name in group["names"]}
+        looks = any(learning.intersection(names) for role, names in roles_of(self.model).items() if role in SEEING)
+        blind = looks and self.stage.kind in ("instruct", "prefer") and record.visual_tokens == 0
+        return not blind or record.step >= min(BLIND_STEPS, self.stage.steps)
+
     def _merge(self, rank: int, adapters: Adapters) -> None:
         """Store the adapters (rank 0), then merge them; what is checked is the last batch that this rank saw."""
         if rank == 0:
@@ -348,8 +363,7 @@ class Trainer:
                     if step + 1 < stage.steps:
                         upcoming = ahead.submit(self._micro_batches, step + 1, engine.rank)
                     record = self._step(engine, step, micro, targets, tick, meter)
-                    # equal rewards in every group teach nothing: what learns shows at the first step that does
-                    if check is not None and (self.rollouts is None or record.grad_norm > 0):
+                    if check is not None and self._tells(record):
                         check.verify(engine.gather(check.close()))
                         check = None
                     records.append(record)
